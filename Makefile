@@ -1,0 +1,74 @@
+## make setup         make the environment in VENV, or bring it up to date; says what it downloads first
+## make compare       train MODELS one after another and compare them
+## make test          every test but the slow ones
+## make test-quick    the tests of a minute
+## make test-slow     the slow tests: real launches, real installations
+## make lint          ruff check, ruff format --check, mypy
+## make lock          resolve the two locks anew (CONTRIBUTING.md says when)
+## make clean         remove caches; never runs, data or the environment
+##
+## Variables, as in `make compare MODELS=cnn SEEDS="1 2 3"`:
+##   VENV=.venv       folder of the environment
+##   PYTHON=python3   makes it, 3.11 or newer
+##   LOCK=            newest or cuda12; by itself it is chosen by the NVIDIA driver
+##   MODELS="linear relu mlp cnn"  RECIPE=blog  SEEDS=42      what compare trains
+##   GPUS=            which cards, as 1,2 (all)               RANKS=  how many processes (one per card)
+##   FRESH=           1: train anew, keep old runs as .1      ARGS=   any other flag, as ARGS="--epochs 10"
+## Targets that need the environment make it first.
+
+VENV ?= .venv
+# An existing environment answers for its own Python, whatever python3 is today.
+PYTHON ?= $(or $(realpath $(VENV)/bin/python),python3)
+LOCK ?=
+MODELS ?= linear relu mlp cnn
+RECIPE ?= blog
+SEEDS ?= 42
+GPUS ?=
+RANKS ?=
+FRESH ?=
+ARGS ?=
+
+RUN := $(VENV)/bin/python -m
+DATA := $(wildcard ../shared/data)
+ifneq ($(DATA),)
+FASHION_DDP_DATA_DIR ?= $(abspath $(DATA))
+export FASHION_DDP_DATA_DIR
+endif
+
+.PHONY: help setup compare test test-quick test-slow lint lock clean
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+# The other targets need setup, and silence from it when there is nothing to do.
+compare test test-quick test-slow lint lock: quiet = --quiet
+setup:
+	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
+
+FLAGS = $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(ARGS)
+compare: setup
+	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
+
+test: setup
+	$(RUN) pytest -m "not slow"
+
+test-quick: setup
+	$(RUN) pytest -m quick
+
+test-slow: setup
+	$(RUN) pytest -m slow
+
+lint: setup
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --upgrade
+lock: setup
+	$(COMPILE) pyproject.toml requirements/newest.in --extra dev --output-file requirements/newest.txt
+	$(COMPILE) pyproject.toml requirements/cuda12.in --extra dev --output-file requirements/cuda12.txt
+	echo uv | $(COMPILE) - --output-file requirements/uv.txt
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -r {} +

@@ -1,0 +1,242 @@
+"""What a run is: one frozen, flat dataclass that validates itself. Nothing here imports torch."""
+
+import ast
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+PACKAGE = Path(__file__).parent
+
+
+class UserError(ValueError):
+    """Something the user can mend: its text says what is wrong, where, and how to fix it. Exit code 2."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training went wrong in a way that has a plain explanation. Exit code 1."""
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    """End with an exit code and one message.
+
+    Rank 0 prints for all, who find the same; what only a machine's ranks may find, the first rank there prints.
+    """
+    speaks = os.environ.get("LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK", "0") == "0"
+    if speaks and str(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@cache
+def architectures() -> dict[str, tuple[str, ...]]:
+    """Our models by name, with the arguments each takes after (image_shape, classes).
+
+    Read from the source of models.py (its functions under `@architecture`), because importing it imports torch.
+    """
+    tree = ast.parse((PACKAGE / "models.py").read_text())
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    return {
+        f.name: tuple(a.arg for a in f.args.args[2:] + f.args.kwonlyargs)
+        for f in functions
+        if any(isinstance(d, ast.Name) and d.id == "architecture" for d in f.decorator_list)
+    }
+
+
+def nearest(word: str, choices: typing.Iterable[str]) -> str:
+    """The text that ends a message about an unknown word: what was probably meant, and what there is."""
+    choices = list(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]!r}? " if close else "") + "choices: " + ", ".join(choices)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml."""
+
+    model: str = "cnn"
+    """Architecture: linear, relu, mlp, cnn, or your own as package.module:Name."""
+    recipe: str = "blog"
+    """Set of training settings: blog, lab, or the path of a YAML file."""
+    seed: int = 42
+    """Seeds the initial weights, the order of the images and the augmentation."""
+
+    epochs: int = 3
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images per optimizer update, over all ranks together: it does not grow with the machine."""
+    shuffle: bool = True
+    """Draw a new order of the images for each epoch."""
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
+    """`momentum` is SGD with momentum 0.9. Choose --lr with it."""
+    lr: float = 0.1
+    """Learning rate at the reference batch size (see --lr-scaling); the peak where a schedule moves it."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How lr follows batch_size / reference_batch."""
+    reference_batch: int = 128
+    """Batch size that lr was chosen for: by default the recipe's."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """How lr moves over the run: cosine falls to 0; one_cycle rises for 30 % of the steps, then falls."""
+    warmup_epochs: float = 0.0
+    """Epochs over which lr first rises linearly from 0 (may be a fraction)."""
+    weight_decay: float = 0.0
+    """L2 penalty (sgd, momentum, adam) or decoupled decay (adamw)."""
+    label_smoothing: float = 0.0
+    """Share of each target spread evenly over all classes, in [0, 1)."""
+    clip_norm: float = 0.0
+    """Largest L2 norm of the gradient; 0 does not clip."""
+    shift: int = 0
+    """Augmentation: move each image by up to so many pixels, zeros coming in."""
+    flip: float = 0.0
+    """Augmentation: probability of mirroring an image left to right."""
+    erase: float = 0.0
+    """Augmentation: probability of blanking a random rectangle (2 to 33 % of the image)."""
+    precision: Literal["fp32", "fp16", "bf16", "fp64"] = "fp32"
+    """fp16 (with loss scaling) and bf16 are mixed precision; fp64 is for proofs on CPU."""
+    validation: int = 0
+    """Hold out so many training images, drawn by seed, and report val/* on them."""
+
+    hidden_units: int | None = None
+    """Width of the hidden layer (linear, relu, mlp) or of every convolution (cnn); by default the model's own."""
+    conv_blocks: int | None = None
+    """cnn: how many blocks of two convolutions and a pooling; by default 2."""
+    batch_norm: bool = False
+    """cnn: batch normalisation after each convolution, over the global batch."""
+
+    dataset: Literal["fashion_mnist", "synthetic"] = "fashion_mnist"
+    """`synthetic` is built in, needs no file and no network, and is good for checking a machine only."""
+    data_dir: Path | None = None
+    """Where the four files are looked for first; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the NVIDIA cards where there are any."""
+    threads: int = 0
+    """CPU threads per rank; 0 shares the usable cores among the ranks of a machine."""
+    micro_batch: int = 0
+    """Rows per forward pass, to save memory or fit a cache; 0 takes a rank's whole share. Changes no result."""
+    reduction_shards: int = 0
+    """Cut each batch into so many parts whose gradients are added in a fixed order: the same bits on any number of
+    ranks that divides it (CPU, equal threads). 0 leaves the sum to DDP."""
+
+    runs_dir: Path = Path("runs")
+    """Folder that run folders are made in ($FASHION_DDP_RUNS_DIR)."""
+    run_dir: Path | None = None
+    """This run's folder outright; by default a name made of what distinguishes the run, below runs_dir."""
+    tracker: Literal["auto", "wandb", "none"] = "auto"
+    """Mirror to Weights & Biases; `auto` does so where it is installed (offline without an account)."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name)))
+        not_negative = "at least 0", lambda v: 0 <= v < math.inf
+        positive = "greater than 0", lambda v: 0 < v < math.inf
+        probability = "from 0 to 1", lambda v: 0 <= v <= 1
+        rules: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
+            "seed": ("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63),
+            "epochs": positive,
+            "warmup_epochs": ("from 0 to epochs", lambda v: 0 <= v <= self.epochs),
+            "label_smoothing": ("at least 0 and less than 1", lambda v: 0 <= v < 1),
+        }
+        rules |= dict.fromkeys(("batch_size", "reference_batch", "lr", "hidden_units", "conv_blocks"), positive)
+        rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation"), not_negative)
+        rules |= dict.fromkeys(("threads", "micro_batch", "reduction_shards"), not_negative)
+        rules |= dict.fromkeys(("flip", "erase"), probability)
+        for name, (must_be, holds) in rules.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{name} must be {must_be}, got {value!r}")
+        self._check_model()
+        self._check_together()
+
+    def _check_model(self) -> None:
+        takes = architectures().get(self.model)
+        if takes is None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.model):
+            raise UserError(
+                f"model: unknown {self.model!r}; {nearest(self.model, architectures())}, "
+                "or your own as package.module:Name"
+            )
+        for name, value in self.model_args().items():
+            if takes is not None and name not in takes:
+                users = [m for m, arguments in architectures().items() if name in arguments]
+                raise UserError(
+                    f"{name}={value!r} does nothing for model {self.model!r}, only for {', '.join(users)}: leave it out"
+                )
+
+    def _check_together(self) -> None:
+        """What holds between fields."""
+        if self.run_dir is not None and self.run_dir.name in ("", ".."):  # it must have a name to be moved aside
+            raise UserError(f"run_dir must name a folder, got {str(self.run_dir)!r}")
+        if self.schedule == "one_cycle" and self.warmup_epochs:
+            raise UserError("warmup_epochs: one_cycle has its own warm-up; set it to 0 or choose another schedule")
+        if self.precision == "fp64" and self.device == "cuda":
+            raise UserError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise UserError("precision fp16 needs an NVIDIA card: choose fp32 or bf16, or --device cuda")
+        if self.batch_norm and (self.micro_batch or self.reduction_shards):
+            name = "micro_batch" if self.micro_batch else "reduction_shards"
+            raise UserError(f"{name} would change batch_norm's statistics, which need the whole batch: leave one out")
+        if self.micro_batch and self.reduction_shards:
+            raise UserError("micro_batch and reduction_shards both cut the batch: choose one")
+        if self.precision == "fp16" and self.reduction_shards:
+            raise UserError("reduction_shards adds gradients itself and cannot scale them: choose bf16, fp32 or fp64")
+
+    def model_args(self) -> dict[str, Any]:
+        """The settings meant for the architecture that were given."""
+        given = {"hidden_units": self.hidden_units, "conv_blocks": self.conv_blocks, "batch_norm": self.batch_norm}
+        return {name: value for name, value in given.items() if value not in (None, False)}
+
+    def scaled_lr(self) -> float:
+        """lr at this batch size: lr * (batch_size / reference_batch) ** (1 for linear, 0.5 for sqrt)."""
+        growth = self.batch_size / self.reference_batch
+        return self.lr * {"none": 1.0, "linear": growth, "sqrt": math.sqrt(growth)}[self.lr_scaling]
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings, beyond model, recipe and seed, that change what is computed."""
+        identity, machine = {"model", "recipe", "seed"}, {"device", "threads", "micro_batch", "data_dir", "tracker"}
+        others = identity | machine | {"runs_dir", "run_dir"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+
+    def to_yaml(self) -> str:
+        """The resolved settings; `--config` on this text gives an equal Config."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+@cache
+def field_types() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
+def convert(name: str, value: Any) -> Any:
+    """A value as the type of Config's field `name`. Raises UserError naming the field, the value and the type."""
+    kind = field_types()[name]
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value not in options:
+            raise UserError(f"{name}: unknown {value!r}; {nearest(str(value), options)}")
+        return value
+    if type(None) in options:
+        if value is None:
+            return None
+        kind = options[0]
+    try:
+        # YAML 1.1 reads 1e-3 as text, and a whole number where a fraction is meant is fine.
+        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+        if kind is Path and isinstance(value, str | Path):
+            return Path(value)
+    except ValueError:
+        pass
+    if type(value) is kind:
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}[kind]
+    raise UserError(f"{name} must be {wanted}, got {value!r}")

@@ -1,0 +1,208 @@
+"""Architectures by name, and batch normalisation over the global batch.
+
+A new architecture is a function here, under `@architecture`, from (image_shape, classes) and settings of its own to
+a module that maps images [N, C, H, W] in [0, 1] to logits [N, classes]; its name and settings become choices of
+`--model` and flags that exist in config.py.
+"""
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fashion_ddp.config import Config, UserError
+from fashion_ddp.ranks import differentiable_sum
+
+Shape = tuple[int, int, int]  # channels, height, width
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
+
+
+def architecture(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Make a function a choice of --model, under its own name."""
+    ARCHITECTURES[build.__name__] = build
+    return build
+
+
+@architecture
+def linear(image_shape: Shape, classes: int, hidden_units: int = 10) -> nn.Module:
+    """Two linear layers with nothing between them: one linear map."""
+    inputs = math.prod(image_shape)
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden_units), nn.Linear(hidden_units, classes))
+
+
+@architecture
+def relu(image_shape: Shape, classes: int, hidden_units: int = 10) -> nn.Module:
+    """The tutorials' ReLU net, with its ReLU on the logits: a class whose logit is negative for every image is
+    never predicted and never learns again. `mlp` is the same without it."""
+    return nn.Sequential(*mlp(image_shape, classes, hidden_units).children(), nn.ReLU())
+
+
+@architecture
+def mlp(image_shape: Shape, classes: int, hidden_units: int = 10) -> nn.Module:
+    """One hidden layer."""
+    inputs = math.prod(image_shape)
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden_units), nn.ReLU(), nn.Linear(hidden_units, classes))
+
+
+@architecture
+def cnn(
+    image_shape: Shape, classes: int, hidden_units: int = 10, conv_blocks: int = 2, batch_norm: bool = False
+) -> nn.Module:
+    """TinyVGG: blocks of two 3x3 convolutions and a 2x2 pooling, then one linear layer."""
+    channels, height, width = image_shape
+    if min(height, width) >> conv_blocks == 0:
+        most = int(math.log2(min(height, width)))
+        raise UserError(f"conv_blocks={conv_blocks} halves a {height}x{width} image to nothing: at most {most}")
+    layers: list[nn.Module] = []
+    for _ in range(conv_blocks):
+        for _ in range(2):
+            layers.append(nn.Conv2d(channels, hidden_units, kernel_size=3, padding=1))
+            layers += [GlobalBatchNorm2d(hidden_units)] if batch_norm else []
+            layers.append(nn.ReLU())
+            channels = hidden_units
+        layers.append(nn.MaxPool2d(2))
+    features = channels * (height >> conv_blocks) * (width >> conv_blocks)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose batch is the global one, whichever ranks hold its rows.
+
+    Sums, squares and the count are added up over the ranks in one all-reduce, through which gradients flow. Rows of
+    weight 0 do not count. (torch's SyncBatchNorm refuses CPU.)
+    """
+
+    row_weights: Tensor | None = None  # [N], 1 or 0; the step sets it before each forward pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        weights = x.new_ones(len(x)) if self.row_weights is None else self.row_weights
+        weighted = x * weights.view(-1, 1, 1, 1)
+        count = (weights.sum() * x[0, 0].numel()).view(1)
+        moments = torch.cat([weighted.sum((0, 2, 3)), (weighted * x).sum((0, 2, 3)), count])
+        total, squares, n = differentiable_sum(moments).split([self.num_features, self.num_features, 1])
+        mean = total / n
+        variance = (squares / n - mean**2).clamp_min(0)
+        with torch.no_grad():
+            assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)  # unbiased, as nn.BatchNorm2d keeps it
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)).to(input.dtype)
+
+
+def build(cfg: Config, image_shape: Shape, classes: int) -> nn.Module:
+    """The run's model with its initial weights, on CPU.
+
+    Raises UserError for a model of the user's that cannot be found or does not give logits [N, classes].
+    """
+    function = ARCHITECTURES.get(cfg.model) or _find(cfg.model)
+    torch.manual_seed(cfg.seed)
+    images = [2, *image_shape]
+    try:
+        model = function(image_shape, classes, **cfg.model_args())
+        output = _apply_to_zeros(model, image_shape, rows=2) if isinstance(model, nn.Module) else None
+    except UserError:
+        raise
+    except Exception as error:
+        settings = "".join(f", {name}={value}" for name, value in cfg.model_args().items())
+        raise UserError(
+            f"model {cfg.model} cannot be used: {type(error).__name__}: {error}; it is called with "
+            f"({image_shape}, {classes}{settings}) and the module that it gives with images of shape {images}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {cfg.model} gave a {type(model).__name__}, not a torch.nn.Module: return the module")
+    shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if shape != [2, classes]:
+        raise UserError(
+            f"model {cfg.model} maps images of shape {images} to {shape}: it must give logits of shape [2, {classes}]"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"model {cfg.model} has no parameters to train")
+    return model.to(torch.float64 if cfg.precision == "fp64" else torch.float32)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # some launchers leave it out
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"model {name}: there is no module {error.name!r}: run where it can be imported") from None
+    if not hasattr(found, attribute):
+        raise UserError(f"model {name}: {module} has no {attribute!r}: check the name after the colon")
+    return getattr(found, attribute)
+
+
+@torch.no_grad()
+def _apply_to_zeros(model: nn.Module, image_shape: Shape, rows: int = 1) -> Any:
+    """The model's output for black images, in evaluation mode, which leaves the model as it was."""
+    parameter = next(model.parameters(), torch.zeros(()))
+    was_training = model.training
+    try:
+        return model.eval()(torch.zeros(rows, *image_shape, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        model.train(was_training)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_image(model: nn.Module, image_shape: Shape) -> int:
+    """Operations of one forward pass for one image: 2 per multiply-add of matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes seconds to import
+
+    with FlopCounterMode(display=False) as counter:
+        _apply_to_zeros(model, image_shape)
+    return counter.get_total_flops()
+
+
+def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """What each convolution and pooling makes of one image [C, H, W]: {"<place in the model>.<layer>": [c, h, w]}."""
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: maps.update({name: output[0].detach().float().cpu()})
+
+    layers = [(f"{name}.{type(m).__name__}", m) for name, m in model.named_modules()]
+    hooks = [m.register_forward_hook(keep(name)) for name, m in layers if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
+    with torch.no_grad():
+        model(image.unsqueeze(0))
+    for hook in hooks:
+        hook.remove()
+    return maps
+
+
+def summary(model: nn.Module, image_shape: Shape) -> str:
+    """The model's layers as a table: layer, output shape for one image, parameters."""
+    rows: list[tuple[str, str, int]] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        shape = "x".join(map(str, output.shape[1:])) if isinstance(output, Tensor) else "-"
+        rows.append((type(module).__name__, shape, sum(p.numel() for p in module.parameters(recurse=False))))
+
+    leaves = [m for m in model.modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(note) for m in leaves]
+    _apply_to_zeros(model, image_shape)
+    for hook in hooks:
+        hook.remove()
+    lines = [f"  {name:<20}{shape:>14}{count:>12,}" for name, shape, count in [*rows, ("total", "", parameters(model))]]
+    return "\n".join([f"  {'layer':<20}{'output':>14}{'parameters':>12}", *lines])
+
+
+def rank_dependent(model: nn.Module) -> list[str]:
+    """Layers that make the result depend on how many ranks share the batch; empty for our own models."""
+    per_rank = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    names = {type(m).__name__ for m in model.modules() if isinstance(m, per_rank)} - {"GlobalBatchNorm2d"}
+    return sorted(names)

@@ -1,0 +1,49 @@
+"""Optimizers by name, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fashion_ddp.config import Config
+
+
+def build(cfg: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """The run's optimizer."""
+    # One fused kernel per update on a card, which also keeps fp16's skipped updates from being read by the host.
+    fused = True if device.type == "cuda" else None
+    lr, decay = cfg.scaled_lr(), cfg.weight_decay
+    if cfg.optimizer in ("sgd", "momentum"):
+        momentum = 0.9 if cfg.optimizer == "momentum" else 0.0
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=fused)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
+    return kind(parameters, lr=lr, weight_decay=decay, fused=fused)
+
+
+def schedule(cfg: Config, steps_per_epoch: int) -> list[float]:
+    """The learning rate of every update of the run, in order."""
+    peak, total, warmup = cfg.scaled_lr(), cfg.epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch
+    return [peak * factor(cfg.schedule, step, total, warmup) for step in range(total)]
+
+
+def factor(schedule: str, step: int, total: int, warmup: float = 0.0) -> float:
+    """Learning rate of update `step` (from 0) of `total`, as a share of its peak.
+
+    one_cycle is Smith and Topin's (arXiv 1708.07120) with the shape of torch.optim.lr_scheduler.OneCycleLR: a cosine
+    from 1/25 up to 1 over 30 % of the steps, and down to 1/250,000.
+    """
+    if schedule == "one_cycle":
+        top = 0.3 * total - 1
+        if step < top:
+            return _cosine(1 / 25, 1.0, step / top)
+        return _cosine(1.0, 1 / 250_000, (step - top) / (total - 1 - top))
+    if step < warmup:
+        return (step + 1) / warmup if step + 1 < warmup else 1.0
+    if schedule == "cosine":
+        return _cosine(1.0, 0.0, (step - warmup) / (total - warmup))
+    return 1.0
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,55 @@
+"""What a run was made from: its settings, the source code, the versions and the data."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from fashion_ddp.config import PACKAGE, Config
+
+
+def code_hash() -> str:
+    """sha256 over the package's own source and recipes: the code that made a run."""
+    digest = hashlib.sha256()
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]):
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the result."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in ("torch", "accelerate", "numpy")
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that the source stands at, with `+changes` where files differ from it; None outside git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(PACKAGE), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """What makes two commands ask for the same run."""
+    return {"model": cfg.model, "recipe": Path(cfg.recipe).stem, "seed": cfg.seed} | cfg.result_settings()
+
+
+def made_by(data_md5: dict[str, str]) -> dict[str, Any]:
+    """What else must be equal for a finished run to stand for a new one."""
+    return {"code": code_hash(), **versions(), "data": data_md5}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`name: old -> new` for each entry that differs."""
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    shorten = {"code": "other source files", "data": "other data files"}
+    return [shorten.get(name, f"{name}: {old.get(name)} -> {new.get(name)}") for name in names]

@@ -1,0 +1,126 @@
+"""What a run finds, records and says before it trains."""
+
+import datetime
+import socket
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from fashion_ddp import data, models, provenance, rundir, settings
+from fashion_ddp.batches import Batches
+from fashion_ddp.cli import Command
+from fashion_ddp.config import Config
+from fashion_ddp.ranks import World
+
+
+def load_data(cfg: Config, world: World) -> data.Dataset:
+    """The run's data, on every rank; downloaded by one rank of each machine where it is missing."""
+    if cfg.dataset != "synthetic":
+        # A rank that sees the files needs no other: only where all agree that something is missing do they wait.
+        missing = any(world.share(data.locate(cfg.dataset, cfg.data_dir) is None))
+        if missing and cfg.data_dir is None:
+            world.first_on_machine(lambda: data.locate(cfg.dataset, None) or data.fetch(cfg.dataset))
+    return world.together(lambda: data.load(cfg.dataset, cfg.data_dir))
+
+
+def claim(command: Command, world: World, made_by: dict[str, Any]) -> rundir.RunFolder | None:
+    """The run's folder, taken by rank 0; None where nothing is to be trained: checked only, or finished before."""
+    cfg = command.run
+    if command.check_only:
+        state = world.first(lambda: rundir.check(cfg, made_by, command.fresh, command.reuse))
+        _say(world, f"checked: this command would train; {rundir.folder_of(cfg)} holds {state}")
+        return None
+    folder = world.first(lambda: rundir.claim(cfg, made_by, command.fresh, command.reuse))
+    if folder.finished:
+        _say(world, f"{folder.path} is finished: nothing to do; --fresh keeps it under another name and trains anew")
+        return None
+    return folder
+
+
+def _say(world: World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, Any]:
+    """This start's entry of environment.json: where, on what and from which code the run is made. A collective."""
+    ranks = world.share({"host": socket.gethostname(), "device": world.device_name, "threads": world.threads})
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "made_by": provenance.made_by(dataset.md5),
+        "git_commit": provenance.git_commit(),
+        "cuda": torch.version.cuda,
+        "world_size": world.size,
+        "ranks": ranks,
+        "data_source": dataset.source,
+        "precision": cfg.precision,
+    }
+
+
+def announce(
+    cfg: Config,
+    world: World,
+    folder: rundir.RunFolder,
+    env: dict[str, Any],
+    model: nn.Module,
+    dataset: data.Dataset,
+    batches: Batches,
+) -> dict[str, Any]:
+    """Print and record how the run starts. Returns what its summary says from the start."""
+    layers = models.summary(model, dataset.image_shape)
+    dependent = models.rank_dependent(model)
+    if world.rank == 0:
+        print(_facts(cfg, world, env, dataset, batches), layers, *_notes(dataset, dependent), sep="\n", flush=True)
+        starts = rundir.read_run(folder.path).environment
+        folder.write_json("environment.json", [*starts, env])
+        rundir.write_whole(folder.path / "model.txt", layers + "\n")
+    return {
+        "model": cfg.model,
+        "recipe": cfg.recipe,
+        "changed": settings.changed(cfg),  # here, because the recipe may be edited later
+        "seed": cfg.seed,
+        "world_size": world.size,
+        "rank_invariant": not dependent,
+        "dataset": dataset.name,
+        "classes": dataset.classes,
+        "device": world.device_name,
+        "threads": world.threads,
+        "precision": cfg.precision,
+        "batch_size": cfg.batch_size,
+        "lr": cfg.scaled_lr(),
+        "epochs": cfg.epochs,
+        "parameters": models.parameters(model),
+    }
+
+
+def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, batches: Batches) -> str:
+    machines = dict.fromkeys(rank["host"] for rank in env["ranks"])
+    devices = dict.fromkeys(rank["device"] for rank in env["ranks"])
+    shares = [len(range(r, batches.batch, world.size)) for r in range(world.size)]
+    last = batches.count - (batches.steps - 1) * batches.batch
+    shape = "x".join(map(str, dataset.image_shape))
+    scaled = f" ({cfg.lr:g} scaled, {cfg.lr_scaling})" if cfg.lr_scaling != "none" else ""
+    lines = {
+        "run": f"{cfg.model}, recipe {cfg.recipe}, seed {cfg.seed}: {rundir.folder_of(cfg)}",
+        "ranks": f"{world.size} on {', '.join(machines)}; {world.threads} CPU thread{'s' * (world.threads > 1)} each",
+        "device": f"{', '.join(devices)}; precision {cfg.precision}",
+        "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "
+        f"{len(dataset.classes)} classes; from {dataset.source}",
+        "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, shares))}; "
+        f"{batches.steps} steps an epoch, the last of {last}",
+        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {cfg.epochs} epochs",
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _notes(dataset: data.Dataset, dependent: list[str]) -> list[str]:
+    notes = []
+    if dataset.synthetic:
+        notes.append("SYNTHETIC data: good for checking a machine; its figures mean nothing else")
+    if dependent:
+        layers = ", ".join(dependent)
+        notes.append(f"note: {layers} work on each rank's rows alone: the result depends on the number of ranks")
+    return notes

@@ -1,0 +1,83 @@
+"""Train one model, on every rank that the launcher started.
+
+    python -m fashion_ddp.train --model linear                        one process: a card, or the CPU
+    accelerate launch -m fashion_ddp.train --model cnn                all cards of this machine
+    torchrun --standalone --nproc-per-node 2 -m fashion_ddp.train     two ranks; CPU too
+
+Exit code 0: finished. 1: failed. 2: nothing was started, because something must be mended first.
+"""
+
+import sys
+import time
+
+from fashion_ddp import machine
+from fashion_ddp.cli import Command, parse
+from fashion_ddp.config import TrainingFailed, UserError, fail
+
+STARTED = time.time()
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        command = parse(argv)
+        machine.refuse_launcher_settings(command.run)
+        train(command)
+    except UserError as error:
+        fail(error, 2)
+    except TrainingFailed as error:
+        fail(error, 1)
+    except KeyboardInterrupt:
+        fail(TrainingFailed("interrupted"), 130)
+    return 0
+
+
+def train(command: Command) -> None:
+    """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
+    # Not at the top: these import torch, and a mistake in the command is answered before that.
+    from fashion_ddp import models, results, start, tracking
+    from fashion_ddp.batches import Batches, split
+    from fashion_ddp.clock import Timings, peak_memory_bytes
+    from fashion_ddp.evaluate import Evaluation
+    from fashion_ddp.ranks import open_world
+    from fashion_ddp.step import Step
+
+    cfg = command.run
+    with open_world(cfg) as world:
+        data = start.load_data(cfg, world)
+        classes = len(data.classes)
+        model = models.build(cfg, data.image_shape, classes)
+        trained_on, held_out = split(cfg, data)
+        batches = Batches(cfg, world, data.train_images[trained_on], data.train_labels[trained_on])
+        sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
+        if cfg.validation:
+            sets["val"] = Evaluation(cfg, world, data.train_images[held_out], data.train_labels[held_out], classes)
+
+        environment = start.environment(cfg, world, data)
+        folder = start.claim(command, world, environment["made_by"])
+        if folder is None:
+            return
+        step = Step(cfg, world, model, batches)
+        known = start.announce(cfg, world, folder, environment, model, data, batches)
+        timings = Timings(STARTED)
+        with tracking.open_recorder(folder, cfg, world, known) as recorder:
+            for epoch in range(1, cfg.epochs + 1):
+                recorder.begin_epoch(epoch, batches.steps)
+                with timings.measure("train"):
+                    batches.draw(epoch)
+                    for window in step.sync.windows(batches.steps):
+                        for k in window:
+                            step(k)
+                        recorder.steps(step.read(window))
+                with timings.measure("eval"):
+                    scores = {name: evaluation(model) for name, evaluation in sets.items()}
+                recorder.epoch(scores, timings.of_epoch(batches.count))
+
+            world.first(lambda: results.write(folder.path, model, data, scores["test"]))
+            figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock.seconds)
+            memory = max(world.share(peak_memory_bytes(world.device)))
+            flops = models.flops_per_image(model, data.image_shape)
+            recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": memory})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

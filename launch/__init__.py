@@ -1,0 +1,1 @@
+"""Ways to start runs: many on this machine (local.py)."""

@@ -1,0 +1,109 @@
+"""What every test stands on: the real data, a home that means harm, and ranks that start in a fifth of a second."""
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+
+# One pool for all tests: a process forked from this server has torch and Accelerate loaded, where a fresh one, and
+# above all a launcher's, spends seconds on them.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "accelerate", "torch._dynamo", "fashion_ddp.step"])
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of the real Fashion-MNIST."""
+    folder = Path(os.environ.get("FASHION_DDP_DATA_DIR", CHECKOUT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.fail(f"{folder} does not exist: set FASHION_DDP_DATA_DIR to a folder with the four files")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hostile_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home whose Accelerate file asks for another engine, without a W&B account; and an environment without the
+    user's own settings for either."""
+    home = tmp_path_factory.mktemp("home")
+    folder = home / ".cache" / "huggingface" / "accelerate"
+    folder.mkdir(parents=True)
+    (folder / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\ndynamo_config: {dynamo_backend: INDUCTOR}\n"
+        "mixed_precision: bf16\nnum_machines: 1\nnum_processes: 2\ngpu_ids: '0,1'\nuse_cpu: false\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("WANDB_", "ACCELERATE_", "HF_HOME", "XDG_", "FASHION_DDP_RUNS", "SLURM_")):
+                patch.delenv(name)
+        patch.setenv("HOME", str(home))
+        yield home
+
+
+def need(program: str) -> None:
+    """Skip a test whose program is not installed; fail it where everything must run."""
+    if shutil.which(program) is None:
+        (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"{program} is not installed")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank(env: dict[str, str], work: bytes, answer: Any) -> None:
+    os.environ.update(env)
+    try:
+        function, args = pickle.loads(work)
+        result = function(*args), None
+    except BaseException:  # noqa: BLE001 - told by the caller
+        result = None, traceback.format_exc()
+    # As plain bytes: multiprocessing would send tensors as files that end with this process.
+    answer.send_bytes(pickle.dumps(result))
+
+
+def ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call function(*args) in so many real ranks over gloo; their results by rank. The function is of a module."""
+    place = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": free_port()}
+    processes, answers = [], []
+    for rank in range(world_size):
+        env = {k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        here, there = _server.Pipe(duplex=False)
+        process = _server.Process(target=_rank, args=(env, pickle.dumps((function, args)), there), daemon=True)
+        process.start()
+        there.close()
+        processes.append(process)
+        answers.append(here)
+    results = [_receive(answer) for answer in answers]
+    for process in processes:
+        process.join()
+    if errors := [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]:
+        pytest.fail("\n".join(errors), pytrace=False)
+    return [result for result, _ in results]
+
+
+def _receive(answer: Any) -> tuple[Any, str | None]:
+    try:
+        return pickle.loads(answer.recv_bytes())
+    except EOFError:
+        return None, "died without an answer"
+
+
+def command(*words: str, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment by name, or this Python's `-m`, as a user would; its output as text."""
+    program = Path(sys.executable).parent / words[0]
+    line = [str(program) if program.exists() else words[0], *words[1:]]
+    surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
+    return subprocess.run(line, check=False, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=timeout)

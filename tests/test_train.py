@@ -1,0 +1,142 @@
+"""One run from the command to its folder: what it leaves, and what it does with what is there already."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import command
+from safetensors.torch import load_file
+
+from fashion_ddp import data, models
+from fashion_ddp.rundir import read_run
+
+TRAIN = (
+    "python",
+    "-m",
+    "fashion_ddp.train",
+    "--model",
+    "linear",
+    "--epochs",
+    "1",
+    "--tracker",
+    "none",
+    "--threads",
+    "1",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """The folder that one real run was started in."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = command(*TRAIN, "--validation", "1000", "--data-dir", str(data_dir), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "screen").write_text(done.stdout)
+    return folder
+
+
+def test_a_run_leaves_a_complete_folder(finished: Path) -> None:
+    run = read_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
+    names = {path.name for path in run.path.iterdir()}
+    tensors = {"predictions.safetensors", "examples.safetensors", "model.safetensors"}
+    records = {"config.yaml", "environment.json", "metrics.jsonl", "steps.jsonl", "summary.json", "model.txt"}
+    assert names == tensors | records | {".lock"}
+    assert run.summary["status"] == "finished" and run.summary["format"] == 1
+    [epoch] = run.metrics
+    assert epoch["epoch"] == 1 and epoch["step"] == run.steps[-1]["step"] == 461 and 90 <= len(run.steps) <= 100
+    for name in ("train/loss", "test/accuracy", "val/accuracy", "time/train_s", "throughput/images_per_s", "lr"):
+        assert epoch[name] > 0
+    figures = ("time/startup_s", "time/train_total_s", "time/eval_total_s", "time/total_s", "time/first_step_s")
+    figures += ("time/step_p50_ms", "time/step_p95_ms", "throughput/images_per_s_per_rank", "peak_memory_bytes")
+    for name in (*figures, "parameters", "flops_per_image", "world_size", "threads"):
+        assert run.summary[name] > 0, name
+    assert run.summary["test/accuracy"] == epoch["test/accuracy"]
+    [start] = run.environment
+    assert start["made_by"]["torch"] == torch.__version__.partition("+")[0] and len(start["ranks"]) == 1
+    assert len(start["made_by"]["data"]) == 4 and len(start["made_by"]["code"]) == 64
+
+
+def test_saved_weights_loaded_again_give_the_saved_predictions(finished: Path, data_dir: Path) -> None:
+    run = read_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
+    d = data.load("fashion_mnist", data_dir)
+    saved = load_file(run.path / "predictions.safetensors")
+    model = models.build(run.settings(), d.image_shape, len(d.classes))
+    model.load_state_dict(load_file(run.path / "model.safetensors"))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(d.test_images) / 255)
+    torch.testing.assert_close(logits, saved["logits"])
+    assert torch.equal(saved["labels"], torch.from_numpy(d.test_labels))
+    accuracy = (saved["predicted"] == saved["labels"]).double().mean().item()
+    assert accuracy == run.summary["test/accuracy"]
+
+
+def test_the_screen_says_what_is_trained_on_what(finished: Path) -> None:
+    screen = (finished / "screen").read_text()
+    said = ["linear, recipe blog, seed 42", "1 CPU thread each", "cpu; precision fp32", "sgd, lr 0.1", "7,850", "7,960"]
+    said += ["59,000 training and 10,000 test images of 1x28x28", "epoch 1/1 | train loss"]
+    said += ["128 over all ranks, of which each gets 128; 461 steps an epoch, the last of 120"]
+    for words in said:
+        assert words in screen
+
+
+def test_its_config_makes_the_same_run(finished: Path) -> None:
+    run = read_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
+    again = command(*TRAIN[:3], "--config", str(run.path / "config.yaml"), "--run-dir", "again", cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert (finished / "again" / "model.safetensors").read_bytes() == (run.path / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_left_alone(finished: Path, data_dir: Path) -> None:
+    words = (*TRAIN, "--validation", "1000", "--data-dir", str(data_dir))
+    folder = finished / "runs" / "linear-blog-seed42-epochs1-validation1000"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = command(*words, cwd=finished)
+    assert again.returncode == 0 and "is finished: nothing to do" in again.stdout
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_check_starts_nothing(tmp_path: Path) -> None:
+    done = command(*TRAIN, "--dataset", "synthetic", "--check-only", cwd=tmp_path)
+    assert done.returncode == 0 and "this command would train" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "no data": (("--data-dir", "nowhere"), "t10k-labels-idx1-ubyte.gz"),
+    "unwritable": (("--dataset", "synthetic", "--runs-dir", "a_file/runs"), "a_file/runs"),
+    "not a run folder": (("--dataset", "synthetic", "--run-dir", "photos"), "photos exists and is no run folder"),
+    "no such module": (("--dataset", "synthetic", "--model", "nothing_here:Net"), "no module 'nothing_here'"),
+    "wrong shape": (("--dataset", "synthetic", "--model", "mine:Seven"), "must give logits of shape [2, 10]"),
+    "too many held out": (("--dataset", "synthetic", "--validation", "12000"), "12000"),
+    "no card": (("--dataset", "synthetic", "--device", "cuda"), "--device cpu"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_message_before_any_work(mistake: str, tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").write_text("")
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef Seven(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(784, 7))\n"
+    )
+    before = sorted(tmp_path.rglob("*"))
+    flags, words = MISTAKES[mistake]
+    done = command(*TRAIN, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and words in done.stderr and "Traceback" not in done.stderr
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_a_user_s_model_trains_and_what_it_breaks_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def Net(shape, classes): return nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(784, classes))\n"
+    )
+    done = command(*TRAIN, "--model", "mine:Net", "--dataset", "synthetic", "--run-dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Dropout work on each rank's rows alone" in done.stdout
+    summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rank_invariant"] is False
