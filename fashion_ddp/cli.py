@@ -46,7 +46,9 @@ def _flags(argv: list[str]) -> dict[str, Any]:
         if kind is bool:
             settings[name.removeprefix("no_")] = not name.startswith("no_")
             continue
-        text = value if equals else (argv[at + 1] if at + 1 < len(argv) else "")
+        if not equals and at + 1 == len(argv):
+            raise UserError(f"{name} needs a value after {flag}")
+        text = value if equals else argv[at + 1]
         whole = int in (kind, *typing.get_args(kind)) and re.fullmatch(r"[+-]?\d+", text)
         settings[name] = convert(name, int(text) if whole else None if text == "None" else text)
     return settings

@@ -231,11 +231,16 @@ def convert(name: str, value: Any) -> Any:
     try:
         # YAML 1.1 reads 1e-3 as text, and a whole number where a fraction is meant is fine.
         if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(value)
+            number = float(value)
+            if not math.isfinite(number):
+                raise UserError(f"{name} must be a finite number, got {value!r}")
+            return number
         if kind is Path and isinstance(value, str | Path):
             return Path(value)
+    except UserError:
+        raise
     except ValueError:
-        pass
+        pass  # text that is no number
     if type(value) is kind:
         return value
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}[kind]

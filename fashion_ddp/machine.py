@@ -60,7 +60,8 @@ def _refuse_lost_ranks(env: Mapping[str, str]) -> None:
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
         raise UserError(
             "accelerate launch was asked for several processes and started one, as it does for CPU ranks and where "
-            f"torch finds no card: for N CPU ranks use {TORCHRUN} --device cpu; for one rank, --num_processes 1"
+            f"torch finds no card: for N CPU ranks use {TORCHRUN} --device cpu; for one rank give --num_processes 1, "
+            "and unset MASTER_ADDR if it was you who set it"
         )
     for variable, starter in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
         if int(env.get(variable) or 1) > 1:

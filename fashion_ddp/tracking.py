@@ -176,8 +176,7 @@ class Wandb:
         try:
             import wandb
         except Exception as error:  # noqa: BLE001 - see the docstring
-            if cfg.tracker == "wandb":
-                say(f"W&B: cannot be used ({_short(error)}); the run is recorded in {run.path} alone")
+            say(f"W&B: cannot be used ({_short(error)}); the run is recorded in {run.path} alone")
             return
         self.module = wandb
         # An argument wins over the user's variable, so it is given only where there is none.
