@@ -31,11 +31,16 @@ def to_unit(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype).div_(255)
 
 
-def split(cfg: Config, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+Index = np.ndarray | slice
+
+
+def split(cfg: Config, data: Dataset) -> tuple[Index, Index]:
     """Indices into the training set: those trained on, and those held out for validation (drawn by seed)."""
     count = len(data.train_labels)
     if cfg.validation >= count:
         raise UserError(f"validation must leave images to train on: {cfg.validation} of {count} were asked for")
+    if not cfg.validation:
+        return slice(None), slice(0)  # a slice copies nothing
     order = torch.randperm(count, generator=generator(cfg.seed, "validation")).numpy()
     return np.sort(order[cfg.validation :]), np.sort(order[: cfg.validation])
 
@@ -64,6 +69,10 @@ class Batches:
         share = math.ceil(self.batch / self.groups)
         self.rows = min(cfg.micro_batch or share, share)
         self.pieces = per_rank * math.ceil(share / self.rows)
+        rows = [len(range(group, self.batch, self.groups)) for group in range(self.groups)]
+        self.shares = [
+            sum(rows[r * per_rank : (r + 1) * per_rank]) for r in range(world.size)
+        ]  # of a full batch, by rank
         # DDP takes the mean of the ranks' gradients, of which the sum is wanted; shards are added up as they are.
         self.ranks_averaged = 1 if cfg.reduction_shards else world.size
 

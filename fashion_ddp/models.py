@@ -100,8 +100,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return (x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)).to(input.dtype)
 
 
-def build(cfg: Config, image_shape: Shape, classes: int) -> nn.Module:
-    """The run's model with its initial weights, on CPU.
+def build(cfg: Config, image_shape: Shape, classes: int, rank: int = 0) -> nn.Module:
+    """The run's model with its initial weights, the same on every rank, on CPU.
 
     Raises UserError for a model of the user's that cannot be found or does not give logits [N, classes].
     """
@@ -128,6 +128,8 @@ def build(cfg: Config, image_shape: Shape, classes: int) -> nn.Module:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"model {cfg.model} has no parameters to train")
+    if rank > 0:  # from here on ranks draw apart: a user's Dropout must not drop the same units on each
+        torch.manual_seed(cfg.seed + rank)
     return model.to(torch.float64 if cfg.precision == "fp64" else torch.float32)
 
 

@@ -30,7 +30,10 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> rundir.Run
     cfg = command.run
     if command.check_only:
         state = world.first(lambda: rundir.check(cfg, made_by, command.fresh, command.reuse))
-        _say(world, f"checked: this command would train; {rundir.folder_of(cfg)} holds {state}")
+        would = {"nothing": "train", "unfinished": "keep what is there under another name, and train"}
+        _say(
+            world, f"checked: this command would {would.get(state, 'find its run finished')} in {rundir.folder_of(cfg)}"
+        )
         return None
     folder = world.first(lambda: rundir.claim(cfg, made_by, command.fresh, command.reuse))
     if folder.finished:
@@ -99,7 +102,6 @@ def announce(
 def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, batches: Batches) -> str:
     machines = dict.fromkeys(rank["host"] for rank in env["ranks"])
     devices = dict.fromkeys(rank["device"] for rank in env["ranks"])
-    shares = [len(range(r, batches.batch, world.size)) for r in range(world.size)]
     last = batches.count - (batches.steps - 1) * batches.batch
     shape = "x".join(map(str, dataset.image_shape))
     scaled = f" ({cfg.lr:g} scaled, {cfg.lr_scaling})" if cfg.lr_scaling != "none" else ""
@@ -109,7 +111,7 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
         "device": f"{', '.join(devices)}; precision {cfg.precision}",
         "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "
         f"{len(dataset.classes)} classes; from {dataset.source}",
-        "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, shares))}; "
+        "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, batches.shares))}; "
         f"{batches.steps} steps an epoch, the last of {last}",
         "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {cfg.epochs} epochs",
     }

@@ -157,7 +157,7 @@ def dataset(count: int) -> Dataset:
 
 @pytest.mark.parametrize("held", [0, 1, 40, 99])
 def test_validation_takes_its_images_from_training(held: int) -> None:
-    trained_on, held_out = split(Config(validation=held), dataset(100))
+    trained_on, held_out = (np.arange(100)[index] for index in split(Config(validation=held), dataset(100)))
     assert len(held_out) == held and sorted([*trained_on, *held_out]) == list(range(100))
     assert list(trained_on) == sorted(trained_on)  # the order of the file, for recipes that do not shuffle
 

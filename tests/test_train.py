@@ -99,7 +99,7 @@ def test_a_finished_run_is_left_alone(finished: Path, data_dir: Path) -> None:
 
 def test_a_check_starts_nothing(tmp_path: Path) -> None:
     done = command(*TRAIN, "--dataset", "synthetic", "--check-only", cwd=tmp_path)
-    assert done.returncode == 0 and "this command would train" in done.stdout
+    assert done.returncode == 0 and "this command would train in runs/linear" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
