@@ -59,6 +59,11 @@ def nearest(word: str, choices: typing.Iterable[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + "choices: " + ", ".join(choices)
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
 @dataclass(frozen=True)
 class Config:
     """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml."""

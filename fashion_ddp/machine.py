@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fashion_ddp.config import Config, UserError
+from fashion_ddp.config import Config, UserError, counted
 
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
@@ -159,7 +159,7 @@ def choose_device(cfg: Config, here: Place, env: Mapping[str, str] = os.environ)
     cards = torch.cuda.device_count()
     if here.local_world_size > cards:
         raise MachineError(
-            f"{here.local_world_size} ranks were started for {cards} NVIDIA card{'s' * (cards > 1)}: "
+            f"{here.local_world_size} ranks were started for {counted(cards, 'NVIDIA card')}: "
             f"start {cards} (--num_processes {cards}), or add --device cpu"
         )
     if cfg.precision == "fp64":

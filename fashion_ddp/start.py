@@ -11,7 +11,7 @@ from torch import nn
 from fashion_ddp import data, models, provenance, rundir, settings
 from fashion_ddp.batches import Batches
 from fashion_ddp.cli import Command
-from fashion_ddp.config import Config
+from fashion_ddp.config import Config, counted
 from fashion_ddp.ranks import World
 
 
@@ -107,13 +107,13 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
     scaled = f" ({cfg.lr:g} scaled, {cfg.lr_scaling})" if cfg.lr_scaling != "none" else ""
     lines = {
         "run": f"{cfg.model}, recipe {cfg.recipe}, seed {cfg.seed}: {rundir.folder_of(cfg)}",
-        "ranks": f"{world.size} on {', '.join(machines)}; {world.threads} CPU thread{'s' * (world.threads > 1)} each",
+        "ranks": f"{world.size} on {', '.join(machines)}; {counted(world.threads, 'CPU thread')} each",
         "device": f"{', '.join(devices)}; precision {cfg.precision}",
         "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "
         f"{len(dataset.classes)} classes; from {dataset.source}",
         "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, batches.shares))}; "
         f"{batches.steps} steps an epoch, the last of {last}",
-        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {cfg.epochs} epochs",
+        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {counted(cfg.epochs, 'epoch')}",
     }
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fashion_ddp.config import Config
+from fashion_ddp.config import Config, counted
 from fashion_ddp.evaluate import Scores
 from fashion_ddp.provenance import identity
 from fashion_ddp.ranks import World
@@ -99,7 +99,7 @@ class Recorder(Silent):
             self.wandb.summarise(self.known)
         trained = self.known["time/train_total_s"] + self.known["time/eval_total_s"]
         whole = self.known["time/total_s"]
-        epochs = f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        epochs = counted(self.epochs, "epoch")
         say(f"finished: {epochs} in {trained:.2f} s ({whole:.1f} s from start to end): {self.folder.path}")
 
     def summary(self, status: str, figures: Mapping[str, Any] | None = None) -> None:
@@ -114,8 +114,10 @@ class Recorder(Silent):
         """End the run's records; `error` ended the run before it was finished."""
         if error is not None:
             self.bar.close()
-            status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.summary(status, {"error": f"{type(error).__name__}: {error}"})
+            if isinstance(error, KeyboardInterrupt):
+                self.summary("stopped", {"error": "interrupted"})
+            else:
+                self.summary("failed", {"error": f"{type(error).__name__}: {error}"})
         if self.wandb:
             self.wandb.finish(failed=error is not None)
 

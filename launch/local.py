@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 
 from fashion_ddp import cli, compare, data, machine, provenance, rundir
-from fashion_ddp.config import Config, UserError, fail
+from fashion_ddp.config import Config, UserError, counted, fail
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         fail(error, 2)
     failed = 0
-    for number, job in enumerate(jobs, start=1):
-        if not job.reused:
-            print(f"\n--- run {number} of {len(jobs)}", flush=True)
-            code = run(job.argv, ranks)
-            if code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM):
-                return code
-            failed += code != 0
+    todo = [job for job in jobs if not job.reused]
+    for number, job in enumerate(todo, start=1):
+        print(f"\n--- run {number} of {len(todo)}", flush=True)
+        code = run(job.argv, ranks)
+        if code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return code
+        failed += code != 0
     print()
     folders = [str(folder) for job in jobs if (folder := rundir.folder_of(job.cfg)).exists()]
     compare.main([*folders, "--out", str(comparison.out)])
@@ -125,8 +125,8 @@ def _announce(comparison: Comparison, jobs: list[Job], dataset: data.Dataset) ->
     if not todo:
         return ranks
     on = f"{cards} x {torch.cuda.get_device_name(0)}" if cards else f"CPU, {cores} cores"
-    runs, each = f"{len(todo)} run{'s' * (len(todo) > 1)}", f"{ranks} rank{'s' * (ranks > 1)}"
-    print(f"{runs} of {each} with {threads} CPU thread{'s' * (threads > 1)} each, on {on}; ", end="")
+    each = f"{counted(ranks, 'rank')} with {counted(threads, 'CPU thread')} each"
+    print(f"{counted(len(todo), 'run')} of {each}, on {on}; ", end="")
     seconds = sum(_estimate(cfg, kind, ranks, threads, dataset) for cfg in todo)
     print(f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s", flush=True)
     return ranks

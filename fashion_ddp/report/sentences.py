@@ -1,5 +1,6 @@
 """What the report says in words: its title, what was compared, and the notes under the tables."""
 
+from fashion_ddp.config import counted
 from fashion_ddp.report.results import Result
 from fashion_ddp.report.rows import Comparison
 
@@ -14,19 +15,15 @@ def headline(comparison: Comparison) -> str:
     """What was compared, in one sentence."""
     results = comparison.finished
     if not results:
-        return f"None of {_counted(len(comparison.unfinished), 'run')} is finished."
+        return f"None of {counted(len(comparison.unfinished), 'run')} is finished."
     models, recipes = {r.model for r in results}, sorted({r.recipe for r in results})
     seeds = [str(seed) for seed in sorted({r.record["seed"] for r in results})]
-    text = f"{_counted(len(results), 'finished run')} of {_counted(len(models), 'model')} on "
+    text = f"{counted(len(results), 'finished run')} of {counted(len(models), 'model')} on "
     text += " and ".join(section.title for section in comparison.sections)
     text += f"; {_listed('recipe', recipes)}; {_listed('seed', seeds)}"
     if comparison.unfinished:
-        text += f"; {_counted(len(comparison.unfinished), 'run')} not finished and not ranked"
+        text += f"; {counted(len(comparison.unfinished), 'run')} not finished and not ranked"
     return text + "."
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def _listed(noun: str, values: list[str]) -> str:
