@@ -174,7 +174,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "epochs": [("0", "greater than 0"), ("-3", "greater than 0"), ("2.5", "whole number"), ("", "whole number")],
     "batch_size": [("0", "greater than 0"), ("many", "whole number")],
     "optimizer": [("admw", "did you mean 'adamw'?"), ("lion", "choices: sgd, momentum, adam, adamw")],
-    "lr": [("0", "greater than 0"), ("-1", "greater than 0"), ("nan", "finite"), ("inf", "finite"), ("fast", "a number")],
+    "lr": [("0", "greater than 0"), ("-1", "greater than 0"), ("nan", "finite"), ("inf", "finite"), ("x", "a number")],
     "lr_scaling": [("square", "choices: none, linear, sqrt")],
     "reference_batch": [("0", "greater than 0"), ("1.5", "whole number")],
     "schedule": [("cosin", "did you mean 'cosine'?")],
