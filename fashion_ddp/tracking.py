@@ -82,15 +82,12 @@ class Recorder(Silent):
         if self.wandb:
             self.wandb.log(row)
         self.summary("running", row)
-        sets = [
-            f"{s} loss {row[f'{s}/loss']:.4f} accuracy {100 * row[f'{s}/accuracy']:.2f} %" for s in ("train", *scores)
-        ]
-        seconds = f"{row['time/train_s']:.2f} s + {row['time/eval_s']:.2f} s evaluation"
-        say(
-            " | ".join(
-                [f"epoch {self.now}/{self.epochs}", *sets, f"{seconds}, {row['throughput/images_per_s']:,.0f} images/s"]
-            )
-        )
+        shown = [f"epoch {self.now}/{self.epochs}"]
+        for name in ("train", *scores):
+            shown.append(f"{name} loss {row[f'{name}/loss']:.4f} accuracy {100 * row[f'{name}/accuracy']:.2f} %")
+        shown.append(f"{row['time/train_s']:.2f} s + {row['time/eval_s']:.2f} s evaluation")
+        shown.append(f"{row['throughput/images_per_s']:,.0f} images/s")
+        say(" | ".join(shown))
 
     def finish(self, figures: Mapping[str, Any]) -> None:
         """Complete summary.json, and say where everything is."""
@@ -104,11 +101,8 @@ class Recorder(Silent):
 
     def summary(self, status: str, figures: Mapping[str, Any] | None = None) -> None:
         """Replace summary.json: the status, what is known of the run, and its last figures."""
-        self.known = {"format": FORMAT, "status": status} | {
-            k: v for k, v in self.known.items() if k not in ("format", "status")
-        }
         self.known |= figures or {}
-        self.folder.write_json("summary.json", self.known)
+        self.folder.write_json("summary.json", {"format": FORMAT, "status": status, **self.known})
 
     def close(self, error: BaseException | None) -> None:
         """End the run's records; `error` ended the run before it was finished."""

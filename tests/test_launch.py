@@ -123,3 +123,14 @@ def test_local_ends_the_other_ranks_when_one_fails(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     statuses = {run["model"]: run["status"] for run in report["runs"]}
     assert statuses["linear"] == "finished" and statuses.get("mine:Net") != "finished"
+
+
+def test_missing_data_is_told_once_by_all_ranks_together(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    words = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fashion_ddp.train", "--model", "mlp")
+    done = command(*words, cwd=tmp_path, FASHION_DDP_DATA_DIR=str(tmp_path / "empty"))
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        assert f"{name}-ubyte.gz" in done.stderr
+    assert "python -m fashion_ddp.data" in done.stderr and str(tmp_path / "empty") in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -1,0 +1,78 @@
+"""What the README and CONTRIBUTING tell people to type, open and paste works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHECKOUT
+from torch import nn
+
+from fashion_ddp import cli, models
+from fashion_ddp.settings import recipe_settings
+
+pytestmark = pytest.mark.quick
+
+PAGES = ["README.md", "CONTRIBUTING.md"]
+TEXT = "\n".join((CHECKOUT / page).read_text() for page in PAGES)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
+TYPED = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
+TYPED += [line.partition("#")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines()]
+NAMES = ("path/to", "package.module", "...", "--help")  # stand for something of the reader's
+TYPED = sorted({line for line in TYPED if not any(name in line for name in NAMES)})
+TRAIN = [line for line in TYPED if "-m fashion_ddp.train " in line]
+FLAGS = [line for line in TYPED if re.match(r"--[\w-]+ ", line)]
+MAKE = [line for line in TYPED if line.startswith("make ")]
+
+
+def block(kind: str) -> str:
+    [code] = [code for found, code in BLOCKS if found == kind]
+    return code
+
+
+@pytest.mark.parametrize("line", TRAIN)
+def test_a_training_command_is_valid(line: str) -> None:
+    cli.parse(shlex.split(line.partition("-m fashion_ddp.train ")[2]))
+
+
+@pytest.mark.parametrize("line", FLAGS)
+def test_flags_are_valid(line: str) -> None:
+    cli.parse(["--model", "cnn", *shlex.split(line)])
+
+
+@pytest.mark.parametrize("line", MAKE)
+def test_a_make_target_and_its_variables_exist(line: str) -> None:
+    makefile = (CHECKOUT / "Makefile").read_text()
+    for word in shlex.split(line)[1:]:
+        name, equals, _ = word.partition("=")
+        pattern = rf"^{name} \?=" if equals else rf"^([\w -]+ )?{name}( [\w -]+)?:"
+        assert re.search(pattern, makefile, flags=re.MULTILINE), word
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\((?!http)([^)]+)\)", (CHECKOUT / page).read_text())
+    assert [link for link in links if not (CHECKOUT / link).exists()] == []
+
+
+def test_the_tree_names_every_file() -> None:
+    tree = next(code for kind, code in BLOCKS if not kind and "fashion_ddp/\n" in code)
+    for path in [*(CHECKOUT / "fashion_ddp").glob("*.py"), *(CHECKOUT / "launch").glob("*.py")]:
+        assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", tree), path.name
+
+
+def test_the_model_to_add_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "ARCHITECTURES", {})
+    names = {"architecture": models.architecture, "Shape": models.Shape, "nn": nn}
+    exec(block("python"), names)  # noqa: S102 - our own page
+    [build] = models.ARCHITECTURES.values()
+    assert build((1, 28, 28), 10)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_recipe_to_add_can_be_added(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(block("yaml"))
+    recipe = str(tmp_path / "mine.yaml")
+    assert recipe_settings(recipe, "cnn")["hidden_units"] == 32
+    assert recipe_settings(recipe, "pkg:Net")["lr"] == 0.001
+    cli.parse(["--recipe", recipe, "--model", "cnn"])
