@@ -141,9 +141,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name)))
-        not_negative = "at least 0", lambda v: 0 <= v < math.inf
-        positive = "greater than 0", lambda v: 0 < v < math.inf
+            value = convert(field.name, getattr(self, field.name))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field.name} must be a finite number, got {value!r}")
+            object.__setattr__(self, field.name, value)
+        not_negative = "at least 0", lambda v: v >= 0
+        positive = "greater than 0", lambda v: v > 0
         probability = "from 0 to 1", lambda v: 0 <= v <= 1
         rules: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
             "seed": ("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63),
@@ -236,14 +239,9 @@ def convert(name: str, value: Any) -> Any:
     try:
         # YAML 1.1 reads 1e-3 as text, and a whole number where a fraction is meant is fine.
         if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            number = float(value)
-            if not math.isfinite(number):
-                raise UserError(f"{name} must be a finite number, got {value!r}")
-            return number
+            return float(value)
         if kind is Path and isinstance(value, str | Path):
             return Path(value)
-    except UserError:
-        raise
     except ValueError:
         pass  # text that is no number
     if type(value) is kind:
