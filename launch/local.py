@@ -8,6 +8,7 @@ and the report says which; 2: nothing was started, because something must be men
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 import tyro
 
 from fashion_ddp import cli, compare, data, machine, provenance, rundir
-from fashion_ddp.config import Config, UserError, counted, fail
+from fashion_ddp.config import Config, UserError, counted, fail, nearest
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     try:
         comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
-        if comparison.ranks < 0:
-            raise UserError(f"ranks must be at least 0, got {comparison.ranks}")
+        _check(comparison, flags)
         flags += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], flags).cfg)
         jobs = [_job(comparison, model, seed, flags) for model in comparison.models for seed in comparison.seeds]
         first = jobs[0].cfg
         dataset = data.load(first.dataset, first.data_dir)
         jobs = [_reuse_or_retrain(job, provenance.made_by(dataset.md5)) for job in jobs]
         ranks = _announce(comparison, jobs, dataset)
+        if "--check-only" in flags:
+            return 0
     except UserError as error:
         fail(error, 2)
     failed = 0
@@ -74,6 +76,19 @@ def main(argv: list[str] | None = None) -> int:
     folders = [str(folder) for job in jobs if (folder := rundir.folder_of(job.cfg)).exists()]
     compare.main([*folders, "--out", str(comparison.out)])
     return int(failed > 0)
+
+
+def _check(comparison: Comparison, flags: list[str]) -> None:
+    """What tyro leaves to us: ranges, and flags that neither we nor fashion_ddp.train know."""
+    if comparison.ranks < 0:
+        raise UserError(f"ranks must be at least 0, got {comparison.ranks}")
+    if not comparison.models or not comparison.seeds:
+        raise UserError("models and seeds need at least one value each")
+    known = [field.name for kind in (Comparison, cli.Command, Config) for field in dataclasses.fields(kind)]
+    for flag in (word.partition("=")[0] for word in flags if word.startswith("--")):
+        name = flag.removeprefix("--").replace("-", "_")
+        if name.removeprefix("no_") not in known:
+            raise UserError(f"unknown flag {flag}; {nearest(name, known)}")
 
 
 def _job(comparison: Comparison, model: str, seed: int, flags: list[str]) -> Job:

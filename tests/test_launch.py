@@ -106,6 +106,22 @@ def test_local_trains_compares_and_takes_finished_runs_as_they_are(tmp_path: Pat
     assert (tmp_path / "runs" / "mlp-blog-seed42-epochs1-datasetsynthetic.1").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--sedes", "1"), "unknown flag --sedes; did you mean 'seeds'?"),
+        (("--models",), "models and seeds need at least one value each"),
+        (("--models", "linaer"), "did you mean 'linear'?"),
+        (("--ranks", "-1"), "ranks must be at least 0"),
+        (("--lr", "-1"), "lr must be greater than 0"),
+    ],
+)
+def test_local_refuses_a_mistake_before_any_run(flags: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = command("python", "-m", "launch.local", "--dataset", "synthetic", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_local_ends_the_other_ranks_when_one_fails(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import os\nfrom torch import nn\n\n"
