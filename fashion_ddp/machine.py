@@ -21,8 +21,8 @@ class MachineError(UserError):
 
     of_machine = True
 
-    def __init__(self, message: str):
-        super().__init__(f"{socket.gethostname()}: {message}")
+    def __str__(self) -> str:
+        return f"{socket.gethostname()}: {super().__str__()}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ and the report says which; 2: nothing was started, because something must be men
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ import tyro
 
 from fashion_ddp import cli, compare, data, machine, provenance, rundir
 from fashion_ddp.config import Config, UserError, counted, fail, nearest
+
+Sizes = tuple[tuple[int, int, int], int, int]  # of the data: (C, H, W), classes, training images
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         first = jobs[0].cfg
         dataset = data.load(first.dataset, first.data_dir)
         jobs = [_reuse_or_retrain(job, provenance.made_by(dataset.md5)) for job in jobs]
-        ranks = _announce(comparison, jobs, dataset)
+        # In a process of its own: torch in this one would hold memory of a card while the runs need it.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            sizes = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
+            ranks = pool.submit(_announce, comparison, jobs, sizes).result()
         if "--check-only" in flags:
             return 0
     except UserError as error:
@@ -122,7 +129,7 @@ def _reuse_or_retrain(job: Job, made_by: dict) -> Job:
         return Job(job.cfg, (*job.argv, "--fresh"))
 
 
-def _announce(comparison: Comparison, jobs: list[Job], dataset: data.Dataset) -> int:
+def _announce(comparison: Comparison, jobs: list[Job], sizes: Sizes) -> int:
     """Say what will run on what, and about how long. Returns the ranks of each run."""
     import torch
 
@@ -132,32 +139,31 @@ def _announce(comparison: Comparison, jobs: list[Job], dataset: data.Dataset) ->
     ranks = comparison.ranks or cards or min(4, cores)
     machine.choose_device(cfg, machine.Place(world_size=ranks, local_world_size=ranks))
     threads = machine.threads_per_rank(cfg, ranks)
-    for job in (job for job in jobs if job.reused):
-        print(
-            f"{rundir.folder_of(job.cfg)}: finished before, with the same settings, code and versions: taken as it is"
-        )
+    for folder in (rundir.folder_of(job.cfg) for job in jobs if job.reused):
+        print(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
     todo = [job.cfg for job in jobs if not job.reused]
     if not todo:
         return ranks
     on = f"{cards} x {torch.cuda.get_device_name(0)}" if cards else f"CPU, {cores} cores"
     each = f"{counted(ranks, 'rank')} with {counted(threads, 'CPU thread')} each"
     print(f"{counted(len(todo), 'run')} of {each}, on {on}; ", end="")
-    seconds = sum(_estimate(cfg, kind, ranks, threads, dataset) for cfg in todo)
+    seconds = sum(_estimate(cfg, kind, ranks, threads, sizes) for cfg in todo)
     print(f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s", flush=True)
     return ranks
 
 
-def _estimate(cfg: Config, kind: str, ranks: int, threads: int, dataset: data.Dataset) -> float:
+def _estimate(cfg: Config, kind: str, ranks: int, threads: int, sizes: Sizes) -> float:
     """About how many seconds a run takes: from a few training steps of its model, on black images."""
     import torch
     from torch.nn.functional import cross_entropy
 
     from fashion_ddp import models
 
+    image_shape, classes, count = sizes
     torch.set_num_threads(threads)
-    model = models.build(cfg, dataset.image_shape, len(dataset.classes)).to(kind)
+    model = models.build(cfg, image_shape, classes).to(kind)
     rows = -(-cfg.batch_size // ranks)
-    images = torch.zeros(rows, *dataset.image_shape, dtype=next(model.parameters()).dtype, device=kind)
+    images = torch.zeros(rows, *image_shape, dtype=next(model.parameters()).dtype, device=kind)
     labels = torch.zeros(rows, dtype=torch.long, device=kind)
     took = []
     for _ in range(4):
@@ -165,7 +171,7 @@ def _estimate(cfg: Config, kind: str, ranks: int, threads: int, dataset: data.Da
         cross_entropy(model(images), labels).backward()
         labels.sum().item()  # waits for a card
         took.append(time.perf_counter() - start)
-    steps = cfg.epochs * len(dataset.train_labels) / cfg.batch_size
+    steps = cfg.epochs * count / cfg.batch_size
     start_up, rest_of_a_step = 8.0, 0.001  # seconds: imports on a quiet machine; all-reduce, update, bookkeeping
     return start_up + steps * (1.15 * min(took) + rest_of_a_step)
 
