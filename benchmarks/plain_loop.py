@@ -35,7 +35,8 @@ def plain(model_name: str, root: Path) -> dict[str, float]:
     cfg = make_config({"model": model_name})
     train = DataLoader(FashionMNIST(root, train=True, transform=ToTensor()), cfg.batch_size, shuffle=False)
     test = DataLoader(FashionMNIST(root, train=False, transform=ToTensor()), cfg.batch_size, shuffle=False)
-    model = models.build(cfg, (1, 28, 28), 10)
+    classes = len(train.dataset.classes)  # type: ignore[attr-defined]
+    model = models.build(cfg, tuple(next(iter(train))[0].shape[1:]), classes)
     optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[cfg.optimizer](model.parameters(), lr=cfg.lr)
     loss_function = nn.CrossEntropyLoss()
     start = time.perf_counter()
