@@ -41,7 +41,8 @@ class Recorder(Silent):
     """The recorder of rank 0."""
 
     def __init__(self, folder: RunFolder, cfg: Config, known: dict[str, Any], wandb: "Wandb | None"):
-        self.folder, self.known, self.wandb, self.epochs = folder, known, wandb, cfg.epochs
+        self.folder, self.wandb, self.epochs = folder, wandb, cfg.epochs
+        self.known = {"format": FORMAT, "status": "running", **known}
         self.step = 0  # updates since the run began
         self.bar = tqdm(disable=True)
         self.summary("running")
@@ -101,8 +102,8 @@ class Recorder(Silent):
 
     def summary(self, status: str, figures: Mapping[str, Any] | None = None) -> None:
         """Replace summary.json: the status, what is known of the run, and its last figures."""
-        self.known |= figures or {}
-        self.folder.write_json("summary.json", {"format": FORMAT, "status": status, **self.known})
+        self.known |= {"status": status} | dict(figures or {})
+        self.folder.write_json("summary.json", self.known)
 
     def close(self, error: BaseException | None) -> None:
         """End the run's records; `error` ended the run before it was finished."""
