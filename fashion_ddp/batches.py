@@ -69,10 +69,9 @@ class Batches:
         share = math.ceil(self.batch / self.groups)
         self.rows = min(cfg.micro_batch or share, share)
         self.pieces = per_rank * math.ceil(share / self.rows)
+        # Of a full batch, how many rows each rank gets.
         rows = [len(range(group, self.batch, self.groups)) for group in range(self.groups)]
-        self.shares = [
-            sum(rows[r * per_rank : (r + 1) * per_rank]) for r in range(world.size)
-        ]  # of a full batch, by rank
+        self.shares = [sum(rows[r * per_rank : (r + 1) * per_rank]) for r in range(world.size)]
         # DDP takes the mean of the ranks' gradients, of which the sum is wanted; shards are added up as they are.
         self.ranks_averaged = 1 if cfg.reduction_shards else world.size
 

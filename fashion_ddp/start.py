@@ -30,10 +30,12 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> rundir.Run
     cfg = command.run
     if command.check_only:
         state = world.first(lambda: rundir.check(cfg, made_by, command.fresh, command.reuse))
-        would = {"nothing": "train", "unfinished": "keep what is there under another name, and train"}
-        _say(
-            world, f"checked: this command would {would.get(state, 'find its run finished')} in {rundir.folder_of(cfg)}"
-        )
+        would = {
+            "nothing": "train",
+            "unfinished": "keep what is there under another name, and train",
+            "finished": "find its run finished",
+        }[state]
+        _say(world, f"checked: this command would {would} in {rundir.folder_of(cfg)}")
         return None
     folder = world.first(lambda: rundir.claim(cfg, made_by, command.fresh, command.reuse))
     if folder.finished:

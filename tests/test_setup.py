@@ -121,16 +121,20 @@ def test_the_driver_is_read_from_the_machine(tmp_path: Path, smi: str, module: s
 def test_what_pip_was_told_of_the_registry_uv_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
-    (tmp_path / "pip.conf").write_text(
-        "[global]\nindex-url = https://mirror.example/simple\ncert = /ca.pem\nextra-index-url =\n"
-        "    https://a.example\n    https://b.example\nfind-links = /wheels\n"
-    )
+    kept = {
+        "index-url": "https://mirror.example/pypi",
+        "cert": "/ca.pem",
+        "extra-index-url": "\n    https://a.example\n    https://b.example",
+        "find-links": "/wheels",
+    }
+    lines = [f"{name} = {value}" for name, value in kept.items()]
+    (tmp_path / "pip.conf").write_text("\n".join(["[global]", *lines, ""]))
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     monkeypatch.setenv("PIP_FIND_LINKS", "/newer")
     told = installer["pip_registry"](sys.executable)
     assert told.pop("UV_INDEX_STRATEGY") == "unsafe-best-match"
     assert told == {
-        "UV_DEFAULT_INDEX": "https://mirror.example/simple",
+        "UV_DEFAULT_INDEX": "https://mirror.example/pypi",
         "UV_INDEX": "https://a.example https://b.example",
         "UV_FIND_LINKS": "/newer",
         "SSL_CERT_FILE": "/ca.pem",
