@@ -3,6 +3,7 @@
 ## make test          every test but the slow ones
 ## make test-quick    the tests of a minute
 ## make test-slow     the slow tests: real launches, real installations
+## make soak          N=100 faults drawn by SEED=1 strike real runs, which must end as if nothing had happened
 ## make lint          ruff check, ruff format --check, mypy
 ## make lock          resolve the two locks anew (CONTRIBUTING.md says when)
 ## make clean         remove caches; never runs, data or the environment
@@ -27,6 +28,8 @@ GPUS ?=
 RANKS ?=
 FRESH ?=
 ARGS ?=
+N ?= 100
+SEED ?= 1
 
 RUN := $(VENV)/bin/python -m
 DATA := $(wildcard ../shared/data)
@@ -35,13 +38,13 @@ FASHION_DDP_DATA_DIR ?= $(abspath $(DATA))
 export FASHION_DDP_DATA_DIR
 endif
 
-.PHONY: help setup compare test test-quick test-slow lint lock clean
+.PHONY: help setup compare test test-quick test-slow soak lint lock clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 # The other targets need setup, and silence from it when there is nothing to do.
-compare test test-quick test-slow lint lock: quiet = --quiet
+compare test test-quick test-slow soak lint lock: quiet = --quiet
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
@@ -57,6 +60,9 @@ test-quick: setup
 
 test-slow: setup
 	$(RUN) pytest -m slow
+
+soak: setup
+	$(VENV)/bin/python tests/soak.py --faults $(N) --seed $(SEED)
 
 lint: setup
 	$(RUN) ruff check .

@@ -11,18 +11,18 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from fashion_ddp import data, models, provenance
+from fashion_ddp import data, machine, models, provenance
 from fashion_ddp.settings import make_config
 
 
@@ -102,18 +102,10 @@ def main() -> None:
                 flush=True,
             )
             results[model] = {"median_seconds": medians, "ratios": ratios, "runs": rows}
-    machine = {"processor": _processor(), "cores": os.cpu_count(), **provenance.versions()}
-    made = {"date": time.strftime("%Y-%m-%d"), "commit": provenance.git_commit(), "machine": machine}
+    made: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": provenance.git_commit()}
+    made |= {"machine": {"processor": machine.cpu_name(), "cores": os.cpu_count(), **provenance.versions()}}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**made, "models": results}, indent=1) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

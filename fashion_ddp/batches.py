@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fashion_ddp.config import Config, UserError
+from fashion_ddp.config import Config
 from fashion_ddp.data import Dataset
+from fashion_ddp.errors import UserError
 from fashion_ddp.ranks import World
 
 DTYPES = {"fp64": torch.float64}  # of the images; mixed precision casts inside the model

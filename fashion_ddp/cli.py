@@ -5,13 +5,15 @@ import os
 import re
 import sys
 import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from fashion_ddp.config import Config, UserError, convert, field_types
+from fashion_ddp.config import Config, convert, field_types
+from fashion_ddp.errors import UserError
+from fashion_ddp.private import hide_values, refuse_secrets
 from fashion_ddp.settings import checked, make_config, read_mapping
 
 
@@ -63,12 +65,13 @@ def parse(argv: list[str] | None = None) -> Command:
     from_environment = {"runs_dir": Path(folder)} if (folder := os.environ.get("FASHION_DDP_RUNS_DIR")) else {}
     from_file = checked(file, *read_mapping(file)) if file is not None else {}
     base = make_config(from_environment, from_file, _flags(argv))
+    refuse_secrets(asdict(base))
     try:
         # What tyro adds to the values that we have: help, and misspelt flags found.
         return tyro.cli(
             Command,
             prog="python -m fashion_ddp.train",
-            args=argv,
+            args=list(hide_values(argv)),  # of flags that we do not have: it shows them
             default=Command(run=base),
             console_outputs=os.environ.get("RANK", "0") == "0",
         )

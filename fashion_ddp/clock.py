@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -17,7 +18,9 @@ class StepClock:
     def __init__(self, device: torch.device):
         self.on_card = device.type == "cuda"
         self.marks: list[float | torch.cuda.Event] = []
-        self.seconds: list[float] = []  # by step, the process's first step first
+        self.fresh = True  # this process has not read a step
+        self.first: float | None = None  # seconds of the run's first step, which holds what is done only once
+        self.seconds: list[float] = []  # of the others, without the first of a process that continued the run
 
     def start(self) -> None:
         """A step begins; within a window, where the one before ended."""
@@ -37,45 +40,75 @@ class StepClock:
         """At a sync point, where the device has finished: turn marks into seconds, and begin the next window."""
         for start, end in zip(self.marks, self.marks[1:], strict=False):
             if isinstance(start, float) and isinstance(end, float):
-                self.seconds.append(end - start)
+                self._add(end - start)
             elif isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                self.seconds.append(start.elapsed_time(end) / 1000)
+                self._add(start.elapsed_time(end) / 1000)
         self.marks = []
+
+    def _add(self, seconds: float) -> None:
+        if not self.fresh:
+            self.seconds.append(seconds)
+        elif self.first is None:
+            self.first = seconds
+        self.fresh = False
+
+    def state(self) -> dict[str, Any]:
+        return {"first": self.first, "seconds": torch.tensor(self.seconds)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on counting where an earlier process of the run saved."""
+        self.first, self.seconds = state["first"], state["seconds"].tolist()
 
 
 class Timings:
-    """The seconds of each phase: "train" and "eval", once per epoch."""
+    """The seconds of each phase: "train" and "eval", once per epoch. Those of earlier processes of the run count, as
+    far as what they did was saved."""
 
     def __init__(self, started: float):
         self.started = started  # time.time() when the process began
         self.startup: float | None = None
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.since = 0.0  # perf_counter() when the current phase began
+        self.earlier = {"startup": 0.0, "total": 0.0, "current": 0.0}  # seconds of earlier processes
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         """Time a phase that ends with a host read of the device's last result."""
         if self.startup is None:
-            self.startup = time.time() - self.started
-        start = time.perf_counter()
+            self.startup = self.earlier["startup"] + time.time() - self.started
+        self.since = time.perf_counter() - self.earlier.pop("current", 0.0)
         yield
-        self.seconds[phase].append(time.perf_counter() - start)
+        self.seconds[phase].append(time.perf_counter() - self.since)
+
+    def total(self) -> float:
+        return self.earlier["total"] + time.time() - self.started
+
+    def state(self) -> dict[str, Any]:
+        """To be taken within a phase."""
+        current = time.perf_counter() - self.since
+        return {"seconds": dict(self.seconds), "startup": self.startup, "total": self.total(), "current": current}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on counting where an earlier process of the run saved."""
+        self.earlier = {name: state[name] for name in self.earlier}
+        self.seconds |= state["seconds"]
 
     def of_epoch(self, images: int) -> dict[str, float]:
         """The last epoch's figures: seconds, and training images per second over all ranks."""
         train, evaluation = self.seconds["train"][-1], self.seconds["eval"][-1]
         return {"time/train_s": train, "time/eval_s": evaluation, "throughput/images_per_s": images / train}
 
-    def of_run(self, images: int, ranks: int, steps: list[float]) -> dict[str, float | None]:
-        """The run's figures. `images`: trained on in all; `steps`: seconds of each step, of which the first is kept
-        apart, as it holds what is done only once."""
+    def of_run(self, images: int, ranks: int, steps: StepClock) -> dict[str, float | None]:
+        """The run's figures. `images`: trained on in all."""
         train = sum(self.seconds["train"])
-        cuts = statistics.quantiles(steps[1:], n=20, method="inclusive") if len(steps) > 2 else [float("nan")] * 19
+        few = len(steps.seconds) < 2
+        cuts = [float("nan")] * 19 if few else statistics.quantiles(steps.seconds, n=20, method="inclusive")
         return {
             "time/startup_s": self.startup,
             "time/train_total_s": train,
             "time/eval_total_s": sum(self.seconds["eval"]),
-            "time/total_s": time.time() - self.started,
-            "time/first_step_s": steps[0],
+            "time/total_s": self.total(),
+            "time/first_step_s": steps.first,
             "time/step_p50_ms": 1000 * cuts[9],
             "time/step_p95_ms": 1000 * cuts[18],
             "throughput/images_per_s": images / train,

@@ -14,7 +14,9 @@ from pathlib import Path
 import jinja2
 import tyro
 
-from fashion_ddp.config import UserError, fail
+from fashion_ddp.console import fail
+from fashion_ddp.errors import UserError
+from fashion_ddp.private import keep_others_out
 from fashion_ddp.report import figures, sentences, tables
 from fashion_ddp.report.results import read_results
 from fashion_ddp.report.rows import Comparison, compare
@@ -118,6 +120,7 @@ def write(comparison: Comparison, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_others_out()
     command = tyro.cli(Command, prog="python -m fashion_ddp.compare", args=argv)
     try:
         comparison = compare(read_results(find_runs(list(command.runs))))

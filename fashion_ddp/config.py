@@ -2,39 +2,19 @@
 
 import ast
 import dataclasses
-import difflib
 import math
-import os
 import re
-import sys
 import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 
+from fashion_ddp.errors import UserError, nearest
+
 PACKAGE = Path(__file__).parent
-
-
-class UserError(ValueError):
-    """Something the user can mend: its text says what is wrong, where, and how to fix it. Exit code 2."""
-
-
-class TrainingFailed(RuntimeError):
-    """Training went wrong in a way that has a plain explanation. Exit code 1."""
-
-
-def fail(error: Exception, code: int) -> NoReturn:
-    """End with an exit code and one message.
-
-    Rank 0 prints for all, who find the same; what only a machine's ranks may find, the first rank there prints.
-    """
-    speaks = os.environ.get("LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK", "0") == "0"
-    if speaks and str(error):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 @cache
@@ -50,18 +30,6 @@ def architectures() -> dict[str, tuple[str, ...]]:
         for f in functions
         if any(isinstance(d, ast.Name) and d.id == "architecture" for d in f.decorator_list)
     }
-
-
-def nearest(word: str, choices: typing.Iterable[str]) -> str:
-    """The text that ends a message about an unknown word: what was probably meant, and what there is."""
-    choices = list(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + "choices: " + ", ".join(choices)
-
-
-def counted(n: int, noun: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 @dataclass(frozen=True)
@@ -132,6 +100,11 @@ class Config:
     """Cut each batch into so many parts whose gradients are added in a fixed order: the same bits on any number of
     ranks that divides it (CPU, equal threads). 0 leaves the sum to DDP."""
 
+    checkpoint_every: float = 30.0
+    """Seconds between checkpoints; a run that is stopped, or ends, leaves one in any case."""
+    timeout: float = 600.0
+    """Seconds that ranks wait for one that hangs before they give up."""
+
     runs_dir: Path = Path("runs")
     """Folder that run folders are made in ($FASHION_DDP_RUNS_DIR)."""
     run_dir: Path | None = None
@@ -155,7 +128,8 @@ class Config:
             "label_smoothing": ("at least 0 and less than 1", lambda v: 0 <= v < 1),
         }
         rules |= dict.fromkeys(("batch_size", "reference_batch", "lr", "hidden_units", "conv_blocks"), positive)
-        rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation"), not_negative)
+        rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation", "checkpoint_every"), not_negative)
+        rules["timeout"] = positive
         rules |= dict.fromkeys(("threads", "micro_batch", "reduction_shards"), not_negative)
         rules |= dict.fromkeys(("flip", "erase"), probability)
         for name, (must_be, holds) in rules.items():
@@ -210,7 +184,7 @@ class Config:
     def result_settings(self) -> dict[str, Any]:
         """The settings, beyond model, recipe and seed, that change what is computed."""
         identity, machine = {"model", "recipe", "seed"}, {"device", "threads", "micro_batch", "data_dir", "tracker"}
-        others = identity | machine | {"runs_dir", "run_dir"}
+        others = identity | machine | {"runs_dir", "run_dir", "checkpoint_every", "timeout"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
 
     def to_yaml(self) -> str:

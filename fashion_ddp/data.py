@@ -16,8 +16,10 @@ import numpy as np
 import tyro
 
 from fashion_ddp import synthetic
-from fashion_ddp.config import UserError, fail
+from fashion_ddp.console import fail
 from fashion_ddp.download import fetch
+from fashion_ddp.errors import UserError
+from fashion_ddp.private import keep_others_out
 from fashion_ddp.published import PUBLISHED, File, Form, absent, locate
 
 __all__ = ["Dataset", "fetch", "load", "locate", "main"]
@@ -124,6 +126,7 @@ def main(dataset: Literal["fashion_mnist", "synthetic"] = "fashion_mnist", data_
         dataset: `synthetic` is built in: there is nothing to find.
         data_dir: The only folder looked into; else $FASHION_DDP_DATA_DIR, or ./data and the user's cache.
     """
+    keep_others_out()
     if dataset in PUBLISHED and data_dir is None and locate(dataset, None) is None:
         fetch(dataset)
     data = load(dataset, data_dir)

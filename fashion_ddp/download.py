@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fashion_ddp.config import UserError
+from fashion_ddp.errors import UserError
 from fashion_ddp.published import PUBLISHED, File, Form, absent, cache, named
 
 TIMEOUT = 5.0  # seconds without a byte after which a source is given up

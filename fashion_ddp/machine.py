@@ -5,13 +5,15 @@ accumulation, another engine) is refused by name: it would train something else 
 """
 
 import os
+import platform
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fashion_ddp.config import Config, UserError, counted
+from fashion_ddp.config import Config
+from fashion_ddp.errors import UserError, counted
 
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
@@ -117,6 +119,15 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no cgroup v2, or "max": no quota
         return cores
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def threads_per_rank(cfg: Config, local_world_size: int) -> int:

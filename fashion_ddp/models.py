@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fashion_ddp.config import Config, UserError
+from fashion_ddp.config import Config
+from fashion_ddp.errors import UserError
 from fashion_ddp.ranks import differentiable_sum
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -148,11 +149,14 @@ def _find(name: str) -> Callable[..., nn.Module]:
 
 @torch.no_grad()
 def _apply_to_zeros(model: nn.Module, image_shape: Shape, rows: int = 1) -> Any:
-    """The model's output for black images, in evaluation mode, which leaves the model as it was."""
+    """The model's output for black images, in evaluation mode, which leaves the model as it was, and the random numbers
+    too: a user's model may draw some, and a run that continues must draw those that follow."""
     parameter = next(model.parameters(), torch.zeros(()))
     was_training = model.training
+    images = torch.zeros(rows, *image_shape, dtype=parameter.dtype, device=parameter.device)
     try:
-        return model.eval()(torch.zeros(rows, *image_shape, dtype=parameter.dtype, device=parameter.device))
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            return model.eval()(images)
     finally:
         model.train(was_training)
 

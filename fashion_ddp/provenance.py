@@ -27,6 +27,9 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit that the source stands at, with `+changes` where files differ from it; None outside git."""
+    submitted = PACKAGE.parent / "GIT_COMMIT"  # beside a copy of the source, which launch/snapshot.py made
+    if submitted.is_file():
+        return submitted.read_text() or None
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(PACKAGE), *words]

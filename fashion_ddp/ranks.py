@@ -19,17 +19,32 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from fashion_ddp import machine
-from fashion_ddp.config import Config, TrainingFailed, UserError
+from fashion_ddp import machine, stop
+from fashion_ddp.config import Config
+from fashion_ddp.errors import Stopped, TrainingFailed, UserError
 
 T = TypeVar("T")
 
-# How long a rank waits for the others before it gives up. A download or a slow file system may hold rank 0 that long.
-PATIENCE = datetime.timedelta(minutes=10)
+# Seconds after a run's own watch at which torch gives up waiting: the watch knows what to say.
+LATER = 30.0
+
+_arrivals = 0
+
+
+def arrive() -> None:
+    """This rank comes to where it meets the others: before a collective, or a backward pass that holds one."""
+    global _arrivals
+    _arrivals += 1
+
+
+def arrivals() -> int:
+    """How often it has; all ranks take the same way, so of two the one with fewer is behind. -1: it took leave."""
+    return _arrivals
 
 
 def sum_(tensor: Tensor) -> Tensor:
     """Add a tensor up over the ranks, in place; one rank alone keeps it as it is."""
+    arrive()
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -77,6 +92,7 @@ class World:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, one after another along a new first dimension: [W, *tensor.shape]."""
+        arrive()
         if self.size == 1:
             return tensor.unsqueeze(0)
         every = tensor.new_empty(self.size, *tensor.shape)
@@ -85,6 +101,7 @@ class World:
 
     def share(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
+        arrive()
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
@@ -92,24 +109,28 @@ class World:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do work that may fail for a user's mistake on some ranks only: then every rank raises the same UserError."""
+        """Do work that may fail in a plain way on some ranks only: then every rank raises the same UserError, or
+        TrainingFailed."""
         result: list[T] = []
         problem = None
         try:
             result.append(work())
-        except UserError as error:
-            problem = socket.gethostname(), str(error)
+        except (UserError, TrainingFailed) as error:
+            problem = socket.gethostname(), str(error), isinstance(error, UserError)
         problems = [p for p in self.share(problem) if p is not None]
         if problems:
-            by_host = dict(reversed(problems))  # the first rank of each host speaks for it
+            by_host = {host: text for host, text, _ in reversed(problems)}  # the first rank of each host speaks for it
             everywhere = len(problems) == self.size and len(set(by_host.values())) == 1
             lines = by_host.values() if everywhere else (f"{host}: {text}" for host, text in by_host.items())
-            raise UserError("\n".join(dict.fromkeys(lines)))
+            raise (UserError if problems[0][2] else TrainingFailed)("\n".join(dict.fromkeys(lines)))
         return result[0]
 
     def first(self, work: Callable[[], T]) -> T:
-        """Do work on rank 0 alone, while the others wait; all get its result or raise its UserError."""
-        result = self.share(self.together(lambda: [work()] if self.rank == 0 else []))[0]
+        """Do work on rank 0 alone, while the others wait; all get its result or raise its error."""
+        result: list[Any] = self.together(lambda: [work()] if self.rank == 0 else [None])
+        if self.size > 1:
+            arrive()
+            dist.broadcast_object_list(result, device=self.device)
         return result[0]
 
     def first_on_machine(self, work: Callable[[], object]) -> None:
@@ -122,6 +143,24 @@ class World:
             # Later torch has another name for it, which earlier torch does not know.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             return self.accelerator.prepare_model(model, evaluation_mode=not ddp)
+
+    def leave(self) -> None:
+        """Take leave of the other ranks: what follows cannot hold them up."""
+        global _arrivals
+        _arrivals = -1
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+LOST = "another rank ended before its time; its own words, or its launcher's, tell why"
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error means that another rank is gone, whose own words tell why."""
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 # Kept until the process ends, so that DDP's reducer never holds a group's last reference: torch 2.10 would then join
@@ -140,7 +179,7 @@ def open_world(cfg: Config) -> Iterator[World]:
         cpu=device == "cpu",
         mixed_precision={"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=cfg.timeout + LATER)),
             # Buffers are equal on all ranks by construction; broadcasting them would cost a collective per step.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
@@ -153,28 +192,38 @@ def open_world(cfg: Config) -> Iterator[World]:
             f"{here.world_size} ranks were asked for and {accelerator.num_processes} made: "
             f"start them with {machine.TORCHRUN}"
         )
+    world = World(accelerator, here, threads)
     try:
-        yield World(accelerator, here, threads)
-    except Exception as error:
-        # Behind any other error, other ranks may sit in a collective, and a farewell would wait for them.
-        if isinstance(error, UserError | TrainingFailed) and dist.is_initialized():
-            dist.destroy_process_group()
+        yield world
+    except (UserError, TrainingFailed, Stopped):
+        world.leave()  # not behind any other error: other ranks may sit in a collective, and it would wait for them
         raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    except Exception as error:
+        if lost(error):
+            raise TrainingFailed(f"{LOST}; the same command continues from the last checkpoint") from error
+        raise
+    world.leave()
 
 
 class SyncPoint:
-    """Where all ranks meet, about once a second, and the host reads what the device has recorded."""
+    """Where all ranks meet, about once a second, and the host reads what the device has recorded.
 
-    def __init__(self, world: World, seconds: float = 1.0):
-        self.world, self.seconds = world, seconds
+    There they also agree whether to stop, and whether a checkpoint is due.
+    """
+
+    def __init__(self, world: World, save_every: float, seconds: float = 1.0):
+        self.world, self.save_every, self.seconds = world, save_every, seconds
         self.length = 1  # steps in the next window; the first step alone, as it takes far longer than the others
-        self.since = time.perf_counter()
+        self.since = self.saved = time.perf_counter()
+        self.stop: str | None = None  # why, where any rank was told to
+        self.due = False  # a checkpoint
 
-    def windows(self, steps: int) -> Iterator[range]:
-        """The steps 0 .. steps - 1 of an epoch, cut at the sync points."""
-        start = 0
+    def saved_now(self) -> None:
+        """The next checkpoint is due an interval from now."""
+        self.saved = time.perf_counter()
+
+    def windows(self, steps: int, start: int = 0) -> Iterator[range]:
+        """The steps `start` to `steps` - 1 of an epoch, cut at the sync points."""
         self.since = time.perf_counter()
         while start < steps:
             window = range(start, min(start + self.length, steps))
@@ -185,9 +234,15 @@ class SyncPoint:
         """Add up the window's rows ([steps, n] float64) over the ranks, in one all-reduce, and read them."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
-        took = max(time.perf_counter() - self.since, 1e-6)
-        proposal = max(1, round(len(rows) * self.seconds / took)) if self.world.rank == 0 else 0
-        message = torch.cat([rows.flatten(), rows.new_tensor([proposal])])
-        *values, length = sum_(message).tolist()
-        self.length, self.since = int(length), time.perf_counter()
-        return torch.tensor(values, dtype=torch.float64).view(rows.shape).tolist()
+        now = time.perf_counter()
+        proposal, due = 0, False
+        if self.world.rank == 0:
+            proposal = max(1, round(len(rows) * self.seconds / max(now - self.since, 1e-6)))
+            due = now - self.saved >= self.save_every
+        message = torch.cat([rows.flatten(), rows.new_tensor([proposal, due, *stop.told()])])
+        values = sum_(message).tolist()
+        length, any_due, *told = values[rows.numel() :]
+        self.length, self.due = int(length), any_due > 0
+        self.stop = next((reason for reason, count in zip(stop.REASONS, told, strict=True) if count), None)
+        self.since = time.perf_counter()
+        return torch.tensor(values[: rows.numel()], dtype=torch.float64).view(rows.shape).tolist()

@@ -1,7 +1,5 @@
 """What a finished run leaves for those who read it: predictions, examples to draw, and the weights."""
 
-from pathlib import Path
-
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -10,12 +8,12 @@ from fashion_ddp import models
 from fashion_ddp.batches import to_unit
 from fashion_ddp.data import Dataset
 from fashion_ddp.evaluate import Scores
-from fashion_ddp.rundir import write_whole
+from fashion_ddp.rundir import RunFolder
 
 SAMPLES = 25  # training images kept for a grid of samples
 
 
-def write(folder: Path, model: nn.Module, data: Dataset, scores: Scores) -> None:
+def write(folder: RunFolder, model: nn.Module, data: Dataset, scores: Scores) -> None:
     """Write predictions.safetensors, examples.safetensors and model.safetensors. `scores` are on the test set."""
     files: dict[str, dict[str, Tensor]] = {
         "predictions.safetensors": {
@@ -28,7 +26,7 @@ def write(folder: Path, model: nn.Module, data: Dataset, scores: Scores) -> None
     }
     for name, tensors in files.items():
         content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        write_whole(folder / name, content)
+        folder.write(name, content)
 
 
 def _examples(model: nn.Module, data: Dataset) -> dict[str, Tensor]:

@@ -9,24 +9,28 @@
     predictions.safetensors   logits [n, classes] float32, predicted [n] int64, labels [n] int64 of the test set
     examples.safetensors      what a report draws: training samples, one test image and its feature maps
     model.safetensors         the weights after the last epoch
+    checkpoints/              what a run that was stopped or killed continues from; the newest two
+    logs/                     one file per rank: stacks and errors
 
-Written by rank 0 alone. Files are replaced whole or appended to by the line, so that a reader sees no half file.
+Written by rank 0 alone (but its log, by each rank). Files are replaced whole or appended to by the line, so that a
+reader sees no half file; half a last line, which a kill may leave, is mended when the run continues.
 """
 
-import fcntl
-import hashlib
+import contextlib
+import errno
 import json
 import math
 import os
-import re
-import socket
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
-from fashion_ddp import settings
-from fashion_ddp.config import Config, UserError
-from fashion_ddp.provenance import differences, identity
+from fashion_ddp.config import Config
+from fashion_ddp.errors import TrainingFailed, UserError
+from fashion_ddp.lock import Lock, holder
+from fashion_ddp.private import redact
 from fashion_ddp.settings import read_mapping
 
 T = TypeVar("T")
@@ -35,136 +39,95 @@ FORMAT = 1  # of summary.json; counts up when a reader of old folders would misr
 
 
 def plain(value: Any) -> Any:
-    """A value as strict JSON can hold it: null for what is not finite, text for a path."""
+    """A value as strict JSON can hold it: null for what is not finite, text for a path; and without secrets."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return redact(str(value)) if isinstance(value, str | Path) else value
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a crash, finds the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_whole(path: Path, content: str | bytes, last_look: Callable[[], object] = lambda: None) -> None:
+    """Replace a file so that a reader, or a crash, finds the old content or the new, never a part.
+
+    `last_look` may raise when all is written but the new name, which keeps the old file.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        last_look()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else the new name itself may be lost with the machine
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(folder)
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------
 
 
-_locks: list[IO[str]] = []  # held, by being open, until the process ends
-
-
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder that this run may write."""
+    """A run folder that this run may write. Every write raises TrainingFailed where it cannot be done."""
 
     path: Path
-    finished: bool  # it holds this very run, complete: nothing is left to do
+    finished: bool = False  # it holds this very run, complete: nothing is left to do
+    lock: Lock | None = None
+
+    def make(self, name: str) -> None:
+        """Make a folder inside, where there is none."""
+        with self._writing(name):
+            (self.path / name).mkdir(exist_ok=True)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Replace a file, whole."""
+        with self._writing(name):
+            write_whole(self.path / name, content, self._check)
 
     def write_json(self, name: str, value: Any) -> None:
-        write_whole(self.path / name, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+        self.write(name, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with open(self.path / name, "a") as file:
-            file.write("".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
+        with self._writing(name), open(self.path / name, "a") as file:
+            file.write(_lines(rows))
+
+    def keep_lines(self, name: str, keep: list[dict[str, Any]]) -> None:
+        """Leave only these of a file's rows, where it holds others."""
+        path, content = self.path / name, _lines(keep)
+        with self._writing(name):
+            changed = path.exists() and path.read_bytes() != content.encode()
+        if changed:
+            self.write(name, content)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            self._check()
+            yield
+        except OSError as error:
+            raise TrainingFailed(
+                f"{self.path / name} cannot be written ({error.strerror or error}): mend that, and give the same "
+                "command again, which continues from the last checkpoint"
+            ) from error
+
+    def _check(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
 
 
-def name(cfg: Config) -> str:
-    """`<model>-<recipe>-seed<seed>`, then every setting that changes the result and differs from the recipe."""
-    parts = [cfg.model, Path(cfg.recipe).stem, f"seed{cfg.seed}"]
-    parts += [f"{key}{value}" for key, value in settings.changed(cfg).items()]
-    text = re.sub(r"[^\w.+=-]+", "_", "-".join(parts)).lstrip(".")
-    if len(text) > 80:
-        text = f"{text[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return text
-
-
-def folder_of(cfg: Config) -> Path:
-    """The run's folder, as given or as named."""
-    return cfg.run_dir or cfg.runs_dir / name(cfg)
-
-
-class Outdated(UserError):
-    """The folder holds this very run, finished, but made by other code, versions or data."""
-
-
-def check(cfg: Config, made_by_now: dict[str, Any], fresh: bool = False, reuse: bool = False) -> str:
-    """What the run's folder holds: "nothing", "unfinished" (to `fresh`, any run) or "finished" (this one, complete).
-
-    Raises UserError for a folder that belongs to something else, Outdated for a run that other code finished.
-    """
-    path = folder_of(cfg)
-    if not path.exists() or (path.is_dir() and not any(p.name != ".lock" for p in path.iterdir())):
-        return "nothing"
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} exists and is no run folder: choose another --run-dir")
-    if fresh:
-        return "unfinished"
-    old = read_run(path)
-    if different := differences(plain(identity(old.settings())), plain(identity(cfg))):
-        raise UserError(
-            f"{path} belongs to another run ({'; '.join(different)}): choose another --run-dir, "
-            "or --fresh to keep it under another name"
-        )
-    if old.summary.get("status") != "finished":
-        return "unfinished"
-    start = old.environment[-1] if old.environment else {}
-    if not reuse and (different := differences(start.get("made_by", {}), made_by_now)):
-        raise Outdated(
-            f"{path} is finished, but was not made by this code and these versions ({'; '.join(different)}): "
-            "--fresh keeps it under another name and trains anew, --reuse accepts it"
-        )
-    return "finished"
-
-
-def claim(cfg: Config, made_by_now: dict[str, Any], fresh: bool = False, reuse: bool = False) -> RunFolder:
-    """Take the run's folder for this process, made or emptied by renaming what it held.
-
-    Raises UserError where it belongs to another run, is held by another process, or cannot be written.
-    """
-    path = folder_of(cfg)
-    try:
-        # Before the lock, too: what is finished or not ours is not touched, not even by a lock file.
-        if check(cfg, made_by_now, fresh, reuse) == "finished":
-            return RunFolder(path, finished=True)
-        path.mkdir(parents=True, exist_ok=True)
-        _lock(path)
-        state = check(cfg, made_by_now, fresh, reuse)
-        if state == "unfinished":
-            aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{n}")).exists())
-            path.rename(aside)
-            path.mkdir()
-            _lock(path)
-            print(f"kept what {path} held as {aside}", flush=True)
-        if state != "finished":
-            write_whole(path / "config.yaml", cfg.to_yaml())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --runs-dir") from None
-    return RunFolder(path, finished=state == "finished")
-
-
-def _lock(path: Path) -> None:
-    lock = open(path / ".lock", "a+")  # noqa: SIM115 - kept open
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip()
-        raise UserError(f"{path} is in use by {holder}: wait for it, or choose another --run-dir") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
-    _locks.append(lock)
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------
@@ -201,6 +164,10 @@ def read_run(path: Path) -> Run:
     summary: dict[str, Any] = _read_json(path / "summary.json", {})
     if summary.get("format", FORMAT) > FORMAT:
         raise UserError(f"{path} was written by a later version of fashion_ddp: update to read it")
+    if summary.get("status") == "running" and holder(path) is None:
+        summary = _read_json(path / "summary.json", {})  # again: it may have ended meanwhile
+        if summary.get("status") == "running":
+            summary["status"] = "interrupted"  # its process is gone without a word
     return Run(
         path=path,
         config=config,
@@ -212,21 +179,21 @@ def read_run(path: Path) -> Run:
 
 
 def _read_json(path: Path, absent: T) -> T:
-    return _decode(path, path.read_text(), type(absent)) if path.exists() else absent
+    return _decode(path, path.read_bytes(), type(absent)) if path.exists() else absent
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [_decode(path, line, dict) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_decode(path, line, dict) for line in lines if line.endswith(b"\n")]
 
 
-def _decode(path: Path, text: str, kind: type[T]) -> T:
+def _decode(path: Path, content: bytes, kind: type[T]) -> T:
     try:
-        value = json.loads(text)
+        value = json.loads(content)
         if isinstance(value, kind):
             return value
         problem = f"expected a {kind.__name__}"
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even text
         problem = str(error)
     raise UserError(f"{path} is not what a run writes ({problem}): restore it or remove the run")
 

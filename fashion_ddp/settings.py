@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from fashion_ddp.config import PACKAGE, Config, UserError, convert, nearest
+from fashion_ddp.config import PACKAGE, Config, convert
+from fashion_ddp.errors import UserError, nearest
 
 USUAL_LR = {"sgd": 0.1, "momentum": 0.01, "adam": 0.001, "adamw": 0.001}
 

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fashion_ddp import data, models, provenance, rundir, settings
+from fashion_ddp import claim as claims
+from fashion_ddp import data, machine, models, provenance, rundir, settings
 from fashion_ddp.batches import Batches
 from fashion_ddp.cli import Command
-from fashion_ddp.config import Config, counted
+from fashion_ddp.config import Config
+from fashion_ddp.console import say
+from fashion_ddp.errors import counted
+from fashion_ddp.private import redact
 from fashion_ddp.ranks import World
+from fashion_ddp.step import Step
 
 
 def load_data(cfg: Config, world: World) -> data.Dataset:
@@ -29,15 +34,16 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> rundir.Run
     """The run's folder, taken by rank 0; None where nothing is to be trained: checked only, or finished before."""
     cfg = command.run
     if command.check_only:
-        state = world.first(lambda: rundir.check(cfg, made_by, command.fresh, command.reuse))
+        state = world.first(lambda: claims.check(cfg, made_by, command.fresh, command.reuse))
         would = {
             "nothing": "train",
-            "unfinished": "keep what is there under another name, and train",
+            "continue": "continue the run",
+            "aside": "keep what is there under another name, and train",
             "finished": "find its run finished",
         }[state]
-        _say(world, f"checked: this command would {would} in {rundir.folder_of(cfg)}")
+        _say(world, f"checked: this command would {would} in {claims.folder_of(cfg)}")
         return None
-    folder = world.first(lambda: rundir.claim(cfg, made_by, command.fresh, command.reuse))
+    folder = world.first(lambda: claims.claim(cfg, made_by, command.fresh, command.reuse))
     if folder.finished:
         _say(world, f"{folder.path} is finished: nothing to do; --fresh keeps it under another name and trains anew")
         return None
@@ -46,12 +52,13 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> rundir.Run
 
 def _say(world: World, text: str) -> None:
     if world.rank == 0:
-        print(text, flush=True)
+        say(text)
 
 
 def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, Any]:
     """This start's entry of environment.json: where, on what and from which code the run is made. A collective."""
-    ranks = world.share({"host": socket.gethostname(), "device": world.device_name, "threads": world.threads})
+    here = {"host": socket.gethostname(), "device": world.device_name, "cpu": machine.cpu_name()}
+    ranks = world.share(here | {"threads": world.threads})
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -72,16 +79,20 @@ def announce(
     env: dict[str, Any],
     model: nn.Module,
     dataset: data.Dataset,
-    batches: Batches,
+    step: Step,
 ) -> dict[str, Any]:
     """Print and record how the run starts. Returns what its summary says from the start."""
+    batches, mixed = step.batches, False
     layers = models.summary(model, dataset.image_shape)
     dependent = models.rank_dependent(model)
     if world.rank == 0:
-        print(_facts(cfg, world, env, dataset, batches), layers, *_notes(dataset, dependent), sep="\n", flush=True)
         starts = rundir.read_run(folder.path).environment
+        mixed = bool(step.done) and any(_hardware(start) != _hardware(env) for start in starts)
+        notes = [*_continued(step, mixed), *_notes(dataset, dependent)]
+        for line in (_facts(cfg, world, env, dataset, batches), layers, *notes):
+            say(line)
         folder.write_json("environment.json", [*starts, env])
-        rundir.write_whole(folder.path / "model.txt", layers + "\n")
+        folder.write("model.txt", redact(layers) + "\n")
     return {
         "model": cfg.model,
         "recipe": cfg.recipe,
@@ -98,7 +109,21 @@ def announce(
         "lr": cfg.scaled_lr(),
         "epochs": cfg.epochs,
         "parameters": models.parameters(model),
+        "starts": len(starts) + 1 if world.rank == 0 else 1,
+        "timings_mixed": mixed,
     }
+
+
+def _hardware(env: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What the timings of a start stand for: each rank's device, processor and threads."""
+    return sorted((rank["device"], rank.get("cpu"), rank["threads"]) for rank in env["ranks"])
+
+
+def _continued(step: Step, mixed: bool) -> list[str]:
+    if not step.done:
+        return []
+    position = f"continued after step {step.done:,}, in epoch {-(-step.done // step.batches.steps)}"
+    return [position + ("; on other hardware than before, so its timings are mixed" if mixed else "")]
 
 
 def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, batches: Batches) -> str:
@@ -108,7 +133,7 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
     shape = "x".join(map(str, dataset.image_shape))
     scaled = f" ({cfg.lr:g} scaled, {cfg.lr_scaling})" if cfg.lr_scaling != "none" else ""
     lines = {
-        "run": f"{cfg.model}, recipe {cfg.recipe}, seed {cfg.seed}: {rundir.folder_of(cfg)}",
+        "run": f"{cfg.model}, recipe {cfg.recipe}, seed {cfg.seed}: {claims.folder_of(cfg)}",
         "ranks": f"{world.size} on {', '.join(machines)}; {counted(world.threads, 'CPU thread')} each",
         "device": f"{', '.join(devices)}; precision {cfg.precision}",
         "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "

@@ -6,7 +6,7 @@ global batch: a rank's loss is the weighted sum over its rows, divided by the ro
 
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fashion_ddp import optim
 from fashion_ddp.batches import Batches
 from fashion_ddp.clock import StepClock
-from fashion_ddp.config import Config, TrainingFailed
+from fashion_ddp.config import Config
+from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.models import GlobalBatchNorm2d
-from fashion_ddp.ranks import SyncPoint, World
+from fashion_ddp.ranks import SyncPoint, World, arrive
 
 
 class Trained(NamedTuple):
@@ -42,7 +43,7 @@ class Step:
         self.optimizer = optim.build(cfg, model.parameters(), world.device)
         self.scaler = world.accelerator.scaler  # fp16 only
         self.norms = [m for m in model.modules() if isinstance(m, GlobalBatchNorm2d)]
-        self.sync = SyncPoint(world)
+        self.sync = SyncPoint(world, cfg.checkpoint_every)
         self.clock = StepClock(world.device)
         self.lrs = optim.schedule(cfg, batches.steps)
         self.done = 0  # updates since the run began
@@ -69,6 +70,38 @@ class Step:
         self.done += 1
         self.clock.stop()
 
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on, the same on every rank."""
+        return {
+            "done": self.done,
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.done = state["done"]
+        self.module.load_state_dict(state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]  # ours, not the saved: `fused` depends on the device
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def own_state(self) -> dict[str, Any]:
+        """What of a rank may differ from the others': its generators, and the statistics of layers that keep theirs."""
+        cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
+        buffers = [b.detach().cpu() for b in self.module.buffers()]
+        return {"generator": torch.get_rng_state(), "cuda_generator": cuda, "buffers": buffers}
+
+    def restore_own(self, state: dict[str, Any]) -> None:
+        """Go on from a rank's own state."""
+        torch.set_rng_state(state["generator"])
+        if state["cuda_generator"] is not None and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"], self.world.device)
+        for buffer, saved in zip(self.module.buffers(), state["buffers"], strict=True):
+            buffer.copy_(saved)
+
     def leave_gradient(self, k: int) -> None:
         """Leave the gradient of global batch k's mean loss in .grad, the same on every rank."""
         if self.cfg.reduction_shards:
@@ -82,6 +115,7 @@ class Step:
         for piece in range(last + 1):
             with nullcontext() if piece == last else self.world.accelerator.no_sync(self.model):
                 loss = self._loss(k, piece)
+                arrive()
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _gradient_by_shards(self, k: int) -> None:

@@ -4,20 +4,41 @@
     accelerate launch -m fashion_ddp.train --model cnn                all cards of this machine
     torchrun --standalone --nproc-per-node 2 -m fashion_ddp.train     two ranks; CPU too
 
-Exit code 0: finished. 1: failed. 2: nothing was started, because something must be mended first.
+Exit code 0: finished. 1: failed. 2: nothing was started, because something must be mended first. 75: stopped, and the
+same command continues.
 """
 
+import os
 import sys
 import time
 
+from fashion_ddp import stop
+
+if __name__ == "__main__":
+    stop.listen()  # before all that takes a while: a signal that comes meanwhile is remembered
+
 from fashion_ddp import machine
 from fashion_ddp.cli import Command, parse
-from fashion_ddp.config import TrainingFailed, UserError, fail
+from fashion_ddp.console import crash, fail, say
+from fashion_ddp.errors import Stopped, TrainingFailed, UserError
+from fashion_ddp.private import keep_others_out
 
 STARTED = time.time()
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        run(argv)
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            say(str(error))
+        return 75
+    return 0
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Train as a command line says. Leaves the process where that cannot be done; raises Stopped."""
+    keep_others_out()
     try:
         command = parse(argv)
         machine.refuse_launcher_settings(command.run)
@@ -28,18 +49,24 @@ def main(argv: list[str] | None = None) -> int:
         fail(error, 1)
     except KeyboardInterrupt:
         fail(TrainingFailed("interrupted"), 130)
-    return 0
+    except Stopped:
+        raise
+    except Exception:  # noqa: BLE001 - no plain explanation is known
+        crash()
 
 
 def train(command: Command) -> None:
     """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
     # Not at the top: these import torch, and a mistake in the command is answered before that.
-    from fashion_ddp import models, results, start, tracking
+    from fashion_ddp import models, results, start
     from fashion_ddp.batches import Batches, split
+    from fashion_ddp.checkpoint import Checkpoints
     from fashion_ddp.clock import Timings, peak_memory_bytes
     from fashion_ddp.evaluate import Evaluation
     from fashion_ddp.ranks import open_world
+    from fashion_ddp.recorder import open_recorder
     from fashion_ddp.step import Step
+    from fashion_ddp.watch import Watch
 
     cfg = command.run
     with open_world(cfg) as world:
@@ -51,29 +78,30 @@ def train(command: Command) -> None:
         sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
         if cfg.validation:
             sets["val"] = Evaluation(cfg, world, data.train_images[held_out], data.train_labels[held_out], classes)
+        step, timings = Step(cfg, world, model, batches), Timings(STARTED)
 
         environment = start.environment(cfg, world, data)
         folder = start.claim(command, world, environment["made_by"])
         if folder is None:
             return
-        step = Step(cfg, world, model, batches)
-        known = start.announce(cfg, world, folder, environment, model, data, batches)
-        timings = Timings(STARTED)
-        with tracking.open_recorder(folder, cfg, world, known) as recorder:
-            for epoch in range(1, cfg.epochs + 1):
+        saved = Checkpoints(cfg, world, folder, step, timings)
+        known = start.announce(cfg, world, folder, environment, model, data, step)
+        with Watch(world, folder, cfg.timeout), open_recorder(folder, cfg, world, known, saved.recorder) as recorder:
+            for epoch in saved.epochs():
                 recorder.begin_epoch(epoch, batches.steps)
                 with timings.measure("train"):
                     batches.draw(epoch)
-                    for window in step.sync.windows(batches.steps):
+                    for window in step.sync.windows(batches.steps, saved.steps_of(epoch)):
                         for k in window:
                             step(k)
                         recorder.steps(step.read(window))
+                        saved.keep(recorder)
                 with timings.measure("eval"):
                     scores = {name: evaluation(model) for name, evaluation in sets.items()}
                 recorder.epoch(scores, timings.of_epoch(batches.count))
 
-            world.first(lambda: results.write(folder.path, model, data, scores["test"]))
-            figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock.seconds)
+            world.first(lambda: results.write(folder, model, data, scores["test"]))
+            figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock)
             memory = max(world.share(peak_memory_bytes(world.device)))
             flops = models.flops_per_image(model, data.image_shape)
             recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": memory})

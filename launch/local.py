@@ -4,29 +4,37 @@
     python -m launch.local --models cnn --seeds 0 1 2 --epochs 10       further flags are those of fashion_ddp.train
 
 A finished run of the same settings, code and versions is taken as it is. Exit code 0: all finished; 1: some failed,
-and the report says which; 2: nothing was started, because something must be mended first.
+and the report says which; 2: nothing was started, because something must be mended first; 75: stopped, and the same
+command continues.
 """
 
-import contextlib
 import dataclasses
-import multiprocessing
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from fashion_ddp import cli, compare, data, machine, provenance, rundir
-from fashion_ddp.config import Config, UserError, counted, fail, nearest
+from fashion_ddp import stop
 
-Sizes = tuple[tuple[int, int, int], int, int]  # of the data: (C, H, W), classes, training images
+if __name__ == "__main__":
+    stop.listen()  # before slow imports
+
+from fashion_ddp import claim, cli, compare, data, provenance
+from fashion_ddp.config import Config
+from fashion_ddp.console import fail, say
+from fashion_ddp.errors import TrainingFailed, UserError, nearest
+from fashion_ddp.private import keep_others_out
+from launch.announce import announce_apart
+
+STOPPED = 75  # exit code of what was told to stop, and continues with the same command
+PATIENCE = 30.0  # seconds that ranks get to end, once one has
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Job:
 
 
 def main(argv: list[str] | None = None) -> int:
+    keep_others_out()
     try:
         comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
         _check(comparison, flags)
@@ -63,25 +72,31 @@ def main(argv: list[str] | None = None) -> int:
         first = jobs[0].cfg
         dataset = data.load(first.dataset, first.data_dir)
         jobs = [_reuse_or_retrain(job, provenance.made_by(dataset.md5)) for job in jobs]
-        # In a process of its own: torch in this one would hold memory of a card while the runs need it.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            sizes = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
-            ranks = pool.submit(_announce, comparison, jobs, sizes).result()
+        for folder in (claim.folder_of(job.cfg) for job in jobs if job.reused):
+            say(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
+        todo = [job for job in jobs if not job.reused]
+        sizes = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
+        ranks = announce_apart(comparison.ranks, first, [job.cfg for job in todo], sizes)
         if "--check-only" in flags:
             return 0
     except UserError as error:
         fail(error, 2)
+    except TrainingFailed as error:
+        fail(error, 1)
     failed = 0
-    todo = [job for job in jobs if not job.reused]
     for number, job in enumerate(todo, start=1):
-        print(f"\n--- run {number} of {len(todo)}", flush=True)
+        if told := stop.heard():
+            say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
+            return STOPPED
+        say(f"\n--- run {number} of {len(todo)}")
         code = run(job.argv, ranks)
-        if code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if code in (2, STOPPED, 128 + signal.SIGINT):
             return code
         failed += code != 0
-    print()
-    folders = [str(folder) for job in jobs if (folder := rundir.folder_of(job.cfg)).exists()]
-    compare.main([*folders, "--out", str(comparison.out)])
+    say("")
+    folders = [str(folder) for job in jobs if (folder := claim.folder_of(job.cfg)).exists()]
+    if folders:  # compare would look elsewhere
+        compare.main([*folders, "--out", str(comparison.out)])
     return int(failed > 0)
 
 
@@ -113,8 +128,8 @@ def _synthetic_if_there_is_no_data(cfg: Config) -> list[str]:
         return []
     except UserError as error:
         line = "*" * 100
-        print(f"{line}\nSYNTHETIC DATA: the real data could not be found or fetched, so this shows that the machine")
-        print(f"works, and nothing about the models. {error}\n{line}", flush=True)
+        say(f"{line}\nSYNTHETIC DATA: the real data could not be found or fetched, so this shows that the machine")
+        say(f"works, and nothing about the models. {error}\n{line}")
         return ["--dataset", "synthetic"]
 
 
@@ -124,113 +139,46 @@ def _reuse_or_retrain(job: Job, made_by: dict) -> Job:
         return job
     try:
         reuse = "--reuse" in job.argv
-        return Job(job.cfg, job.argv, reused=rundir.check(job.cfg, made_by, reuse=reuse) == "finished")
-    except rundir.Outdated:
+        return Job(job.cfg, job.argv, reused=claim.check(job.cfg, made_by, reuse=reuse) == "finished")
+    except claim.Outdated:
         return Job(job.cfg, (*job.argv, "--fresh"))
 
 
-def _announce(comparison: Comparison, jobs: list[Job], sizes: Sizes) -> int:
-    """Say what will run on what, and about how long. Returns the ranks of each run."""
-    import torch
-
-    cfg = jobs[0].cfg
-    kind = machine.choose_device(cfg, machine.Place())
-    cards, cores = torch.cuda.device_count() if kind == "cuda" else 0, machine.usable_cores()
-    ranks = comparison.ranks or cards or min(4, cores)
-    machine.choose_device(cfg, machine.Place(world_size=ranks, local_world_size=ranks))
-    threads = machine.threads_per_rank(cfg, ranks)
-    for folder in (rundir.folder_of(job.cfg) for job in jobs if job.reused):
-        print(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
-    todo = [job.cfg for job in jobs if not job.reused]
-    if not todo:
-        return ranks
-    on = f"{cards} x {torch.cuda.get_device_name(0)}" if cards else f"CPU, {cores} cores"
-    each = f"{counted(ranks, 'rank')} with {counted(threads, 'CPU thread')} each"
-    print(f"{counted(len(todo), 'run')} of {each}, on {on}; ", end="")
-    seconds = sum(_estimate(cfg, kind, ranks, threads, sizes) for cfg in todo)
-    print(f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s", flush=True)
-    return ranks
-
-
-def _estimate(cfg: Config, kind: str, ranks: int, threads: int, sizes: Sizes) -> float:
-    """About how many seconds a run takes: from a few training steps of its model, on black images."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from fashion_ddp import models
-
-    image_shape, classes, count = sizes
-    torch.set_num_threads(threads)
-    model = models.build(cfg, image_shape, classes).to(kind)
-    rows = -(-cfg.batch_size // ranks)
-    images = torch.zeros(rows, *image_shape, dtype=next(model.parameters()).dtype, device=kind)
-    labels = torch.zeros(rows, dtype=torch.long, device=kind)
-    took = []
-    for _ in range(4):
-        start = time.perf_counter()
-        cross_entropy(model(images), labels).backward()
-        labels.sum().item()  # waits for a card
-        took.append(time.perf_counter() - start)
-    steps = cfg.epochs * count / cfg.batch_size
-    start_up, rest_of_a_step = 8.0, 0.001  # seconds: imports on a quiet machine; all-reduce, update, bookkeeping
-    return start_up + steps * (1.15 * min(took) + rest_of_a_step)
-
-
 def run(argv: tuple[str, ...], ranks: int) -> int:
-    """Train one run on so many ranks of this machine. Returns the exit code of the first rank that failed, else 0.
+    """Train one run on so many ranks of this machine. Returns the exit code of the first rank that failed, else 0;
+    128 + the number of the signal that killed it.
 
-    A rank that fails ends the others. SIGINT and SIGTERM are handed on to every rank, once.
+    A rank that ends in any other way than finished ends the others. What this process hears is handed on to every rank.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    env["FASHION_DDP_LAUNCHER"] = str(os.getpid())
     if ranks > 1:
         env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    children = []
+    stop.children = children = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         command = [sys.executable, "-m", "fashion_ddp.train", *argv]
         # In sessions of their own, so that Ctrl-C on the terminal reaches them through us and only once.
-        children.append(subprocess.Popen(command, env=env | place, start_new_session=True))
-    with _handing_on(children) as received:
-        failed = 0
-        while any(child.poll() is None for child in children):
-            codes = [child.returncode for child in children if child.returncode]
-            if codes and not failed:
-                failed = codes[0]
-                _end(children)
-            time.sleep(0.05)
-    failed = failed or next((child.returncode for child in children if child.returncode), 0)
-    return 128 + received[0] if received else abs(failed)
-
-
-@contextlib.contextmanager
-def _handing_on(children: list[subprocess.Popen]) -> Iterator[list[int]]:
-    """Hand SIGINT and SIGTERM on to the children; yields the signals as they come."""
-    received: list[int] = []
-
-    def hand_on(number: int, frame: object) -> None:
-        received.append(number)
-        for child in children:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(children: list[subprocess.Popen], patience: float = 10.0) -> None:
-    """End what still runs: asked first, then killed."""
-    for child in children:
-        child.terminate()
-    deadline = time.monotonic() + patience
-    for child in children:
-        try:
-            child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
+        with stop.held():
+            children.append(subprocess.Popen(command, env=env | place, start_new_session=True))
+    first, handed_on, patience = 0, set[signal.Signals](), math.inf
+    while any(child.poll() is None for child in children):
+        for number in set(stop.heard()) - handed_on:
+            for child in children:
+                child.send_signal(number)
+            handed_on.add(number)
+        codes = [child.returncode for child in children if child.returncode]
+        if codes and not first:
+            first, patience = codes[0], time.monotonic() + PATIENCE
+            for child in children:
+                child.terminate()  # asked first: they save, unless the lost rank already ended them
+        if time.monotonic() > patience:
+            for child in children:
+                child.kill()
+        time.sleep(0.05)
+    first = first or next((child.returncode for child in children if child.returncode), 0)
+    return first if first >= 0 else 128 - first
 
 
 def _free_port() -> int:

@@ -19,7 +19,7 @@ CHECKOUT = Path(__file__).parent.parent
 # One pool for all tests: a process forked from this server has torch and Accelerate loaded, where a fresh one, and
 # above all a launcher's, spends seconds on them.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "accelerate", "torch._dynamo", "fashion_ddp.step"])
+_server.set_forkserver_preload(["torch", "accelerate", "torch._dynamo", "fashion_ddp.checkpoint", "fashion_ddp.train"])
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fashion_ddp.batches import Batches, split, to_unit
-from fashion_ddp.config import Config, UserError
+from fashion_ddp.config import Config
 from fashion_ddp.data import Dataset
+from fashion_ddp.errors import UserError
 from fashion_ddp.machine import Place
 from fashion_ddp.ranks import World
 

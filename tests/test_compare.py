@@ -18,7 +18,7 @@ import pytest
 from conftest import need
 from safetensors.numpy import save_file
 
-from fashion_ddp import compare
+from fashion_ddp import compare, lock
 from fashion_ddp.report.published import FIGURES
 from fashion_ddp.report.tables import markdown_text
 from fashion_ddp.rundir import RunFolder
@@ -321,16 +321,19 @@ def test_unfinished_and_failed_runs_are_listed_not_ranked(tmp_path: Path, report
     make_run(runs / "good", model="linear")
     make_run(runs / "bad", model="cnn", status="failed", summary={"error": "TrainingFailed: loss is nan | step 12"})
     make_run(runs / "halted", model="mlp", status="stopped")
-    make_run(runs / "going", model="relu", status="running")
+    make_run(runs / "gone", model="relu", status="running")  # killed: no process holds its folder
+    going = lock.take(make_run(runs / "going", model="relu", status="running"))
     (make_run(runs / "empty", model="linear", seed=7) / "summary.json").unlink()
     r = report()
+    going.release()
     assert r.column("model") == ["linear"] and r.column("seed") == ["42"]
     listed = {row[0]: row for row in r.table_of("status")[1:]}
     statuses = {name: row[4] for name, row in listed.items()}
-    assert statuses == {"bad": "failed", "halted": "stopped", "going": "running", "empty": "no summary"}
+    ended = {"bad": "failed", "halted": "stopped", "gone": "interrupted", "empty": "no summary"}
+    assert statuses == ended | {"going": "running"}
     assert listed["bad"][-1] == "TrainingFailed: loss is nan | step 12"
     assert "loss is nan" in r.markdown and "loss is nan" in r.printed
-    assert set(r.runs) == {"good", "bad", "halted", "going", "empty"}
+    assert set(r.runs) == {"good", "bad", "halted", "gone", "going", "empty"}
     assert [row["runs"] for row in r.json["rows"]] == [["good"]]
 
 

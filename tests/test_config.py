@@ -12,7 +12,8 @@ import pytest
 
 from fashion_ddp import train
 from fashion_ddp.cli import Command, parse
-from fashion_ddp.config import Config, UserError, architectures
+from fashion_ddp.config import Config, architectures
+from fashion_ddp.errors import UserError
 from fashion_ddp.settings import USUAL_LR, make_config, recipe_names
 
 pytestmark = pytest.mark.quick
@@ -194,6 +195,8 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "threads": [("-1", "at least 0"), ("1.5", "whole number")],
     "micro_batch": [("-1", "at least 0"), ("x", "whole number")],
     "reduction_shards": [("-1", "at least 0"), ("x", "whole number")],
+    "checkpoint_every": [("-1", "at least 0"), ("nan", "a finite number"), ("often", "a number")],
+    "timeout": [("0", "greater than 0"), ("-1", "greater than 0"), ("inf", "a finite number"), ("x", "a number")],
     "run_dir": [("", "must name a folder"), (".", "must name a folder"), ("a/..", "must name a folder")],
     "tracker": [("wandbb", "did you mean 'wandb'?"), ("tensorboard", "choices: auto, wandb, none")],
 }

@@ -28,7 +28,8 @@ import pytest
 from conftest import CHECKOUT, command, free_port
 
 from fashion_ddp import data
-from fashion_ddp.config import UserError, field_types
+from fashion_ddp.config import field_types
+from fashion_ddp.errors import UserError
 from fashion_ddp.published import PUBLISHED, File, Form, Published
 
 # The limit stands for "bounded": a wait without an end fails here.

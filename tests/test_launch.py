@@ -89,58 +89,6 @@ def test_a_mistake_is_told_once_before_the_launcher_s_own_lines(tmp_path: Path) 
         assert done.stderr.index("error: ") < done.stderr.index("ChildFailedError")
 
 
-def test_local_trains_compares_and_takes_finished_runs_as_they_are(tmp_path: Path) -> None:
-    words = ("python", "-m", "launch.local", "--models", "linear", "mlp", "--dataset", "synthetic", "--epochs", "1")
-    first = command(*words, "--tracker", "none", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "2 runs of" in first.stdout and "about" in first.stdout
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert {run["model"] for run in report["runs"]} == {"linear", "mlp"}
-    assert "report.html" in first.stdout.splitlines()[-1]
-    folder = tmp_path / "runs" / "linear-blog-seed42-epochs1-datasetsynthetic"
-    made = (folder / "summary.json").read_bytes()
-    (tmp_path / "runs" / "mlp-blog-seed42-epochs1-datasetsynthetic" / "summary.json").unlink()
-    again = command(*words, "--tracker", "none", cwd=tmp_path)
-    assert again.returncode == 0 and again.stdout.count("taken as it is") == 1 and "1 run of" in again.stdout
-    assert (folder / "summary.json").read_bytes() == made
-    assert (tmp_path / "runs" / "mlp-blog-seed42-epochs1-datasetsynthetic.1").is_dir()
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--sedes", "1"), "unknown flag --sedes; did you mean 'seeds'?"),
-        (("--models",), "models and seeds need at least one value each"),
-        (("--models", "linaer"), "did you mean 'linear'?"),
-        (("--ranks", "-1"), "ranks must be at least 0"),
-        (("--lr", "-1"), "lr must be greater than 0"),
-    ],
-)
-def test_local_refuses_a_mistake_before_any_run(flags: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = command("python", "-m", "launch.local", "--dataset", "synthetic", *flags, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_local_ends_the_other_ranks_when_one_fails(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "import os\nfrom torch import nn\n\n"
-        "class Net(nn.Sequential):\n"
-        "    def __init__(self, image_shape, classes):\n"
-        "        super().__init__(nn.Flatten(), nn.Linear(784, classes))\n"
-        "    def forward(self, x):\n"
-        "        if self.training and os.environ.get('RANK') == '1':\n"
-        "            raise RuntimeError('rank 1 broke')\n"
-        "        return super().forward(x)\n"
-    )
-    words = ("python", "-m", "launch.local", "--models", "mine:Net", "linear", "--ranks", "2", "--dataset", "synthetic")
-    done = command(*words, "--tracker", "none", "--epochs", "1", cwd=tmp_path)
-    assert done.returncode == 1 and "rank 1 broke" in done.stderr
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    statuses = {run["model"]: run["status"] for run in report["runs"]}
-    assert statuses["linear"] == "finished" and statuses.get("mine:Net") != "finished"
-
-
 def test_missing_data_is_told_once_by_all_ranks_together(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     words = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fashion_ddp.train", "--model", "mlp")

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fashion_ddp import machine
-from fashion_ddp.config import Config, UserError
+from fashion_ddp.config import Config
+from fashion_ddp.errors import UserError
 from fashion_ddp.machine import MachineError, Place, choose_device, place, refuse_launcher_settings
 
 pytestmark = pytest.mark.quick
@@ -215,7 +216,7 @@ def test_bf16_wants_units_of_the_card(cards: Any) -> None:
 def test_what_a_machine_finds_its_first_rank_tells(
     rank: str, local_rank: str, speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fashion_ddp.config import fail
+    from fashion_ddp.console import fail
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fashion_ddp import models
-from fashion_ddp.config import Config, UserError
+from fashion_ddp.config import Config
+from fashion_ddp.errors import UserError
 from fashion_ddp.models import GlobalBatchNorm2d
 from fashion_ddp.settings import make_config
 

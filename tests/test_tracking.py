@@ -1,295 +1,90 @@
-"""What a run records, and that nothing that happens to W&B stops it.
+"""What W&B is told, over all starts of a run, and that nothing that happens to W&B stops or changes training.
 
-The trainer itself runs, on built-in data, in a process of its own; W&B is the real one, or a package that stands in
-its way and does its worst.
+Real runs on real ranks; W&B is the real one, or a package that stands in its way: one writes down what it is told,
+others do their worst.
 """
 
+import atexit
 import json
 import os
 import pty
-import random
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import faults
 import pytest
-import torch
-from conftest import CHECKOUT, command, ranks
+from conftest import CHECKOUT, _server, command
+from faults import Fault, Ranks
 
-from fashion_ddp import train
-from fashion_ddp.config import TrainingFailed
-from fashion_ddp.evaluate import Scores
-from fashion_ddp.machine import Place
-from fashion_ddp.ranks import World
-from fashion_ddp.rundir import Run, RunFolder, read_run
-from fashion_ddp.settings import make_config
-from fashion_ddp.step import Trained
-from fashion_ddp.tracking import open_recorder
+from fashion_ddp.rundir import Run, read_run
 
-TIMINGS = {"time/train_s": 2.0, "time/eval_s": 0.5, "throughput/images_per_s": 30_000.0}
-SCORES = {"test": Scores(0.5, 0.75, torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))}
-
-
-# --- Files ------------------------------------------------------------------------------------------------------
-
-
-def recorder(folder: Path, rank: int = 0, **known: Any) -> Any:
-    """The recorder that a rank of two gets, without W&B."""
-    world = World(SimpleNamespace(device=torch.device("cpu")), Place(rank, 2, rank, 2), threads=1)
-    return open_recorder(RunFolder(folder, finished=False), make_config({"tracker": "none", "epochs": 2}), world, known)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "config.yaml").write_text("model: cnn\n")
-    return tmp_path
-
-
-def epoch_of(steps: int, seed: int) -> list[Trained]:
-    """Steps of 128 rows, the last of 96, each with a loss and hits of its own."""
-    draw = random.Random(seed)
-    rows = [128] * (steps - 1) + [96]
-    return [Trained(n * draw.uniform(0, 3), draw.randrange(n), n, lr=0.1 / (k + 1)) for k, n in enumerate(rows)]
-
-
-@pytest.mark.parametrize("window", [1, 7, 10_000])
-@pytest.mark.parametrize("steps", [1, 2, 99, 100, 101, 150, 469, 1875])
-def test_points_of_an_epoch_add_up_to_its_figures(steps: int, window: int, folder: Path) -> None:
-    epochs = [epoch_of(steps, seed) for seed in (1, 2)]
-    with recorder(folder) as record:
-        for number, trained in enumerate(epochs, start=1):
-            record.begin_epoch(number, steps)
-            for start in range(0, steps, window):
-                record.steps(trained[start : start + window])
-            record.epoch(SCORES, TIMINGS)
-    run = read_run(folder)
-    for number, (trained, row) in enumerate(zip(epochs, run.metrics, strict=True), start=1):
-        done, images = (number - 1) * steps, sum(t.rows for t in trained)
-        points = [point for point in run.steps if point["epoch"] == number]
-        assert min(steps, 50) <= len(points) <= 100 and points[-1]["step"] == done + steps == row["step"]
-        loss = accuracy = 0.0
-        for point in points:
-            of_point = trained[done - (number - 1) * steps : point["step"] - (number - 1) * steps]
-            rows = sum(t.rows for t in of_point)
-            assert point["loss"] == pytest.approx(sum(t.loss for t in of_point) / rows)
-            assert point["lr"] == of_point[-1].lr
-            loss, accuracy = loss + rows * point["loss"], accuracy + rows * point["accuracy"]
-            done = point["step"]
-        assert row["train/loss"] == pytest.approx(loss / images, rel=1e-12)
-        assert row["train/loss"] == pytest.approx(sum(t.loss for t in trained) / images, rel=1e-12)
-        assert row["train/accuracy"] == pytest.approx(accuracy / images) == sum(t.hits for t in trained) / images
-        assert row == row | {"epoch": number, "lr": trained[-1].lr, "test/loss": 0.5, "test/accuracy": 0.75} | TIMINGS
-
-
-def record_an_epoch(record: Any) -> None:
-    record.begin_epoch(1, 3)
-    record.steps(epoch_of(3, 0))
-    record.epoch(SCORES | {"val": SCORES["test"]}, TIMINGS)
-
-
-def test_summary_while_running_and_at_the_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = {
-        "time/train_total_s": 4.0,
-        "time/eval_total_s": 1.0,
-        "time/total_s": 9.0,
-        "time/step_p50_ms": float("nan"),
-    }
-    with recorder(folder, model="cnn", parameters=29_460) as record:
-        assert read_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460}
-        record_an_epoch(record)
-        row = read_run(folder).metrics[0]
-        assert (
-            read_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460} | row
-        )
-        assert row["val/accuracy"] == 0.75
-        record.finish(figures)
-    summary = read_run(folder).summary
-    assert summary == {"format": 1, "status": "finished", "model": "cnn", "parameters": 29_460} | row | figures | {
-        "time/step_p50_ms": None
-    }
-    shown = capsys.readouterr().out
-    assert "epoch 1/2" in shown and "test loss 0.5000 accuracy 75.00 %" in shown and str(folder) in shown
-
-
-@pytest.mark.parametrize("epochs_done", [0, 1])
-@pytest.mark.parametrize(
-    ("error", "status", "said"),
-    [
-        (TrainingFailed("the loss is nan at step 3"), "failed", "TrainingFailed: the loss is nan at step 3"),
-        (RuntimeError("out of memory"), "failed", "RuntimeError: out of memory"),
-        (KeyboardInterrupt(), "stopped", "interrupted"),
-    ],
-)
-def test_summary_tells_how_a_run_ended(
-    error: BaseException, status: str, said: str, epochs_done: int, folder: Path
-) -> None:
-    with pytest.raises(type(error)), recorder(folder) as record:
-        if epochs_done:
-            record_an_epoch(record)
-        raise error
-    summary = read_run(folder).summary
-    assert summary["status"] == status and summary["error"] == said
-    assert summary.get("epoch") == (epochs_done or None)
-
-
-def test_only_rank_0_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with recorder(folder, rank=1) as record:
-        record_an_epoch(record)
-        record.finish({})
-    assert [p.name for p in folder.iterdir()] == ["config.yaml"] and capsys.readouterr().out == ""
-
-
-# --- W&B --------------------------------------------------------------------------------------------------------
-
-FLAGS = ["--dataset", "synthetic", "--model", "linear", "--epochs", "1", "--device", "cpu", "--threads", "1"]
+STEPS = 3 * faults.TINY_STEPS
 KEY = "0123456789" * 4  # of the right length, and nobody's
 
 
-def trainer(folder: Path, words: list[str], env: dict[str, str], packages: Path | None) -> int:
-    """Run the trainer in this process, what it prints going to folder/printed; its exit code."""
-    os.chdir(folder)
-    os.environ.update(env)
-    printed = os.open("printed", os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(printed, stream)
+def _prepared(packages: Path | None, limits: dict[str, float], target: Callable[..., None], args: Any) -> None:
     if packages:
         sys.path.insert(0, str(packages))
+    from fashion_ddp import tracking
+
+    for name, value in limits.items():
+        setattr(tracking, name, value)
     try:
-        return train.main([*FLAGS, "--run-dir", "run", *words])
-    except SystemExit as stop:
-        return int(stop.code or 0)
+        target(*args)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        atexit._run_exitfuncs()  # as a Python of its own would, and not one that multiprocessing started
 
 
-def trained(folder: Path, *words: str, packages: Path | None = None, **env: str) -> tuple[Run, str]:
-    """A whole run, which must have finished; its records, and what was printed."""
-    [code] = ranks(1, trainer, folder, list(words), env, packages)
-    printed = (folder / "printed").read_text()
-    assert code == 0, printed
-    return finished(folder), printed
+def start(
+    folder: Path,
+    words: Sequence[str] = (),
+    strikes: Sequence[Fault] = (),
+    packages: Path | None = None,
+    limits: dict[str, float] | None = None,
+    world_size: int = 1,
+    **env: str,
+) -> Ranks:
+    """Start the tiny run, mirrored to W&B: the one of `packages` where that is given, with other limits of time."""
+
+    def process(target: Callable[..., None], args: Any) -> Any:
+        return _server.Process(target=_prepared, args=(packages, limits or {}, target, args))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "_server", SimpleNamespace(Process=process))
+        return faults.start_tiny(world_size, folder, ["--tracker", "auto", *words], strikes, **env)
+
+
+def whole(folder: Path, *args: Any, **kwargs: Any) -> tuple[Run, list[str]]:
+    """A run that must finish; its records, and what it said of W&B."""
+    ranks = start(folder, *args, **kwargs)
+    assert set(ranks.wait()) == {0}, ranks.printed()
+    return finished(folder), wandb_lines(ranks.printed())
 
 
 def finished(folder: Path) -> Run:
     run = read_run(folder / "run")
-    assert run.summary["status"] == "finished" and len(run.metrics) == 1 and len(run.steps) == 94
-    assert run.summary["test/accuracy"] > 0.5
+    assert run.summary["status"] == "finished"
+    assert [row["epoch"] for row in run.metrics] == [1, 2, 3]
+    assert [point["step"] for point in run.steps] == list(range(1, STEPS + 1))
     return run
 
 
-def mirrored(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What W&B has of a run: its overview, and the rows that were logged."""
-    [inside] = (folder / "run" / "wandb").glob("offline-run-*")
-    inspect = "wandb", "leet", "inspect", "--json"
-    overview = command(*inspect, "--summary", str(inside), cwd=folder)
-    records = command(*inspect, str(inside), cwd=folder)
-    assert overview.returncode == records.returncode == 0, overview.stderr + records.stderr
-    rows = [json.loads(line) for line in records.stdout.splitlines()]
-    return json.loads(overview.stdout), [row["history"] for row in rows if row["type"] == "history"]
+def weights(folder: Path) -> bytes:
+    return (folder / "run" / "model.safetensors").read_bytes()
 
 
 def wandb_lines(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith("W&B: ")]
-
-
-def test_without_an_account_wandb_mirrors_the_run_offline(tmp_path: Path) -> None:
-    run, printed = trained(tmp_path)
-    assert len(wandb_lines(printed)) == 1 and "W&B: offline, in run/wandb; `wandb sync " in printed
-    overview, rows = mirrored(tmp_path)
-    assert (overview["state"], overview["exit_code"], overview["project"]) == ("finished", 0, "fashion_ddp")
-    assert overview["config"] == overview["config"] | {"model": "linear", "lr": 0.1, "batch_size": 128, "seed": 42}
-    summary = overview["summary"]
-    same = [name for name, value in run.summary.items() if isinstance(value, int | float | str) and name != "step"]
-    assert {name: summary[name] for name in same} == pytest.approx({name: run.summary[name] for name in same})
-    assert len(rows) == len(run.steps) + len(run.metrics)
-
-
-def test_the_users_project_wins(tmp_path: Path) -> None:
-    trained(tmp_path, WANDB_MODE="offline", WANDB_PROJECT="mine", WANDB_NAME="ignored")
-    assert mirrored(tmp_path)[0]["project"] == "mine"
-
-
-@pytest.mark.parametrize(
-    ("words", "env", "said"),
-    [
-        (["--tracker", "none"], {}, []),
-        ([], {"WANDB_MODE": "disabled"}, []),
-        ([], {"WANDB_API_KEY": "too-short"}, ["W&B: offline"]),
-        ([], {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, ["W&B: online failed", "W&B: offline"]),
-        ([], {"WANDB_MODE": "online"}, ["W&B: online failed", "W&B: offline"]),
-    ],
-    ids=["none", "disabled", "malformed key", "server refuses", "online without a key"],
-)
-def test_no_network_and_no_key_stop_nothing(
-    tmp_path: Path, words: list[str], env: dict[str, Any], said: list[str]
-) -> None:
-    _, printed = trained(tmp_path, *words, **env)
-    lines = wandb_lines(printed)
-    assert len(lines) == len(said) and all(map(str.startswith, lines, said)), printed
-    offline = list((tmp_path / "run").glob("wandb/offline-run-*"))
-    assert len(offline) == said.count("W&B: offline")
-
-
-FAKES = {
-    "missing": "raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')",
-    "broken": "raise SyntaxError('two versions of protobuf')",
-    "raises everywhere": "def __getattr__(name): raise RuntimeError(f'{name}: no such luck')",
-    "raises when called": (
-        "def fail(*args, **settings): raise OSError('the service is gone')\nlogin = Settings = init = teardown = fail\n"
-    ),
-    "raises after the start": (
-        "class Run:\n"
-        "    url = 'nowhere'\n"
-        "    def define_metric(self, *args, **settings): pass\n"
-        "    def __getattr__(self, name): raise ConnectionResetError(f'{name}: the service is gone')\n"
-        "login = Settings = teardown = lambda *args, **settings: True\n"
-        "init = lambda **settings: Run()\n"
-    ),
-    "raises at the end": (
-        "class Run:\n"
-        "    url = 'nowhere'\n"
-        "    def define_metric(self, *args, **settings): pass\n"
-        "    def log(self, row): pass\n"
-        "    def __getattr__(self, name): raise ConnectionResetError(f'{name}: the service is gone')\n"
-        "login = Settings = teardown = lambda *args, **settings: True\n"
-        "init = lambda **settings: Run()\n"
-    ),
-    "has no address": (
-        "class Run:\n"
-        "    def define_metric(self, *args, **settings): pass\n"
-        "    log = finish = define_metric\n"
-        "    def __getattr__(self, name): raise ConnectionResetError(f'{name}: the service is gone')\n"
-        "login = Settings = teardown = lambda *args, **settings: True\n"
-        "init = lambda **settings: Run()\n"
-    ),
-}
-
-
-@pytest.mark.parametrize("tracker", ["auto", "wandb"])
-@pytest.mark.parametrize("fake", FAKES)
-def test_a_wandb_that_raises_stops_nothing(fake: str, tracker: str, tmp_path: Path) -> None:
-    (tmp_path / "packages" / "wandb").mkdir(parents=True)
-    (tmp_path / "packages" / "wandb" / "__init__.py").write_text(FAKES[fake])
-    _, printed = trained(tmp_path, "--tracker", tracker, packages=tmp_path / "packages")
-    assert "Traceback" not in printed and len(wandb_lines(printed)) <= 4
-    if tracker == "wandb":  # asked for by name: then its absence is told
-        assert wandb_lines(printed)
-
-
-# --- W&B and the program as users start it ----------------------------------------------------------------------
-
-
-def start(folder: Path, *words: str, **streams: Any) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "fashion_ddp.train", *FLAGS, "--run-dir", "run", *words]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(line, cwd=folder, env=env | {"PYTHONPATH": str(CHECKOUT)}, **streams)
 
 
 def until(found: Callable[[], Any], seconds: float = 120) -> Any:
@@ -302,25 +97,85 @@ def until(found: Callable[[], Any], seconds: float = 120) -> Any:
     return result
 
 
-@pytest.mark.parametrize("mode", [None, "online"])
-def test_no_question_is_asked_on_a_terminal(mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if mode:
-        monkeypatch.setenv("WANDB_MODE", mode)
-    ours, its = pty.openpty()
-    with start(tmp_path, stdin=its, stdout=its, stderr=its) as process:
-        os.close(its)
-        shown = b""
-        try:
-            # Nothing is ever typed: a question would leave the terminal silent.
-            while select.select([ours], [], [], 60)[0]:
-                shown += os.read(ours, 65536)
-            process.kill()
-        except OSError:  # the program has closed its end
-            pass
-        assert process.wait(timeout=60) == 0, shown.decode()
-    os.close(ours)
-    finished(tmp_path)
-    assert shown.count(b"W&B: offline") == 1 and shown.count(b"W&B: online failed") == (mode == "online")
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of the run that W&B has nothing to do with."""
+    folder = tmp_path_factory.mktemp("untracked")
+    _, lines = whole(folder, ["--tracker", "none"])
+    assert not lines and not (folder / "run" / "wandb").exists()
+    return weights(folder)
+
+
+@contextmanager
+def silent_server() -> Iterator[tuple[str, list[bytes]]]:
+    """A server that takes every connection and never answers, as behind a firewall; what it was sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections, sent = [], list[bytes]()
+
+        def attend() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                    connections.append(connection)
+                    sent.append(connection.recv(200))
+                except OSError:  # closed
+                    return
+
+        threading.Thread(target=attend, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", sent
+        for connection in connections:
+            connection.close()
+
+
+# --- Offline, the real W&B --------------------------------------------------------------------------------------
+
+
+def inspected(fragment: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What W&B has in a folder that it wrote offline: its overview, and the rows that were logged."""
+    inspect = "wandb", "leet", "inspect", "--json"
+    overview = command(*inspect, "--summary", str(fragment), cwd=fragment)
+    records = command(*inspect, str(fragment), cwd=fragment)
+    assert overview.returncode == records.returncode == 0, overview.stderr + records.stderr
+    rows = [json.loads(line) for line in records.stdout.splitlines()]
+    return json.loads(overview.stdout), [row["history"]["item"] for row in rows if row["type"] == "history"]
+
+
+def told_of(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What W&B is to be told of a run."""
+    names = ("loss", "accuracy", "lr")
+    points = [{"step": point["step"], **{f"step/{name}": point[name] for name in names}} for point in run.steps]
+    return points, run.metrics
+
+
+def sorted_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows that W&B was told, as points and epochs in their order, without W&B's own entries."""
+    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    points, epochs = ([row for row in rows if ("epoch" in row) == of_epoch] for of_epoch in (False, True))
+    return sorted(points, key=lambda row: row["step"]), sorted(epochs, key=lambda row: row["epoch"])
+
+
+def check_whole(run: Run, fragment: Path) -> dict[str, Any]:
+    """The fragment holds all of the run, each point and row once; its overview."""
+    overview, rows = inspected(fragment)
+    for found, expected in zip(sorted_out(rows), told_of(run), strict=True):
+        assert found == [pytest.approx(row) for row in expected]
+    assert (overview["state"], overview["exit_code"]) == ("finished", 0)
+    assert overview["run_id"] == run.summary["wandb_id"]
+    numbers = {k: v for k, v in run.summary.items() if isinstance(v, int | float | str) and k != "step"}
+    assert {name: overview["summary"][name] for name in numbers} == pytest.approx(numbers)
+    return overview
+
+
+def test_without_an_account_wandb_mirrors_the_run_offline(tmp_path: Path, untracked: bytes) -> None:
+    with silent_server() as (url, sent):
+        run, lines = whole(tmp_path, WANDB_PROJECT="mine", WANDB_NAME="ignored", WANDB_BASE_URL=url)
+    assert sent == []  # not to report its own use, either: that would hold up the end behind a firewall
+    assert len(lines) == 1 and lines[0].startswith("W&B: offline, in run/wandb; `wandb sync run/wandb/offline-run-*`")
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    overview = check_whole(run, fragment)
+    assert (overview["project"], overview["name"]) == ("mine", "run")
+    assert overview["config"] == overview["config"] | {"model": "cnn", "lr": 0.01, "batch_size": 250, "seed": 42}
+    assert run.summary["wandb_mode"] == "offline" and weights(tmp_path) == untracked
 
 
 def child_named(parent: int, name: str) -> int | None:
@@ -336,19 +191,294 @@ def child_named(parent: int, name: str) -> int | None:
     return None
 
 
+def stands(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
-def test_training_outlives_wandbs_service(tmp_path: Path) -> None:
-    words = ["--epochs", "4", "--batch-size", "8"]
-    with open(tmp_path / "printed", "wb") as printed:
-        process = start(tmp_path, *words, stdout=printed, stderr=subprocess.STDOUT)
-    with process:
-        steps = tmp_path / "run" / "steps.jsonl"
-        until(lambda: process.poll() is not None or (steps.exists() and steps.read_text()))
+def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untracked: bytes) -> None:
+    def names(folder: str) -> set[str]:
+        return {path.name for path in (tmp_path / "run" / "wandb" / folder).glob("offline-run-*")}
+
+    killed_before_it_saved = start(tmp_path, strikes=[Fault("save", "kill")])
+    assert killed_before_it_saved.wait() == [-9] and len(names(".")) == 1
+    first = read_run(tmp_path / "run").summary["wandb_id"]
+
+    # Killed while its service lives on.
+    killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "stand still", count=10)])
+    process = killed.processes[0].pid
+    until(lambda: stands(process))
+    service = child_named(process, "wandb-core")
+    assert service is not None
+    os.kill(service, signal.SIGSTOP)
+    os.kill(process, signal.SIGKILL)
+    assert killed.wait() == [-9]
+    try:
+        stopped = start(tmp_path, strikes=[Fault("step", "TERM", count=12)])
+        assert stopped.wait() == [75], stopped.printed()
+        fragments = names(".")
+        assert len(fragments) == 1 and len(names("superseded")) == 2
+        overview, rows = inspected(tmp_path / "run" / "wandb" / fragments.pop())
+        assert overview["exit_code"] == 1 and len(sorted_out(rows)[0]) == 12
+    finally:
+        os.kill(service, signal.SIGCONT)
+    until(lambda: not Path(f"/proc/{service}").exists())  # it notices, and leaves
+
+    run, _ = whole(tmp_path)
+    [newest] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    check_whole(run, newest)
+    assert len(names("superseded")) == 3 and newest.name not in names("superseded")
+    assert run.summary["wandb_id"] == first and run.summary["starts"] == 4
+    assert all(name.endswith(first) for name in names("superseded") | {newest.name})
+    assert weights(tmp_path) == untracked
+
+
+# --- Over many starts, told to a W&B that writes it down ---------------------------------------------------------
+
+SCRIBE = """
+import json, os
+def told(*what):
+    with open("told.jsonl", "a") as file:
+        file.write(json.dumps(what) + "\\n")
+class Summary:
+    def update(self, figures): told("summary", figures)
+class Run:
+    url, summary = "https://somewhere", Summary()
+    def define_metric(self, *names, **axis): pass
+    def log(self, row): told("log", row)
+    def mark_preempting(self): told("mark_preempting", None)
+    def finish(self, exit_code): told("finish", exit_code)
+def Settings(**settings): return settings
+def login(prompt, verify): return os.environ["ACCOUNT"] == "yes"
+def teardown(): pass
+def init(**settings):
+    told("init", settings)
+    return Run()
+told("import", os.environ["RANK"])
+"""
+
+
+def package(tmp_path: Path, source: str) -> Path:
+    """A folder whose package wandb is this."""
+    folder = tmp_path / "packages"
+    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    (folder / "wandb" / "__init__.py").write_text(source)
+    return folder
+
+
+class Told:
+    """What one start told the scribe."""
+
+    def __init__(self, folder: Path):
+        path = folder / "told.jsonl"
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+
+    def all(self, name: str) -> list[Any]:
+        return [what for called, what in self.lines if called == name]
+
+    @property
+    def points(self) -> list[int]:
+        return [point["step"] for point in sorted_out(self.all("log"))[0]]
+
+    @property
+    def epochs(self) -> list[int]:
+        return [row["epoch"] for row in sorted_out(self.all("log"))[1]]
+
+
+def test_an_online_run_is_told_each_point_once_over_all_starts(tmp_path: Path, untracked: bytes) -> None:
+    scribe = package(tmp_path, SCRIBE)
+
+    def started(code: int, *words: str, strikes: Sequence[Fault] = (), account: str = "yes") -> Told:
+        ranks = start(tmp_path, words, strikes, scribe, ACCOUNT=account)
+        assert ranks.wait() == [code], ranks.printed()
+        told = Told(tmp_path)
+        assert told.all("import") == ["0"] * len(told.all("import"))
+        return told
+
+    def steps(first: int, last: int) -> list[int]:
+        return list(range(first, last + 1))
+
+    stopped = started(75, strikes=[Fault("step", "TERM", count=10)])
+    # It goes on without saving: what it told of steps 11 to 13 is not told again by the next.
+    failed = started(1, "--checkpoint-every", "1000", strikes=[Fault("step", "raise", count=4)])
+    again = started(75, strikes=[Fault("step", "TERM", count=8)])
+    assert (stopped.points, failed.points, again.points) == (steps(1, 10), steps(11, 13), steps(14, 18))
+    assert (stopped.epochs, failed.epochs, again.epochs) == ([1], [], [2])
+    for told, preempted in ((stopped, [None]), (failed, []), (again, [None])):
+        assert (told.all("mark_preempting"), told.all("finish")) == (preempted, [1])
+    offline = started(75, strikes=[Fault("step", "TERM", count=2)], account="no")
+    assert offline.points == steps(1, 20) and offline.epochs == [1, 2]  # as its file is to be whole
+    online = started(75, strikes=[Fault("step", "TERM", count=2)])
+    assert online.points == steps(1, 22) and online.epochs == [1, 2]  # as the server was not told all
+    without = started(75, "--tracker", "none", strikes=[Fault("step", "TERM")])
+    assert without.lines == []
+    last = started(0)
+    assert last.points == steps(1, STEPS) and last.epochs == [1, 2, 3] and last.all("finish") == [0]
+    assert last.all("summary")[0]["test/accuracy"] == finished(tmp_path).summary["test/accuracy"]
+
+    inits = [told.all("init")[0] for told in (stopped, failed, again, offline, online, last)]
+    assert {init["id"] for init in inits} == {finished(tmp_path).summary["wandb_id"]}
+    assert [init["mode"] for init in inits] == ["online", "online", "online", "offline", "online", "online"]
+    assert {init["resume"] for init in inits if init["mode"] == "online"} == {"allow"}
+    assert weights(tmp_path) == untracked
+
+    assert started(0).lines == []  # it is finished: W&B is not even imported
+
+
+# --- W&B at its worst -------------------------------------------------------------------------------------------
+
+GOES_WRONG = """
+import time
+def never(*args, **settings):
+    while True: time.sleep(3600)
+def fail(*args, **settings): raise ConnectionResetError('the service is gone')
+def nothing(*args, **settings): return True
+class Summary: update = nothing
+class Run:
+    url, summary = 'nowhere', Summary()
+    define_metric = log = mark_preempting = finish = nothing
+login = Settings = teardown = nothing
+def init(**settings): return Run()
+"""
+WORST = {
+    "missing": "raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')",
+    "broken": "raise SyntaxError('two versions of protobuf')",
+    "everything raises": "def __getattr__(name): raise RuntimeError(f'{name}: no such luck')",
+    "every call raises": GOES_WRONG + "login = Settings = init = teardown = fail",
+    "log raises": GOES_WRONG + "Run.log = fail",
+    "the summary raises": GOES_WRONG + "Summary.update = fail",
+    "finish raises": GOES_WRONG + "Run.finish = teardown = fail",
+    "it has no address": GOES_WRONG + "del Run.url",
+    "its import never ends": GOES_WRONG + "never()",
+    "login never ends": GOES_WRONG + "login = never",
+    "init never ends": GOES_WRONG + "init = never",
+    "log never ends": GOES_WRONG + "Run.log = never",
+    "finish never ends": GOES_WRONG + "Run.finish = never",
+    "its teardown never ends": GOES_WRONG + "teardown = never",
+}
+SOON = {"START": 1.0, "FINISH": 1.0, "FINISH_EARLY": 1.0, "INIT": 1.0}
+
+
+@pytest.mark.parametrize("worst", WORST)
+def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path, untracked: bytes) -> None:
+    ranks = start(tmp_path, packages=package(tmp_path, WORST[worst]), limits=SOON)
+    assert ranks.wait() == [0] and "Traceback" not in ranks.printed(), ranks.printed()
+    finished(tmp_path)
+    assert weights(tmp_path) == untracked
+    lines = wandb_lines(ranks.printed())
+    assert 1 <= len(lines) <= 2, lines
+
+
+def test_a_wandb_that_does_not_keep_up_is_left_in_one_line(tmp_path: Path, untracked: bytes) -> None:
+    packages = package(tmp_path, GOES_WRONG + "Run.log = never")
+    run, lines = whole(tmp_path, packages=packages, limits={"BEHIND": 10, "FINISH_EARLY": 1.0})
+    assert len(lines) == 2 and "does not keep up, and is left" in lines[1] and weights(tmp_path) == untracked
+    assert run.summary["wandb_mode"] is None  # so that a later start tells it all
+
+
+def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) -> None:
+    waits = (
+        "def wait(path):\n"
+        "    while not os.path.exists(path): time.sleep(0.01)\n"
+        "def init(**settings):\n"
+        "    wait('run/steps.jsonl')\n"  # that training has begun
+        "    return Run()\n"
+        "def finish(self, exit_code):\n"
+        "    import torch.distributed\n"
+        "    told('finish', torch.distributed.is_initialized())\n"
+        "    wait('go')\n"
+        "Run.finish = finish\n"
+    )
+    scribe = package(tmp_path, SCRIBE + "import time\n" + waits)
+    ranks = start(tmp_path, ["--timeout", "8"], packages=scribe, world_size=2, ACCOUNT="no")
+    until(lambda: ranks.processes[1].exitcode is not None or not ranks.processes[0].is_alive())
+    assert ranks.processes[1].exitcode == 0 and ranks.processes[0].is_alive(), ranks.printed()
+    (tmp_path / "go").touch()
+    assert ranks.wait() == [0, 0], ranks.printed()
+    told = Told(tmp_path)
+    assert told.all("finish") == [False]  # it has taken leave of the other rank
+    assert told.points == list(range(1, STEPS + 1)) and told.all("import") == ["0"]
+    assert finished(tmp_path).summary["wandb_mode"] == "offline"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
+@pytest.mark.parametrize(
+    ("number", "at", "said"),
+    [
+        (signal.SIGKILL, "step", "W&B: stopped (log: "),
+        (signal.SIGSTOP, "step", "W&B: did not finish in time"),
+        pytest.param(signal.SIGSTOP, "end", "W&B: did not finish in time", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "end", "W&B: stopped (", marks=pytest.mark.slow),
+    ],
+    ids=["killed", "stands still", "stands still at the end", "ended by whoever ends the job"],
+)
+def test_training_outlives_wandbs_service(
+    number: signal.Signals, at: str, said: str, tmp_path: Path, untracked: bytes
+) -> None:
+    ranks = start(tmp_path, strikes=[Fault(at, "stand still", count=10 if at == "step" else 1)], limits={"FINISH": 3.0})
+    process, service = ranks.processes[0], None
+    try:
+        until(lambda: stands(process.pid))
         service = child_named(process.pid, "wandb-core")
-        assert service is not None and process.poll() is None
-        os.kill(service, signal.SIGKILL)
-        assert process.wait(timeout=120) == 0
-    run, lines = read_run(tmp_path / "run"), (tmp_path / "printed").read_text().splitlines()
-    assert run.summary["status"] == "finished" and len(run.metrics) == 4
-    assert sum(line.startswith("W&B: stopped") for line in lines) == 1
-    assert sum(line.startswith("epoch ") for line in lines) == 4 and lines[-1].startswith("finished"), lines
+        assert service is not None, ranks.printed()
+        os.kill(service, number)
+        ranks.send(signal.SIGCONT)
+        assert ranks.wait() == [0], ranks.printed()
+    finally:
+        if service is not None and number == signal.SIGSTOP:
+            os.kill(service, signal.SIGKILL)
+    assert "Traceback" not in ranks.printed() and "Exception" not in ranks.printed(), ranks.printed()
+    lines = wandb_lines(ranks.printed())
+    assert len(lines) == 2 and lines[1].startswith(said), lines
+    finished(tmp_path)
+    assert weights(tmp_path) == untracked
+
+
+# --- No account, no network -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"WANDB_MODE": "disabled"}, []),
+        ({"WANDB_API_KEY": "too-short"}, ["W&B: offline"]),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, ["W&B: online failed", "W&B: offline"]),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "silent"}, ["W&B: online failed", "W&B: offline"]),
+    ],
+    ids=["disabled", "malformed key", "server refuses", "server is silent"],
+)
+def test_no_network_and_no_key_stop_nothing(
+    tmp_path: Path, env: dict[str, str], said: list[str], untracked: bytes
+) -> None:
+    with silent_server() as (url, _):
+        env = {name: url if value == "silent" else value for name, value in env.items()}
+        _, lines = whole(tmp_path, limits={"INIT": 2.0}, **env)
+    assert len(lines) == len(said) and all(map(str.startswith, lines, said)), lines
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == said.count("W&B: offline")
+    assert weights(tmp_path) == untracked
+
+
+# --- The program as users start it ------------------------------------------------------------------------------
+
+
+def test_no_question_is_asked_on_a_terminal(tmp_path: Path) -> None:
+    words = ["--dataset", "synthetic", "--model", "linear", "--epochs", "1", "--device", "cpu", "--run-dir", "run"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"WANDB_MODE": "online"}
+    line = [sys.executable, "-m", "fashion_ddp.train", *words]
+    ours, its = pty.openpty()
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), its)
+    with subprocess.Popen(line, cwd=tmp_path, env=env | {"PYTHONPATH": str(CHECKOUT)}, **streams) as process:
+        os.close(its)
+        shown = b""
+        try:
+            # Nothing is ever typed: a question would leave the terminal silent.
+            while select.select([ours], [], [], 60)[0]:
+                shown += os.read(ours, 65536)
+            process.kill()
+        except OSError:  # the program has closed its end
+            pass
+        assert process.wait(timeout=60) == 0, shown.decode()
+    os.close(ours)
+    assert read_run(tmp_path / "run").summary["status"] == "finished"
+    assert shown.count(b"W&B: offline") == shown.count(b"W&B: online failed") == 1

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fashion_ddp.config import UserError
+from fashion_ddp.errors import UserError
 from fashion_ddp.report import published
 from fashion_ddp.rundir import Run, read_run
 

@@ -1,6 +1,6 @@
 """What the report says in words: its title, what was compared, and the notes under the tables."""
 
-from fashion_ddp.config import counted
+from fashion_ddp.errors import counted
 from fashion_ddp.report.results import Result
 from fashion_ddp.report.rows import Comparison
 
@@ -56,6 +56,11 @@ def notes(comparison: Comparison) -> list[str]:
         f"{r.name}: what this model computes depends on the number of ranks."
         for r in comparison.finished
         if r.record.get("rank_invariant") is False
+    ]
+    said += [
+        f"{r.name}: continued on other hardware than it was begun on, so its times are mixed and stand for neither."
+        for r in comparison.finished
+        if r.record.get("timings_mixed")
     ]
     return said
 

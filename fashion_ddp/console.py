@@ -1,0 +1,46 @@
+"""What a run says on the terminal. Nothing that happens to the terminal stops a run."""
+
+import contextlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from fashion_ddp.private import redact
+
+
+def say(text: str) -> None:
+    """Print a line, above the progress bar where there is one."""
+    from tqdm import tqdm  # not at the top: a mistake in the command is answered without it
+
+    if sys.stdout is None:  # closed from the start, as by `>&-`
+        return
+    text = redact(text)
+    try:
+        try:
+            tqdm.write(text)
+        except UnicodeEncodeError:  # a terminal that cannot show a character of a path
+            encoding = sys.stdout.encoding
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError:  # whoever read it is gone: `| tee log` ends at Ctrl-C, before the run has saved
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    """End with an exit code and one message.
+
+    Rank 0 prints for all, who find the same; what only a machine's ranks may find, the first rank there prints.
+    """
+    speaks = os.environ.get("LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK", "0") == "0"
+    if speaks and str(error):
+        with contextlib.suppress(OSError):  # nobody reads it; the exit code still tells
+            print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def crash() -> NoReturn:
+    """End with exit code 1 and the stack of the exception that is being handled, as Python does, without secrets."""
+    with contextlib.suppress(OSError):
+        print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,78 @@
+"""What is said on the terminal, and to whom it does not matter: a run goes on, and its exit code stays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.quick
+
+SAYS = """
+import sys
+from pathlib import Path
+from fashion_ddp.console import fail, say
+for number in range(500):
+    say(f"line {number} " + 200 * "x")
+Path(sys.argv[1]).write_text("went on")
+sys.exit(75)
+"""
+FAILS = "from fashion_ddp.console import fail; fail(ValueError('the reason'), 2)"
+
+
+def shell(line: str, code: str, *words: object, **env: str) -> tuple[int, str]:
+    """The exit code of a program in a shell's line, where it is "$@", and what the line printed."""
+    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))} | env
+    command = ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}", "bash", sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, check=False, env=surroundings, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+READERS = ['"$@" | head -n 1', '"$@" 2>&1 | head -n 1', '"$@" | true', '"$@" > /dev/full', '"$@" >&-', '"$@" >&- 2>&-']
+
+
+@pytest.mark.parametrize("line", READERS)
+def test_a_run_goes_on_without_anyone_who_reads(line: str, tmp_path: Path) -> None:
+    code, printed = shell(line, SAYS, tmp_path / "file")
+    assert code == 75 and (tmp_path / "file").read_text() == "went on"
+    assert printed == ("line 0 " + 200 * "x" + "\n" if "head" in line else "")
+
+
+def test_all_is_said_to_who_reads(tmp_path: Path) -> None:
+    code, printed = shell('"$@" | cat', SAYS, tmp_path / "file")
+    assert code == 75 and printed == "".join(f"line {number} {200 * 'x'}\n" for number in range(500))
+
+
+def test_what_was_said_outlives_a_kill() -> None:
+    code = "import os; from fashion_ddp.console import say; say('said'); os.kill(os.getpid(), 9)"
+    assert shell('"$@" | cat', code) == (137, "said\n")
+
+
+@pytest.mark.parametrize("line", ['"$@" 2>&1 | true', '"$@" 2> /dev/full', '"$@" >&- 2>&-', '"$@"'])
+def test_the_exit_code_of_a_failure_does_not_depend_on_who_reads(line: str) -> None:
+    # The program waits for the reader to have gone.
+    code, printed = shell(line, f"import time; time.sleep(0.2); {FAILS}")
+    assert code == 2 and printed == ("error: the reason\n" if line == '"$@"' else "")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"caf\xe9 \udce9"), ("utf-8", "caf\u00e9 \\udce9")])
+def test_a_path_that_the_terminal_cannot_show(encoding: str, shown: str) -> None:
+    code = r"from fashion_ddp.console import say; say('caf\u00e9 \udce9')"
+    assert shell('"$@"', code, PYTHONIOENCODING=encoding) == (0, shown + "\n")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "of_machine", "speaks"),
+    [
+        (None, None, False, True), ("0", "0", False, True), ("1", "1", False, False), ("2", "0", False, False),
+        ("2", "0", True, True), ("3", "1", True, False), (None, None, True, True),
+    ],
+)  # fmt: skip
+def test_a_failure_is_told_once(rank: str | None, local_rank: str | None, of_machine: bool, speaks: bool) -> None:
+    code = (
+        f"from fashion_ddp.console import fail; e = ValueError('the reason'); e.of_machine = {of_machine}; fail(e, 1)"
+    )
+    place = {"RANK": rank, "LOCAL_RANK": local_rank}
+    env = {name: value for name, value in place.items() if value is not None}
+    assert shell('"$@"', code, **env) == (1, "error: the reason\n" if speaks else "")
