@@ -1,0 +1,196 @@
+"""What one task of a submitted job does: a rank of a run, or the comparison of all of them.
+
+A job's pickle holds paths and nothing else. Everything that a run needs when it is started again, by us or by SLURM,
+stands in its folder: the settings, the checkpoints, and the count of its starts.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fashion_ddp import claim, cli, stop
+from fashion_ddp.console import fail, say
+from fashion_ddp.errors import Stopped, UserError
+from fashion_ddp.machine import MachineError
+from launch import slurm
+
+NO_PROGRESS = 4  # starts in a row that end where they began: then the run is given up
+RENDEZVOUS = 120.0  # seconds within which rank 0 must be found
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of the run in a folder, as a task of Submitit's."""
+
+    folder: str
+    max_restarts: int = 100
+    reuse: bool = False  # go on with a run that other code began
+
+    def __call__(self) -> str:
+        stop.listen()  # in place of Submitit's handlers, which requeue in the middle of a step
+        from submitit import JobEnvironment
+
+        env = JobEnvironment()
+        _place(env.global_rank, env.num_tasks, env.local_rank, env.num_tasks // env.num_nodes)
+        argv = ["--config", str(Path(self.folder) / "config.yaml"), "--run-dir", self.folder]
+        argv += ["--reuse"] * self.reuse
+        return run(argv, Path(self.folder), env.hostnames[0], self.max_restarts)
+
+    def checkpoint(self) -> Any:
+        """Submitit asks for this where a signal comes before our own handlers are there: begin again, the same."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _place(rank: int, world_size: int, local_rank: int, local_world_size: int) -> None:
+    values = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+    os.environ.update({name: str(value) for name, value in values.items()})
+
+
+def run(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> str:
+    """Train as `argv` says, in this folder, as the rank that the environment says. Returns how it ended; leaves the
+    process where it failed, or was stopped and is not queued again."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    single_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    try:
+        if rank == 0:
+            _count_start(folder, max_restarts)
+        if world_size > 1:
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meet(folder, rank, first_host, single_node)
+        else:
+            for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+                del os.environ[name]
+    except UserError as error:
+        fail(error, 2)
+    from fashion_ddp import train
+
+    try:
+        train.run(argv)
+    except Stopped as stopped:
+        if rank > 0:
+            return "stopped"  # and not with an exit code: srun would kill the first rank, which has more to do
+        say(str(stopped))
+        if _requeued(stopped.reason):
+            return "requeued"
+        sys.exit(75)
+    return "finished"
+
+
+def _count_start(folder: Path, max_restarts: int) -> None:
+    """Note where this start begins. Raises UserError where the run was started too often, or goes nowhere."""
+    path = folder / "starts.jsonl"
+    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    step = max((int(p.stem.removeprefix("step-")) for p in folder.glob("checkpoints/step-*.pt")), default=0)
+    job = slurm.own_id() or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+    mine = [start for start in starts if start["job"] == job]
+    if len(mine) > max_restarts:
+        raise UserError(f"{folder}: started {len(mine)} times by job {job}: given up (--max-restarts {max_restarts})")
+    if len(mine) >= NO_PROGRESS and all(start["step"] == step for start in mine[-NO_PROGRESS:]):
+        raise UserError(
+            f"{folder}: the last {NO_PROGRESS} starts of job {job} all ended at step {step}: given up; what they said "
+            "is in its log; `python -m launch.status resubmit` tries again"
+        )
+    with open(path, "a") as file:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        file.write(json.dumps({"job": job, "step": step, "time": now, "host": socket.gethostname()}) + "\n")
+
+
+def _meet(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[str, str]:
+    """Where the ranks meet: a port that is free on the first one's machine, told to the others through the folder.
+
+    A port computed from the job's number may be another job's on the same node, or an ephemeral one.
+    """
+    start = f"{slurm.own_id() or os.environ.get('SUBMITIT_LOCAL_JOB_ID')}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    path = folder / f".meet-{start}"
+    host = "127.0.0.1" if single_node else first_host
+    if rank == 0:
+        for old in folder.glob(".meet-*"):
+            old.unlink(missing_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        new = folder / f".new-meet-{start}"
+        new.write_text(str(port))
+        new.rename(path)
+    limit = time.monotonic() + RENDEZVOUS
+    while not path.exists():
+        if time.monotonic() > limit:
+            raise UserError(
+                f"rank {rank} on {socket.gethostname()} waited {RENDEZVOUS:.0f} s for rank 0 on {first_host} to write "
+                f"{path}: is {folder.parent} on a file system that both machines share?"
+            )
+        time.sleep(0.1)
+        list(folder.iterdir())  # makes NFS look again
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise MachineError(
+            f"rank 0's machine {host!r} is not found by name ({error}): mend DNS or /etc/hosts, or train on one node "
+            "(--nodes 1)"
+        ) from None
+    return host, path.read_text()
+
+
+def _requeued(reason: str) -> bool:
+    """Put the job back into the queue, where it was stopped for the machine's sake and SLURM does not do so itself."""
+    job = slurm.own_id()
+    if job is None:
+        return False
+    try:
+        time_or_preemption = reason in ("SIGUSR1", "SIGUSR2")  # what we ask SLURM to send ahead of the end
+        if time_or_preemption or (reason == "SIGTERM" and slurm.preempted_with_grace(job)):
+            slurm.call("scontrol", "requeue", job)
+            say(f"job {job} is queued again, and continues there")
+            return True
+    except UserError as error:
+        say(f"warning: not queued again: {error}; `python -m launch.status resubmit` continues it")
+    return False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The comparison of runs, when all of them have ended. Fails, after the report is written, where one is missing."""
+
+    folders: tuple[str, ...]
+    out: str
+    ranked: bool = False
+
+    def __call__(self) -> str:
+        from launch import report
+
+        return report.write([Path(folder) for folder in self.folders], Path(self.out), self.ranked)
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """A rank that srun started: `srun python -m launch.job --model cnn`, with the flags of fashion_ddp.train."""
+    env, argv = os.environ, sys.argv[1:] if argv is None else argv
+    try:
+        if "SLURM_PROCID" not in env:
+            raise UserError(
+                "launch.job is what srun starts, see slurm/train.sbatch; here use python -m fashion_ddp.train"
+            )
+        world_size = int(env["SLURM_NTASKS"])
+        first_host = slurm.call("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()[0]
+        _place(int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), world_size // int(env["SLURM_NNODES"]))
+        folder = claim.folder_of(cli.parse(argv).run)
+        folder.mkdir(parents=True, exist_ok=True)
+    except UserError as error:
+        fail(error, 2)
+    run(argv, folder, first_host, max_restarts=100)
+    return 0
+
+
+if __name__ == "__main__":
+    stop.listen()
+    sys.exit(main())

@@ -1,0 +1,280 @@
+#!/usr/bin/env python3
+"""A real SLURM on one Debian machine, for development and tests: two nodes, fake GPUs, accounting, preemption.
+
+    slurm/cluster/cluster.py up [--dir DIR] [--no-accounting]     as root; prints the line to set SLURM_CONF with
+    slurm/cluster/cluster.py down [--dir DIR]                     stops all of it and removes DIR
+
+Nothing outside DIR is touched but two lines of /etc/hosts, which `down` takes out again: programs look nodes up by
+name. Partitions: `low` (the default, jobs there are requeued for `high`), `grace` (as low, with 20 s of grace), `high`.
+Needs the packages slurmctld slurmd slurm-client slurmdbd munge mariadb-server (22.05 was used).
+"""
+
+import argparse
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+NODES = ("fashion-n1", "fashion-n2")
+MARK = "# fashion_ddp slurm/cluster"
+HOSTS = Path("/etc/hosts")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+ACCOUNTING = ("mariadbd", "mariadb-install-db", "slurmdbd", "sacctmgr")
+
+SLURM_CONF = """\
+ClusterName=fashion
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge/socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/spool-%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd-%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,bf_interval=1
+KillWait={kill_wait}
+InactiveLimit=0
+MinJobAge=300
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{accounting}
+{nodes}
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1
+PartitionName=grace Nodes=ALL PriorityTier=1 GraceTime=20
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+"""
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=16000 Gres=gpu:4"
+WITH_ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd_port}
+AccountingStoragePass={dir}/munge/socket
+JobAcctGatherType=jobacct_gather/linux"""
+SLURMDBD_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge/socket
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={dbd_port}
+SlurmUser=root
+LogFile={dir}/slurmdbd.log
+PidFile={dir}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql_port}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct_db
+"""
+
+
+class Cluster:
+    def __init__(self, folder: Path):
+        self.dir = folder.resolve()
+        self.conf = self.dir / "slurm.conf"
+
+    def up(self, accounting: bool, kill_wait: int) -> None:
+        missing = [p for p in (*PROGRAMS, *(ACCOUNTING if accounting else ())) if shutil.which(p) is None]
+        if os.geteuid() != 0 or missing:
+            why = f"these programs are missing: {', '.join(missing)}" if missing else "it must run as root"
+            packages = "slurmctld slurmd slurm-client slurmdbd munge mariadb-server"
+            sys.exit(f"error: no cluster can be made here: {why} (apt-get install {packages})")
+        if self.dir.exists() and any(self.dir.iterdir()):
+            sys.exit(f"error: {self.dir} is not empty: `cluster.py down --dir {self.dir}` first, or another --dir")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.dir.chmod(0o755)
+        try:
+            self._start(accounting, kill_wait)
+        except BaseException:
+            for log in sorted(self.dir.glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text()[-1500:]}", file=sys.stderr)
+            self.down()
+            raise
+        print(f"export SLURM_CONF={self.conf}")
+
+    def _start(self, accounting: bool, kill_wait: int) -> None:
+        values = {"dir": self.dir, "host": socket.gethostname(), "kill_wait": kill_wait}
+        values |= dict(zip(("ctld_port", "dbd_port", "sql_port"), _free_ports(3), strict=True))
+        lines = [line for line in HOSTS.read_text().splitlines() if MARK not in line]
+        HOSTS.write_text("\n".join([*lines, f"127.0.0.1 {' '.join(NODES)} {MARK}", ""]))
+        self._munge()
+        if accounting:
+            self._database(values)
+        nodes = [NODE.format(name=n, host=values["host"], port=p) for n, p in zip(NODES, _free_ports(2), strict=True)]
+        with_accounting = WITH_ACCOUNTING.format(**values) if accounting else ""
+        self.conf.write_text(SLURM_CONF.format(**values, nodes="\n".join(nodes), accounting=with_accounting))
+        # Slurm wants a device per GPU; terminals are there on any machine, and nothing opens them.
+        (self.dir / "gres.conf").write_text("Name=gpu File=/dev/tty[10-13]\n")
+        (self.dir / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (self.dir / "state").mkdir()
+        if accounting:
+            self._run("sacctmgr", "-i", "add", "cluster", "fashion")
+        self._run("slurmctld", "-f", str(self.conf))
+        _wait("slurmctld answers", lambda: self._succeeds("scontrol", "ping"))
+        for name in NODES:
+            (self.dir / f"spool-{name}").mkdir()
+            self._run("slurmd", "-f", str(self.conf), "-N", name)
+        _wait("both nodes are idle", lambda: self._output("sinfo", "-h", "-p", "low", "-o", "%T %D") == "idle 2")
+
+    def _munge(self) -> None:
+        folder = self.dir / "munge"
+        folder.mkdir(mode=0o755)
+        key = folder / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        user = pwd.getpwnam("munge")
+        for path in (folder, key):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        arguments = [f"--key-file={key}", f"--socket={folder}/socket", f"--pid-file={folder}/pid"]
+        arguments += [f"--log-file={folder}/log", f"--seed-file={folder}/seed", "--num-threads=4"]
+        self._run("munged", *arguments, user="munge")
+
+    def _database(self, values: dict[str, object]) -> None:
+        folder = self.dir / "sql"
+        folder.mkdir(mode=0o700)
+        user = pwd.getpwnam("mysql")
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        data, sock = f"--datadir={folder}/data", f"--socket={folder}/socket"
+        self._run(
+            "mariadb-install-db", "--no-defaults", data, "--user=mysql", "--auth-root-authentication-method=normal"
+        )
+        arguments = ["--no-defaults", data, sock, f"--port={values['sql_port']}", "--bind-address=127.0.0.1"]
+        arguments += [f"--pid-file={folder}/pid", "--user=mysql", f"--log-error={folder}/log"]
+        arguments += ["--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=2"]
+        subprocess.Popen(["mariadbd", *arguments], stdin=subprocess.DEVNULL, start_new_session=True)
+        client = ["mariadb", "--no-defaults", sock, "-u", "root"]
+        _wait("the database answers", lambda: self._succeeds(*client, "-e", "select 1"))
+        grants = "create database slurm_acct_db; create user slurm@'127.0.0.1' identified by 'slurm'; "
+        self._run(*client, "-e", grants + "grant all on slurm_acct_db.* to slurm@'127.0.0.1';")
+        conf = self.dir / "slurmdbd.conf"
+        conf.write_text(SLURMDBD_CONF.format(**values))
+        conf.chmod(0o600)
+        # slurmdbd and sacctmgr read slurmdbd.conf beside slurm.conf.
+        self.conf.write_text(SLURM_CONF.format(**values, nodes="", accounting=WITH_ACCOUNTING.format(**values)))
+        self._run("slurmdbd")
+        _wait("slurmdbd answers", lambda: _listens(int(str(values["dbd_port"]))))
+
+    def down(self) -> None:
+        """Stop what was started, jobs first, and leave nothing behind."""
+        if self.conf.exists():
+            self._succeeds("scancel", "--full", "--user=root", "--signal=KILL")
+            self._succeeds("scancel", "--user=root")
+        names = [f"slurmd-{name}.pid" for name in NODES]
+        for name in (*names, "slurmctld.pid", "slurmdbd.pid", "sql/pid", "munge/pid"):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int((self.dir / name).read_text())
+                os.kill(pid, signal.SIGTERM)
+                _wait(f"{name} ends", lambda pid=pid: not _lives(pid), patience=30, give_up=False)
+                if _lives(pid):
+                    os.kill(pid, signal.SIGKILL)
+        for pid in _of_steps(self.dir):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        HOSTS.write_text("".join(line for line in HOSTS.read_text().splitlines(True) if MARK not in line))
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def _environment(self) -> dict[str, str]:
+        return {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | {"SLURM_CONF": str(self.conf)}
+
+    def _run(self, *words: str, user: str | None = None) -> None:
+        done = self._call(*words, user=user)
+        if done.returncode:
+            sys.exit(f"error: {' '.join(words)} failed: {done.stdout}{done.stderr}")
+
+    def _succeeds(self, *words: str) -> bool:
+        return self._call(*words).returncode == 0
+
+    def _output(self, *words: str) -> str:
+        return self._call(*words).stdout.strip()
+
+    def _call(self, *words: str, user: str | None = None) -> subprocess.CompletedProcess[str]:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.run(words, check=False, env=self._environment(), text=True, user=user, **streams)
+
+
+def _wait(what: str, holds: Callable[[], bool], patience: float = 60, give_up: bool = True) -> None:
+    limit = time.monotonic() + patience
+    while not holds():
+        if time.monotonic() > limit:
+            if give_up:
+                sys.exit(f"error: waited {patience:.0f} s in vain: {what}")
+            return
+        time.sleep(0.1)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _of_steps(folder: Path) -> list[int]:
+    """Processes that were started for this cluster's jobs and outlived its daemons."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"SLURM_CONF={folder}/slurm.conf".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return [pid for pid in found if pid not in (os.getpid(), os.getppid()) and b"SLURM_JOB_ID" in _environ(pid)]
+
+
+def _environ(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["up", "down"])
+    parser.add_argument("--dir", type=Path, default=Path("/var/tmp/fashion_ddp_slurm"))
+    parser.add_argument("--no-accounting", dest="accounting", action="store_false")
+    parser.add_argument("--kill-wait", type=int, default=20, help="seconds from SIGTERM to SIGKILL (SLURM's own is 30)")
+    arguments = parser.parse_args()
+    cluster = Cluster(arguments.dir)
+    if arguments.what == "up":
+        cluster.up(arguments.accounting, arguments.kill_wait)
+    else:
+        cluster.down()
+
+
+if __name__ == "__main__":
+    main()
