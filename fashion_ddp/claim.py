@@ -56,8 +56,10 @@ def _check(path: Path, cfg: Config, made_by_now: dict[str, Any], fresh: bool, re
         found = set()
     except NotADirectoryError:
         found = {path.name} if path.exists() else set()
-    # A process that was killed at once leaves no more than a lock, and half of config.yaml.
-    if all(name.startswith((lock.NAME, ".config.yaml.")) for name in found):
+    # A process that was killed at once leaves no more than a lock, and half of config.yaml; before it, a launcher its
+    # count of starts, and where the ranks meet.
+    begun = (lock.NAME, ".config.yaml.", "starts.jsonl", ".meet-", ".new-meet-")
+    if all(name.startswith(begun) for name in found):
         return "nothing"
     if "config.yaml" not in found:
         raise UserError(f"{path} exists and is no run folder: choose another --run-dir")

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import tyro
@@ -86,7 +87,7 @@ def markdown_page(comparison: Comparison) -> str:
 def csv_rows(comparison: Comparison) -> str:
     """One line per run: what of its object in report.json is a single value."""
     rows = [
-        {name: value for name, value in r.record.items() if not isinstance(value, dict | list)}
+        {name: _no_formula(value) for name, value in r.record.items() if not isinstance(value, dict | list)}
         for r in comparison.results
     ]
     file = io.StringIO()
@@ -94,6 +95,11 @@ def csv_rows(comparison: Comparison) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula, marked as text (OWASP, CSV injection)."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def terminal_text(comparison: Comparison) -> str:

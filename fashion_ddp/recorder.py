@@ -65,7 +65,7 @@ class Recorder(Silent):
         self.summary("running")
         if cfg.tracker != "none":
             self.wandb = Wandb(folder, cfg, self.known["wandb_id"])
-            self.wandb.start(old, points, epochs)
+            self.wandb.start(points, epochs)
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "lr": self.lr, "total": asdict(self.total), "bin": asdict(self.bin)}

@@ -18,7 +18,7 @@ from fashion_ddp.console import say
 from fashion_ddp.errors import Stopped
 from fashion_ddp.private import redact
 from fashion_ddp.provenance import identity
-from fashion_ddp.rundir import Run, RunFolder, plain
+from fashion_ddp.rundir import RunFolder, plain
 
 INIT = 20.0  # seconds that W&B's server gets to answer at the start
 START = 30.0  # seconds that training waits for W&B at the start; then it begins, and W&B may join later
@@ -48,10 +48,8 @@ class Wandb:
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.started = threading.Event()
 
-    def start(self, old: Run, points: Rows, epochs: Rows) -> None:
-        """Start W&B, and tell it what the run's files hold of earlier starts: all, as the newest of the files that it
-        writes offline is to be whole, or what its server has not been told. `old`: as the last start left them."""
-        self.old = old
+    def start(self, points: Rows, epochs: Rows) -> None:
+        """Start W&B, and tell it what the run's files hold of earlier starts."""
         self.points(points)
         self.epochs(epochs)
         self.thread.start()
@@ -142,13 +140,10 @@ class Wandb:
                 self.run = None
                 self._teardown()  # else the name stays in use
         if self.mode in ("online", "offline"):
-            for folder in older:
+            for folder in older:  # which tell a part of what is now told from its beginning
                 with suppress(OSError):
                     (self.path / "wandb" / "superseded").mkdir(exist_ok=True)
                     folder.rename(self.path / "wandb" / "superseded" / folder.name)
-        if self.mode == "online" == self.old.summary.get("wandb_mode"):
-            self.points_known = max((row["step"] for row in self.old.steps), default=0)
-            self.epochs_known = max((row["epoch"] for row in self.old.metrics), default=0)
 
     def _modes(self) -> list[Any]:
         """What to try, in order: what the user said, or online where there is a key; offline always works."""
@@ -180,6 +175,8 @@ class Wandb:
         for group in ("train/*", "val/*", "test/*", "time/*", "throughput/*"):
             run.define_metric(group, step_metric="epoch")
         if mode == "online":
+            # What its server has of earlier starts it says itself: a kill may have lost what had been sent.
+            self.points_known, self.epochs_known = (int(run.summary.get(name) or 0) for name in ("step", "epoch"))
             say(f"W&B: online at {run.url}")
         elif mode == "offline":
             say(f"W&B: offline, in {self.path}/wandb; `wandb sync {self.path}/wandb/offline-run-*` uploads it")

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from fashion_ddp import ranks
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
+from fashion_ddp.private import redact
 from fashion_ddp.ranks import World
 from fashion_ddp.rundir import RunFolder
 
@@ -54,13 +55,15 @@ class Watch(threading.Thread):
         self.lost = error is not None and ranks.lost(error)
         self.ended.set()
         self.join()
+        if self.signing.is_alive():  # it would leave a sign after the last
+            self.signing.join(self.beat)
         if error is not None and not isinstance(error, UserError | Stopped):
             self._note("".join(traceback.format_exception(error)))
         with contextlib.suppress(OSError):
             if self.world.rank == 0 and self._holds():
                 self._sweep()
             elif self.world.rank > 0:
-                self._write_sign(ended=True)
+                self._write_sign(ended=error is None or isinstance(error, Stopped))
                 if not self._sign(0).exists():  # nobody is left to ask, nor to sweep
                     self._sign(self.world.rank).unlink()
         if self.folder.lock is not None and self.world.rank == 0:
@@ -119,6 +122,8 @@ class Watch(threading.Thread):
         try:
             if self.folder.lock is not None:
                 self.folder.lock.check()
+            return True
+        except OSError:
             return True
         except TrainingFailed:
             return False
@@ -190,7 +195,7 @@ class Watch(threading.Thread):
 
     def _note(self, text: str) -> None:
         with contextlib.suppress(OSError), open(self._log(), "a") as file:
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.world.rank}: {text}", file=file)
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.world.rank}: {redact(text)}", file=file)
 
     def _dump(self, text: str) -> None:
         """Every thread's stack, below a text."""

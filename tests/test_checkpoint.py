@@ -345,18 +345,18 @@ def nodes(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
 
 def wrong(value: Any) -> Iterator[Any]:
     """What a part of a state must not be instead."""
-    yield from ("text", [None], {"a": None}, torch.ones(()).bool())
-    yield from (empty for empty in (None, {}, []) if type(empty) is not type(value) or value)
+    yield "text"
+    yield from [None] * (value is not None)
     if isinstance(value, torch.Tensor):
         other = torch.float64 if value.dtype == torch.float32 else torch.float32
-        yield from (value.unsqueeze(0), value.to(other), value.to("meta"), value.tolist(), torch.ones(0, 0))
+        yield from (value.unsqueeze(0), value.to(other), value.to("meta"), value.tolist(), {})
         yield from [value.to_sparse()] * bool(value.dim())
     elif isinstance(value, dict):
-        yield from (value | {"another": None}, list(value.values()), list(value))
+        yield from (value | {"another": None}, list(value.values()), list(value), *[{}] * bool(value))
     elif isinstance(value, list):
-        yield from ([*value, None], dict(enumerate(value)))
+        yield from ([*value, None], dict(enumerate(value)), *[[]] * bool(value))
     else:
-        yield 1 if isinstance(value, float | bool) else 1.5
+        yield from (1 if isinstance(value, float | bool) else 1.5, torch.ones(()).bool(), [value])
         yield from [True] * (not isinstance(value, bool))
 
 

@@ -394,6 +394,19 @@ def test_a_finished_run_is_taken_as_it_is_and_one_by_other_code_is_refused(here:
 
 
 @quick
+def test_a_folder_in_which_a_launcher_noted_a_start_and_no_more_is_free(here: Path) -> None:
+    cfg = cli.parse(["--model", "linear", *SMALL]).run
+    folder = claim.folder_of(cfg)
+    folder.mkdir(parents=True)
+    for name in ("starts.jsonl", ".meet-7_0-0"):
+        (folder / name).touch()
+    assert claim.check(cfg, {}) == "nothing"
+    (folder / "other").touch()
+    with pytest.raises(UserError, match="is no run folder"):
+        claim.check(cfg, {})
+
+
+@quick
 def test_a_folder_of_another_run_is_refused(here: Path, said: Said) -> None:
     folder = make_run(here, status="stopped")
     code, _, err = said(submit.main, *LINEAR, "--lr", "0.5", "--run-dir", str(folder))

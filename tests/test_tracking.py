@@ -25,6 +25,7 @@ import faults
 import pytest
 from conftest import CHECKOUT, _server, command
 from faults import Fault, Ranks
+from wandb_server import WandbServer
 
 from fashion_ddp.rundir import Run, read_run
 
@@ -233,6 +234,39 @@ def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untr
     assert weights(tmp_path) == untracked
 
 
+# --- Online, the real W&B and as much of its server as it talks to --------------------------------------------------
+
+
+def test_its_server_has_all_of_a_run_with_many_starts_once(tmp_path: Path, untracked: bytes) -> None:
+    with WandbServer() as server:
+        stopped = start(tmp_path, strikes=[Fault("step", "TERM", count=10)], **server.env)
+        assert stopped.wait() == [75], stopped.printed()
+        assert (server.exits, server.preempting) == ([1], [True])
+        # What it tells in its last seconds does not arrive.
+        killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "kill", count=10)], **server.env)
+        assert killed.wait() == [-9], killed.printed()
+        run, lines = whole(tmp_path, **server.env)
+        assert len(lines) == 3 and set(lines) == {
+            f"W&B: online at {server.url}/me/fashion_ddp/runs/{run.summary['wandb_id']}"
+        }
+        assert len(server.history) == 1 and server.exits == [1, 0]
+        for found, expected in zip(sorted_out(server.rows(run.summary["wandb_id"])), told_of(run), strict=True):
+            assert found == [pytest.approx(row) for row in expected]
+    assert run.summary["wandb_mode"] == "online" and weights(tmp_path) == untracked
+
+
+def test_a_server_that_falls_silent_holds_nothing_up(tmp_path: Path, untracked: bytes) -> None:
+    with WandbServer() as server:
+        ranks = start(tmp_path, strikes=[Fault("step", "wait", count=10)], limits={"FINISH": 2.0}, **server.env)
+        until(lambda: server.history)
+        server.silent.set()
+        (tmp_path / "go").touch()
+        assert ranks.wait() == [0], ranks.printed()
+    assert [line.partition(" ")[2][:7] for line in wandb_lines(ranks.printed())] == ["online ", "did not"]
+    finished(tmp_path)
+    assert weights(tmp_path) == untracked
+
+
 # --- Over many starts, told to a W&B that writes it down ---------------------------------------------------------
 
 SCRIBE = """
@@ -242,10 +276,17 @@ def told(*what):
         file.write(json.dumps(what) + "\\n")
 class Summary:
     def update(self, figures): told("summary", figures)
+    def get(self, name):  # what the server has
+        return json.load(open("server.json")).get(name) if os.path.exists("server.json") else None
 class Run:
     url, summary = "https://somewhere", Summary()
     def define_metric(self, *names, **axis): pass
-    def log(self, row): told("log", row)
+    def log(self, row):
+        told("log", row)
+        if os.environ["ACCOUNT"] == "yes":
+            row = {name: max(row.get(name, 0), self.summary.get(name) or 0) for name in ("step", "epoch")}
+            with open("server.json", "w") as file:
+                json.dump(row, file)
     def mark_preempting(self): told("mark_preempting", None)
     def finish(self, exit_code): told("finish", exit_code)
 def Settings(**settings): return settings
@@ -310,11 +351,11 @@ def test_an_online_run_is_told_each_point_once_over_all_starts(tmp_path: Path, u
     offline = started(75, strikes=[Fault("step", "TERM", count=2)], account="no")
     assert offline.points == steps(1, 20) and offline.epochs == [1, 2]  # as its file is to be whole
     online = started(75, strikes=[Fault("step", "TERM", count=2)])
-    assert online.points == steps(1, 22) and online.epochs == [1, 2]  # as the server was not told all
+    assert online.points == steps(19, 22) and online.epochs == []
     without = started(75, "--tracker", "none", strikes=[Fault("step", "TERM")])
     assert without.lines == []
     last = started(0)
-    assert last.points == steps(1, STEPS) and last.epochs == [1, 2, 3] and last.all("finish") == [0]
+    assert last.points == steps(23, STEPS) and last.epochs == [3] and last.all("finish") == [0]
     assert last.all("summary")[0]["test/accuracy"] == finished(tmp_path).summary["test/accuracy"]
 
     inits = [told.all("init")[0] for told in (stopped, failed, again, offline, online, last)]
@@ -334,7 +375,9 @@ def never(*args, **settings):
     while True: time.sleep(3600)
 def fail(*args, **settings): raise ConnectionResetError('the service is gone')
 def nothing(*args, **settings): return True
-class Summary: update = nothing
+class Summary:
+    update = nothing
+    def get(self, name): pass
 class Run:
     url, summary = 'nowhere', Summary()
     define_metric = log = mark_preempting = finish = nothing

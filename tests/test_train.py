@@ -42,7 +42,7 @@ def test_a_run_leaves_a_complete_folder(finished: Path) -> None:
     names = {path.name for path in run.path.iterdir()}
     tensors = {"predictions.safetensors", "examples.safetensors", "model.safetensors"}
     records = {"config.yaml", "environment.json", "metrics.jsonl", "steps.jsonl", "summary.json", "model.txt"}
-    assert names == tensors | records | {".lock"}
+    assert names == tensors | records | {"checkpoints", "logs"}
     assert run.summary["status"] == "finished" and run.summary["format"] == 1
     [epoch] = run.metrics
     assert epoch["epoch"] == 1 and epoch["step"] == run.steps[-1]["step"] == 461 and 90 <= len(run.steps) <= 100

@@ -88,6 +88,14 @@ def test_a_rank_that_hangs_when_the_others_have_ended_is_named(tmp_path: Path, u
 
 
 @pytest.mark.slow
+def test_a_rank_that_failed_is_named_where_the_others_do_not_notice(tmp_path: Path) -> None:
+    run = start_tiny(2, tmp_path, WORDS, [Fault("step", "hang", 0, 10), Fault("step", "raise", 1, 10)])
+    assert run.wait() == [1, 1]
+    told = [line for line in errors(run) if line.startswith("error: nothing happened")]
+    assert len(told) == 1 and f"all wait for rank 1 on {HOST} (which does not answer);" in told[0]
+
+
+@pytest.mark.slow
 def test_ranks_that_hang_within_one_operation_leave_their_stacks(tmp_path: Path) -> None:
     run = start_tiny(2, tmp_path, WORDS, [Fault("all-reduce", "hang", 1, 10)])
     assert run.wait() == [1, 1]

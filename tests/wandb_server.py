@@ -14,6 +14,7 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.history: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)  # of each run: its rows by line
+        self.summaries: dict[str, str] = {}  # of each run, as JSON
         self.exits: list[int] = []  # codes that runs ended with
         self.preempting: list[bool] = []  # whether they were marked so
         self.silent = threading.Event()  # from when on nothing is answered
@@ -22,6 +23,7 @@ class WandbServer:
         handler = type("Handler", (_Handler,), {"known": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients are killed in these tests
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.env = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": self.url}
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -31,17 +33,35 @@ class WandbServer:
         self.server.shutdown()
         self.server.server_close()
 
+    def rows(self, run: str) -> list[dict[str, Any]]:
+        """A run's history; no line was left out."""
+        lines = self.history[run]
+        return [lines[line] for line in range(len(lines))]
+
     def graphql(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         """What a query or mutation is answered."""
         project = {"id": "project", "name": given.get("project"), "entity": {"id": "entity", "name": "me"}}
         bucket = {"id": "run", "name": given.get("name"), "displayName": given.get("displayName")}
         if name == "UpsertBucket":
-            bucket |= {"description": None, "config": "{}", "sweepName": None, "historyLineCount": 0}
-            return {"upsertBucket": {"bucket": bucket | {"project": project}, "inserted": True}}
+            bucket |= {
+                "description": None,
+                "config": "{}",
+                "sweepName": None,
+                "historyLineCount": len(self.history.get(given["name"], {})),
+            }
+            return {
+                "upsertBucket": {"bucket": bucket | {"project": project}, "inserted": given["name"] not in self.history}
+            }
         if name == "RunResumeStatus" and (rows := self.history.get(given["name"])):
             lines = {"logLineCount": 0, "historyLineCount": len(rows), "eventsLineCount": 0}
             tails = {"historyTail": json.dumps([json.dumps(rows[max(rows)])]), "eventsTail": "[]"}
-            rest = {"summaryMetrics": "{}", "config": "{}", "tags": [], "notes": None, "wandbConfig": "{}"}
+            rest = {
+                "summaryMetrics": self.summaries.get(given["name"], "{}"),
+                "config": "{}",
+                "tags": [],
+                "notes": None,
+                "wandbConfig": '{"t": {}}',
+            }
             return {"model": project | {"bucket": bucket | lines | tails | rest}}
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/upload"} for file in given["files"]]
@@ -53,6 +73,8 @@ class WandbServer:
         sent = body.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
         for line, row in enumerate(sent["content"], start=sent["offset"]):
             self.history[run][line] = json.loads(row)
+        for content in body.get("files", {}).get("wandb-summary.json", {}).get("content", []):
+            self.summaries[run] = content
         if body.get("preempting"):
             self.preempting.append(True)
         if body.get("complete"):
