@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         world_size = int(env["SLURM_NTASKS"])
         first_host = slurm.call("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()[0]
         _place(int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), world_size // int(env["SLURM_NNODES"]))
+        if "SLURM_CPUS_PER_TASK" in env and not any(word.startswith("--threads") for word in argv):
+            argv = [*argv, "--threads", env["SLURM_CPUS_PER_TASK"]]  # a rank may be bound to its own cores already
         folder = claim.folder_of(cli.parse(argv).run)
         folder.mkdir(parents=True, exist_ok=True)
     except UserError as error:

@@ -163,7 +163,7 @@ def run(argv: tuple[str, ...], ranks: int) -> int:
         with stop.held():
             children.append(subprocess.Popen(command, env=env | place, start_new_session=True))
     first, handed_on, patience = 0, set[signal.Signals](), math.inf
-    while any(child.poll() is None for child in children):
+    while None in [child.poll() for child in children]:  # each is asked, or one that failed would go unseen
         for number in set(stop.heard()) - handed_on:
             for child in children:
                 child.send_signal(number)
