@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import tyro
 
-from fashion_ddp.console import fail
+from fashion_ddp.console import fail, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.private import keep_others_out
 from fashion_ddp.report import figures, sentences, tables
@@ -133,8 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         write(comparison, command.out)
     except UserError as error:
         fail(error, 2)
-    print(terminal_text(comparison))
-    print(f"\nreport: {command.out / 'report.html'}")
+    say(terminal_text(comparison))
+    say(f"\nreport: {command.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -235,3 +235,12 @@ def test_local_goes_on_with_the_next_run_when_a_rank_is_killed(tmp_path: Path) -
         assert run.wait() == 1, run.printed()
         assert not any(living(pid) for pid in ranks)
     assert report(tmp_path)["linear"] == "finished" and report(tmp_path)["mlp"] in ("failed", "interrupted")
+
+
+@pytest.mark.slow
+def test_local_fails_without_a_report_where_every_run_failed_before_it_has_a_folder(tmp_path: Path) -> None:
+    with Started(tmp_path, ONE, gate("load")) as run:
+        os.kill(run.at_gate(2)[0], signal.SIGKILL)
+        assert run.wait() == 1, run.printed()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "report").exists()
+    assert "no run folder" not in run.printed()

@@ -237,6 +237,7 @@ def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untr
 # --- Online, the real W&B and as much of its server as it talks to --------------------------------------------------
 
 
+@pytest.mark.slow
 def test_its_server_has_all_of_a_run_with_many_starts_once(tmp_path: Path, untracked: bytes) -> None:
     with WandbServer() as server:
         stopped = start(tmp_path, strikes=[Fault("step", "TERM", count=10)], **server.env)
@@ -255,6 +256,7 @@ def test_its_server_has_all_of_a_run_with_many_starts_once(tmp_path: Path, untra
     assert run.summary["wandb_mode"] == "online" and weights(tmp_path) == untracked
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_holds_nothing_up(tmp_path: Path, untracked: bytes) -> None:
     with WandbServer() as server:
         ranks = start(tmp_path, strikes=[Fault("step", "wait", count=10)], limits={"FINISH": 2.0}, **server.env)
@@ -413,6 +415,7 @@ def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path,
     assert 1 <= len(lines) <= 2, lines
 
 
+@pytest.mark.slow
 def test_a_wandb_that_does_not_keep_up_is_left_in_one_line(tmp_path: Path, untracked: bytes) -> None:
     packages = package(tmp_path, GOES_WRONG + "Run.log = never")
     run, lines = whole(tmp_path, packages=packages, limits={"BEHIND": 10, "FINISH_EARLY": 1.0})
@@ -420,6 +423,7 @@ def test_a_wandb_that_does_not_keep_up_is_left_in_one_line(tmp_path: Path, untra
     assert run.summary["wandb_mode"] is None  # so that a later start tells it all
 
 
+@pytest.mark.slow
 def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) -> None:
     waits = (
         "def wait(path):\n"
@@ -487,7 +491,11 @@ def test_training_outlives_wandbs_service(
         ({"WANDB_MODE": "disabled"}, []),
         ({"WANDB_API_KEY": "too-short"}, ["W&B: offline"]),
         ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, ["W&B: online failed", "W&B: offline"]),
-        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "silent"}, ["W&B: online failed", "W&B: offline"]),
+        pytest.param(
+            {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "silent"},
+            ["W&B: online failed", "W&B: offline"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["disabled", "malformed key", "server refuses", "server is silent"],
 )
