@@ -222,6 +222,8 @@ def _damage(draw: random.Random, run: Path) -> str | None:
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"epoch": 1, "step')
         return "half a line in metrics.jsonl"
+    if not content:  # damaged before, and not looked at since
+        return None
     if kind == "flip":
         at = draw.randrange(len(content))
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :])
