@@ -4,8 +4,10 @@ Every rank runs these checks before it talks to another. What a launcher asks be
 accumulation, another engine) is refused by name: it would train something else than the command says.
 """
 
+import contextlib
 import os
 import platform
+import random
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,6 +130,20 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def free_port() -> int:
+    """A TCP port for ranks to meet at, where nobody listens now.
+
+    Below those that Linux gives to outgoing connections (from 32,768), one of which may be given away between this look
+    and the meeting.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise MachineError("no port from 20000 to 32000 is free for ranks to meet at: end what listens there")
 
 
 def threads_per_rank(cfg: Config, local_world_size: int) -> int:

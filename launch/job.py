@@ -16,7 +16,7 @@ from typing import Any
 from fashion_ddp import claim, cli, stop
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import Stopped, UserError
-from fashion_ddp.machine import MachineError
+from fashion_ddp.machine import MachineError, free_port
 from launch import slurm
 
 NO_PROGRESS = 4  # starts in a row that end where they began: then the run is given up
@@ -112,9 +112,7 @@ def _meet(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[
     if rank == 0:
         for old in folder.glob(".meet-*"):
             old.unlink(missing_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         new = folder / f".new-meet-{start}"
         new.write_text(str(port))
         new.rename(path)

@@ -12,7 +12,6 @@ import dataclasses
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from fashion_ddp import stop
 if __name__ == "__main__":
     stop.listen()  # before slow imports
 
-from fashion_ddp import claim, cli, compare, data, provenance
+from fashion_ddp import claim, cli, compare, data, machine, provenance
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, nearest
@@ -154,7 +153,7 @@ def run(argv: tuple[str, ...], ranks: int) -> int:
     env["FASHION_DDP_LAUNCHER"] = str(os.getpid())
     if ranks > 1:
         env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(machine.free_port())}
     stop.children = children = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -179,12 +178,6 @@ def run(argv: tuple[str, ...], ranks: int) -> int:
         time.sleep(0.05)
     first = first or next((child.returncode for child in children if child.returncode), 0)
     return first if first >= 0 else 128 - first
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 if __name__ == "__main__":

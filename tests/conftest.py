@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 import traceback
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fashion_ddp.machine import free_port
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -54,12 +55,6 @@ def need(program: str) -> None:
     """Skip a test whose program is not installed; fail it where everything must run."""
     if shutil.which(program) is None:
         (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"{program} is not installed")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _rank(env: dict[str, str], work: bytes, answer: Any) -> None:
