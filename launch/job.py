@@ -17,6 +17,7 @@ from fashion_ddp import claim, cli, stop
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.machine import MachineError, free_port
+from fashion_ddp.private import keep_others_out
 from launch import slurm
 
 NO_PROGRESS = 4  # starts in a row that end where they began: then the run is given up
@@ -32,6 +33,7 @@ class Rank:
     reuse: bool = False  # go on with a run that other code began
 
     def __call__(self) -> str:
+        keep_others_out()
         stop.listen()  # in place of Submitit's handlers, which requeue in the middle of a step
         from submitit import JobEnvironment
 
@@ -172,6 +174,7 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     """A rank that srun started: `srun python -m launch.job --model cnn`, with the flags of fashion_ddp.train."""
+    keep_others_out()
     env, argv = os.environ, sys.argv[1:] if argv is None else argv
     try:
         if "SLURM_PROCID" not in env:

@@ -29,6 +29,7 @@ from fashion_ddp.cli import Command
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.private import keep_others_out
 from fashion_ddp.published import named
 from fashion_ddp.rundir import read_run, write_whole
 from launch import batch, here, runs, site, snapshot, states
@@ -39,6 +40,7 @@ RECORD = "submission.json"  # in a submission's folder: all that is needed to su
 
 
 def main(argv: list[str] | None = None) -> int:
+    keep_others_out()
     try:
         asked, flags = tyro.cli(Submission, prog="python -m launch.submit", args=argv, return_unknown_args=True)
         return _submit(asked, flags)
