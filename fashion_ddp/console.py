@@ -1,6 +1,5 @@
 """What a run says on the terminal. Nothing that happens to the terminal stops a run."""
 
-import contextlib
 import os
 import sys
 import traceback
@@ -34,13 +33,18 @@ def fail(error: Exception, code: int) -> NoReturn:
     """
     speaks = os.environ.get("LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK", "0") == "0"
     if speaks and str(error):
-        with contextlib.suppress(OSError):  # nobody reads it; the exit code still tells
-            print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        _complain(f"error: {error}\n")
     sys.exit(code)
 
 
 def crash() -> NoReturn:
     """End with exit code 1 and the stack of the exception that is being handled, as Python does, without secrets."""
-    with contextlib.suppress(OSError):
-        print(redact(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+    _complain(traceback.format_exc())
     sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    try:
+        print(redact(text), end="", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it; Python would fail again at its own last flush, and change the exit code
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process

@@ -33,8 +33,9 @@ READERS = ['"$@" | head -n 1', '"$@" 2>&1 | head -n 1', '"$@" | true', '"$@" > /
 
 
 @pytest.mark.parametrize("line", READERS)
-def test_a_run_goes_on_without_anyone_who_reads(line: str, tmp_path: Path) -> None:
-    code, printed = shell(line, SAYS, tmp_path / "file")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_run_goes_on_without_anyone_who_reads(line: str, unbuffered: str, tmp_path: Path) -> None:
+    code, printed = shell(line, SAYS, tmp_path / "file", PYTHONUNBUFFERED=unbuffered)
     assert code == 75 and (tmp_path / "file").read_text() == "went on"
     assert printed == ("line 0 " + 200 * "x" + "\n" if "head" in line else "")
 
@@ -50,9 +51,10 @@ def test_what_was_said_outlives_a_kill() -> None:
 
 
 @pytest.mark.parametrize("line", ['"$@" 2>&1 | true', '"$@" 2> /dev/full', '"$@" >&- 2>&-', '"$@"'])
-def test_the_exit_code_of_a_failure_does_not_depend_on_who_reads(line: str) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_exit_code_of_a_failure_does_not_depend_on_who_reads(line: str, unbuffered: str) -> None:
     # The program waits for the reader to have gone.
-    code, printed = shell(line, f"import time; time.sleep(0.2); {FAILS}")
+    code, printed = shell(line, f"import time; time.sleep(0.2); {FAILS}", PYTHONUNBUFFERED=unbuffered)
     assert code == 2 and printed == ("error: the reason\n" if line == '"$@"' else "")
 
 
