@@ -1,6 +1,7 @@
 """The command line of a run. Help and a mistake are answered in a fraction of a second: nothing imports torch."""
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -47,6 +48,10 @@ def _flags(argv: list[str]) -> dict[str, Any]:
             continue
         if kind is bool:
             settings[name.removeprefix("no_")] = not name.startswith("no_")
+            continue
+        if typing.get_origin(kind) is tuple:
+            words = itertools.takewhile(lambda word: not word.startswith("--"), argv[at + 1 :])
+            settings[name] = convert(name, [value] if equals else list(words))
             continue
         if not equals and at + 1 == len(argv):
             raise UserError(f"{name} needs a value after {flag}")

@@ -1,9 +1,7 @@
 """What a run is: one frozen, flat dataclass that validates itself. Nothing here imports torch."""
 
-import ast
 import dataclasses
 import math
-import re
 import typing
 from dataclasses import dataclass
 from functools import cache
@@ -13,23 +11,9 @@ from typing import Any, Literal
 import yaml
 
 from fashion_ddp.errors import UserError, nearest
+from fashion_ddp.names import architectures, check_dataset, check_model, is_code, of_dataset
 
 PACKAGE = Path(__file__).parent
-
-
-@cache
-def architectures() -> dict[str, tuple[str, ...]]:
-    """Our models by name, with the arguments each takes after (image_shape, classes).
-
-    Read from the source of models.py (its functions under `@architecture`), because importing it imports torch.
-    """
-    tree = ast.parse((PACKAGE / "models.py").read_text())
-    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
-    return {
-        f.name: tuple(a.arg for a in f.args.args[2:] + f.args.kwonlyargs)
-        for f in functions
-        if any(isinstance(d, ast.Name) and d.id == "architecture" for d in f.decorator_list)
-    }
 
 
 @dataclass(frozen=True)
@@ -84,11 +68,14 @@ class Config:
     """cnn: how many blocks of two convolutions and a pooling; by default 2."""
     batch_norm: bool = False
     """cnn: batch normalisation after each convolution, over the global batch."""
+    model_args: tuple[str, ...] = ()
+    """Arguments of a model of your own, as dropout=0.2 depth=3."""
 
-    dataset: Literal["fashion_mnist", "synthetic"] = "fashion_mnist"
-    """`synthetic` is built in, needs no file and no network, and is good for checking a machine only."""
+    dataset: str = "fashion_mnist"
+    """fashion_mnist, mnist, kmnist, synthetic (built in, for checking a machine), or your own: a folder with a / in
+    its name (./mine), an .npz file, or package.module:function."""
     data_dir: Path | None = None
-    """Where the four files are looked for first; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
+    """Where the four files of a published set are; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the NVIDIA cards where there are any."""
@@ -140,18 +127,24 @@ class Config:
         self._check_together()
 
     def _check_model(self) -> None:
+        check_model(self.model)
+        check_dataset(self.dataset)
         takes = architectures().get(self.model)
-        if takes is None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.model):
-            raise UserError(
-                f"model: unknown {self.model!r}; {nearest(self.model, architectures())}, "
-                "or your own as package.module:Name"
-            )
-        for name, value in self.model_args().items():
+        for name, value in self.model_settings().items():
             if takes is not None and name not in takes:
                 users = [m for m, arguments in architectures().items() if name in arguments]
                 raise UserError(
                     f"{name}={value!r} does nothing for model {self.model!r}, only for {', '.join(users)}: leave it out"
                 )
+        if self.model_args and not is_code(self.model):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in takes or ()) or "none"
+            raise UserError(f"model_args are for a model of your own; {self.model!r} has flags: {flags}")
+        given = [text.partition("=")[0] for text in self.model_args]
+        for text, name in zip(self.model_args, given, strict=True):
+            if not name.isidentifier() or "=" not in text:
+                raise UserError(f"model_args: expected name=value, as dropout=0.2, got {text!r}")
+            if given.count(name) > 1 or name in self.model_settings():
+                raise UserError(f"model_args: {name} is given twice; keep one")
 
     def _check_together(self) -> None:
         """What holds between fields."""
@@ -171,8 +164,8 @@ class Config:
         if self.precision == "fp16" and self.reduction_shards:
             raise UserError("reduction_shards adds gradients itself and cannot scale them: choose bf16, fp32 or fp64")
 
-    def model_args(self) -> dict[str, Any]:
-        """The settings meant for the architecture that were given."""
+    def model_settings(self) -> dict[str, Any]:
+        """The settings meant for the architecture that were given, beside model_args."""
         given = {"hidden_units": self.hidden_units, "conv_blocks": self.conv_blocks, "batch_norm": self.batch_norm}
         return {name: value for name, value in given.items() if value not in (None, False)}
 
@@ -185,7 +178,13 @@ class Config:
         """The settings, beyond model, recipe and seed, that change what is computed."""
         identity, machine = {"model", "recipe", "seed"}, {"device", "threads", "micro_batch", "data_dir", "tracker"}
         others = identity | machine | {"runs_dir", "run_dir", "checkpoint_every", "timeout"}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+        settings["dataset"] = of_dataset(self.dataset)
+        # One by one, and only where given: runs made before there were any are still themselves.
+        del settings["model_args"]
+        for name, _, value in (text.partition("=") for text in self.model_args):
+            settings[f"model.{name}" if hasattr(self, name) else name] = value
+        return settings
 
     def to_yaml(self) -> str:
         """The resolved settings; `--config` on this text gives an equal Config."""
@@ -206,6 +205,13 @@ def convert(name: str, value: Any) -> Any:
         if value not in options:
             raise UserError(f"{name}: unknown {value!r}; {nearest(str(value), options)}")
         return value
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, dict):
+            value = [f"{key}={one}" for key, one in value.items()]
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list | tuple) or any(isinstance(word, list | dict | None) for word in words):
+            raise UserError(f"{name} must be a list of words, got {value!r}")
+        return tuple(sorted({str(word) for word in words}))  # so that their order makes no other run
     if type(None) in options:
         if value is None:
             return None

@@ -1,28 +1,25 @@
 """Find the data, else download it; verify and decode it.
 
-    python -m fashion_ddp.data [--data-dir DIR]
+    python -m fashion_ddp.data [--dataset NAME, FOLDER, FILE.npz or package.module:function] [--data-dir DIR]
 
-Where it is looked for: published.py. Where it comes from: download.py.
+Where a published set is looked for: published.py. Where it comes from: download.py. What else is data: own_data.py.
 """
 
 import gzip
-import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import tyro
 
-from fashion_ddp import synthetic
+from fashion_ddp import idx, names, own_data, synthetic
 from fashion_ddp.console import fail
 from fashion_ddp.download import fetch
 from fashion_ddp.errors import UserError
 from fashion_ddp.private import keep_others_out
-from fashion_ddp.published import PUBLISHED, File, Form, absent, locate
+from fashion_ddp.published import PUBLISHED, File, Form, absent, locate, published_as
 
-__all__ = ["Dataset", "fetch", "load", "locate", "main"]
+__all__ = ["PUBLISHED", "Dataset", "fetch", "load", "locate", "main"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +32,18 @@ class Dataset:
     train_labels: np.ndarray  # int64 [N]
     test_images: np.ndarray  # uint8 [n, C, H, W]
     test_labels: np.ndarray  # int64 [n]
-    md5: dict[str, str]  # of each file as published, however it is stored; synthetic: of each array's bytes
-    source: str  # the folder read from, or "built in"
+    md5: dict[str, str]  # of each file as published, however it is stored; of other sets: of each array
+    source: str  # where it was read from, or "built in"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.train_images, self.train_labels, self.test_images, self.test_labels))
 
     @property
     def synthetic(self) -> bool:
@@ -52,18 +53,25 @@ class Dataset:
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """The dataset, verified and decoded. Nothing is downloaded or written.
 
-    Raises UserError for files that are not there, cannot be read, or do not hold what was published.
+    Raises UserError for files that are not there, cannot be read, do not hold what was published, or, if they are the
+    user's own, what can be trained on.
     """
+    names.check_dataset(name)
     if name == "synthetic":
         arrays = synthetic.arrays()
         md5 = {key: Form.of(array.tobytes()).md5 for key, array in arrays.items()}
         return Dataset(name, synthetic.CLASSES, **arrays, md5=md5, source="built in")
+    if name not in PUBLISHED:
+        own, named_classes = own_data.load(name)
+        return Dataset(names.of_dataset(name), named_classes, **own, md5=own_data.md5(own, named_classes), source=name)
     published, folder = PUBLISHED[name], locate(name, data_dir)
     if folder is None:
         raise UserError(absent(name, data_dir))
     paths = [file.path(folder) for file in published.files]
-    contents = map(_read, paths, published.files)
-    train_images, train_labels, test_images, test_labels = map(_decode, paths, contents, (3, 1, 3, 1))
+    train_images, train_labels, test_images, test_labels = (
+        _decode(path, _read(name, path, file), axes)
+        for path, file, axes in zip(paths, published.files, (3, 1, 3, 1), strict=True)
+    )
     classes = len(published.classes)
     for images, labels, path in ((train_images, train_labels, paths[1]), (test_images, test_labels, paths[3])):
         _require(len(labels) == len(images), path, f"{len(images):,} labels, one per image", f"{len(labels):,}")
@@ -85,13 +93,17 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
 
 def _require(holds: bool, path: Path, expected: object, found: object) -> None:
     if not holds:
-        raise UserError(
-            f"{path} is damaged or another file: expected {expected}, found {found}: put a good copy in its place, "
-            "or delete it and run `python -m fashion_ddp.data` where there is a network"
-        )
+        raise _damaged(path, f"expected {expected}, found {found}")
 
 
-def _read(path: Path, file: File) -> bytes:
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is damaged or another file: {what}: put a good copy in its place, "
+        "or delete it and run `python -m fashion_ddp.data` where there is a network"
+    )
+
+
+def _read(name: str, path: Path, file: File) -> bytes:
     """A file's content, verified and unpacked."""
     try:
         content = path.read_bytes()
@@ -99,32 +111,26 @@ def _read(path: Path, file: File) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror}): mend that, or name another folder") from None
     packed = path.suffix == ".gz"
     expected, found = file.gz if packed else file.idx, Form.of(content)
+    if found != expected and (other := published_as(found)) not in (None, name):
+        raise UserError(f"{path} is of {other}, not {name}: name the folder of {name} with --data-dir")
     _require(found == expected, path, expected, found)
     return gzip.decompress(content) if packed else content
 
 
 def _decode(path: Path, content: bytes, axes: int) -> np.ndarray:
-    """The array of an idx file of unsigned bytes, uint8 [as its header says].
-
-    An idx file is 0, 0, the type of the values (8: unsigned byte), the number of axes; the length of each axis as a
-    big-endian 32-bit number; the values, last axis fastest. Source: http://yann.lecun.com/exdb/mnist
-    """
-    magic, header = bytes((0, 0, 8, axes)), struct.Struct(f">4x{axes}I")
-    is_idx = content.startswith(magic) and len(content) >= header.size
-    _require(is_idx, path, f"an idx header starting {magic.hex()}", f"{content[: header.size].hex()}")
-    shape = header.unpack_from(content)
-    size = header.size + math.prod(shape)
-    _require(len(content) == size, path, f"{size:,} bytes for {shape}", f"{len(content):,}")
-    # Copied, because torch warns of memory that it must not write.
-    return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape).copy()
+    try:
+        return idx.decode(content, axes)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
 
 
-def main(dataset: Literal["fashion_mnist", "synthetic"] = "fashion_mnist", data_dir: Path | None = None) -> None:
+def main(dataset: str = "fashion_mnist", data_dir: Path | None = None) -> None:
     """Find the data, else download it into the user's cache folder; verify it.
 
     Args:
-        dataset: `synthetic` is built in: there is nothing to find.
-        data_dir: The only folder looked into; else $FASHION_DDP_DATA_DIR, or ./data and the user's cache.
+        dataset: fashion_mnist, mnist or kmnist; or what --dataset of a training takes, to have it checked.
+        data_dir: The only folder that a published set is looked for in; else $FASHION_DDP_DATA_DIR, or ./data and the
+            user's cache.
     """
     keep_others_out()
     if dataset in PUBLISHED and data_dir is None and locate(dataset, None) is None:
@@ -134,7 +140,7 @@ def main(dataset: Literal["fashion_mnist", "synthetic"] = "fashion_mnist", data_
     print(f"{data.name}: {data.source}")
     print(f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images of {shape}")
     print(f"{len(data.classes)} classes: {', '.join(data.classes)}")
-    if not data.synthetic:
+    if dataset in PUBLISHED:
         print("md5 verified")
 
 

@@ -1,23 +1,21 @@
-"""Architectures by name, and batch normalisation over the global batch.
+"""Architectures by name.
 
 A new architecture is a function here, under `@architecture`, from (image_shape, classes) and settings of its own to
 a module that maps images [N, C, H, W] in [0, 1] to logits [N, classes]; its name and settings become choices of
 `--model` and flags that exist in config.py.
 """
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fashion_ddp import own_code
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError
-from fashion_ddp.ranks import differentiable_sum
+from fashion_ddp.norm import GlobalBatchNorm2d
 
 Shape = tuple[int, int, int]  # channels, height, width
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
@@ -71,51 +69,23 @@ def cnn(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose batch is the global one, whichever ranks hold its rows.
-
-    Sums, squares and the count are added up over the ranks in one all-reduce, through which gradients flow. Rows of
-    weight 0 do not count. (torch's SyncBatchNorm refuses CPU.)
-    """
-
-    row_weights: Tensor | None = None  # [N], 1 or 0; the step sets it before each forward pass
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        weights = x.new_ones(len(x)) if self.row_weights is None else self.row_weights
-        weighted = x * weights.view(-1, 1, 1, 1)
-        count = (weights.sum() * x[0, 0].numel()).view(1)
-        moments = torch.cat([weighted.sum((0, 2, 3)), (weighted * x).sum((0, 2, 3)), count])
-        total, squares, n = differentiable_sum(moments).split([self.num_features, self.num_features, 1])
-        mean = total / n
-        variance = (squares / n - mean**2).clamp_min(0)
-        with torch.no_grad():
-            assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
-            assert self.num_batches_tracked is not None
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)  # unbiased, as nn.BatchNorm2d keeps it
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)).to(input.dtype)
-
-
 def build(cfg: Config, image_shape: Shape, classes: int, rank: int = 0) -> nn.Module:
     """The run's model with its initial weights, the same on every rank, on CPU.
 
-    Raises UserError for a model of the user's that cannot be found or does not give logits [N, classes].
+    Raises UserError for a model of the user's that cannot be found, does not take the arguments, or does not give
+    logits [N, classes].
     """
-    function = ARCHITECTURES.get(cfg.model) or _find(cfg.model)
+    function = ARCHITECTURES.get(cfg.model) or own_code.find(cfg.model, "model")
+    arguments = cfg.model_settings() | own_code.typed(function, cfg.model_args)
     torch.manual_seed(cfg.seed)
     images = [2, *image_shape]
     try:
-        model = function(image_shape, classes, **cfg.model_args())
+        model = function(image_shape, classes, **arguments)
         output = _apply_to_zeros(model, image_shape, rows=2) if isinstance(model, nn.Module) else None
     except UserError:
         raise
     except Exception as error:
-        settings = "".join(f", {name}={value}" for name, value in cfg.model_args().items())
+        settings = "".join(f", {name}={value}" for name, value in arguments.items())
         raise UserError(
             f"model {cfg.model} cannot be used: {type(error).__name__}: {error}; it is called with "
             f"({image_shape}, {classes}{settings}) and the module that it gives with images of shape {images}"
@@ -132,19 +102,6 @@ def build(cfg: Config, image_shape: Shape, classes: int, rank: int = 0) -> nn.Mo
     if rank > 0:  # from here on ranks draw apart: a user's Dropout must not drop the same units on each
         torch.manual_seed(cfg.seed + rank)
     return model.to(torch.float64 if cfg.precision == "fp64" else torch.float32)
-
-
-def _find(name: str) -> Callable[..., nn.Module]:
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # some launchers leave it out
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"model {name}: there is no module {error.name!r}: run where it can be imported") from None
-    if not hasattr(found, attribute):
-        raise UserError(f"model {name}: {module} has no {attribute!r}: check the name after the colon")
-    return getattr(found, attribute)
 
 
 @torch.no_grad()

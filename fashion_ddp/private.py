@@ -33,7 +33,7 @@ def refuse_secrets(settings: Mapping[str, Any]) -> None:
     """Raises UserError for a setting that holds a secret: settings are written into the run's files and name it."""
     for setting, value in settings.items():
         for secret, variable in secrets().items():
-            if isinstance(value, str | Path) and secret in str(value):
+            if isinstance(value, str | Path | tuple) and secret in str(value):
                 raise UserError(
                     f"{setting}: holds the value of ${variable}, which by its name is secret, and would be written "
                     f"into the run's files: choose another, or unset {variable} if it is none"

@@ -33,15 +33,19 @@ class File:
 
     name: str
     gz: Form
-    idx: Form
+    idx: Form | None  # None: not known, so that only the packed file is taken
 
     def path(self, folder: Path) -> Path:
         """Where the folder has the file, rather published than unpacked; it may have neither."""
         published = folder / f"{self.name}.gz"
-        return published if os.path.isfile(published) else folder / self.name
+        return published if self.idx is None or os.path.isfile(published) else folder / self.name
 
     def is_in(self, folder: Path) -> bool:
         return os.path.isfile(self.path(folder))
+
+
+NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+UNPACKED = (47_040_016, 60_008, 7_840_016, 10_008)  # bytes of each, in every relative of MNIST
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,15 @@ class Published:
     folder: str  # of torchvision's layout
     urls: tuple[str, ...]  # folders that have the .gz files, tried in this order
     classes: tuple[str, ...]
-    files: tuple[File, File, File, File]  # training images and labels, test images and labels
+    files: tuple[File, ...]  # training images and labels, test images and labels
+
+
+def _files(*known: tuple[int, str, str | None]) -> tuple[File, ...]:
+    """The four files, by the size and md5 of each as published, and its md5 unpacked where that is known."""
+    return tuple(
+        File(name, Form(size, md5), Form(unpacked, of_unpacked) if of_unpacked else None)
+        for name, unpacked, (size, md5, of_unpacked) in zip(NAMES, UNPACKED, known, strict=True)
+    )
 
 
 PUBLISHED = {
@@ -65,30 +77,45 @@ PUBLISHED = {
             *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
             *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
         ),
-        files=(
-            File(
-                "train-images-idx3-ubyte",
-                gz=Form(26_421_880, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-                idx=Form(47_040_016, "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
-            ),
-            File(
-                "train-labels-idx1-ubyte",
-                gz=Form(29_515, "25c81989df183df01b3e8a0aad5dffbe"),
-                idx=Form(60_008, "9018921c3c673c538a1fc5bad174d6f9"),
-            ),
-            File(
-                "t10k-images-idx3-ubyte",
-                gz=Form(4_422_102, "bef4ecab320f06d8554ea6380940ec79"),
-                idx=Form(7_840_016, "8181f5470baa50b63fa0f6fddb340f0a"),
-            ),
-            File(
-                "t10k-labels-idx1-ubyte",
-                gz=Form(5_148, "bb300cfdad3c16e7a12a480ee83cd310"),
-                idx=Form(10_008, "15d484375f8d13e6eb1aabb0c3f46965"),
-            ),
+        files=_files(
+            (26_421_880, "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
+            (29_515, "25c81989df183df01b3e8a0aad5dffbe", "9018921c3c673c538a1fc5bad174d6f9"),
+            (4_422_102, "bef4ecab320f06d8554ea6380940ec79", "8181f5470baa50b63fa0f6fddb340f0a"),
+            (5_148, "bb300cfdad3c16e7a12a480ee83cd310", "15d484375f8d13e6eb1aabb0c3f46965"),
+        ),
+    ),
+    "mnist": Published(
+        folder="MNIST/raw",
+        urls=(
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+        classes=tuple("0123456789"),
+        files=_files(
+            (9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb"),
+            (28_881, "d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624"),
+            (1_648_877, "9fb629c4189551a2d022fa330f9573f3", "2646ac647ad5339dbf082846283269ea"),
+            (4_542, "ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"),
+        ),
+    ),
+    "kmnist": Published(
+        folder="KMNIST/raw",
+        urls=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        files=_files(
+            (18_165_135, "bdb82020997e1d708af4cf47b453dcf7", None),
+            (29_497, "e144d726b3acfaa3e44228e80efcd344", None),
+            (3_041_136, "5c965bf0a639b31b8f53240b1b52f4d7", None),
+            (5_120, "7320c461ea6c1c855c0b718fb2a4b134", None),
         ),
     ),
 }
+
+
+def published_as(content: Form) -> str | None:
+    """The name of the published dataset that a file with this content belongs to."""
+    known = ((name, file) for name, published in PUBLISHED.items() for file in published.files)
+    return next((name for name, file in known if content in (file.gz, file.idx)), None)
 
 
 def cache() -> Path:
@@ -118,12 +145,13 @@ def absent(name: str, data_dir: Path | None) -> str:
     published = PUBLISHED[name]
     files = ", ".join(f"{file.name}.gz" for file in published.files)
     where = " or ".join(map(str, _searched(data_dir)))
+    forms = " (each may be unpacked)" if all(file.idx for file in published.files) else ""
     mend = "copy them there, or into a folder that you name with --data-dir, or"
     if named(data_dir):
         by = "--data-dir" if data_dir else "$FASHION_DDP_DATA_DIR"
         where, mend = f"{where} (from {by})", f"correct {by}, or leave it out and"
     return (
-        f"{name} needs {files} (each may be unpacked), which are not all in {where}, nor in {published.folder}/ below: "
+        f"{name} needs {files}{forms}, which are not all in {where}, nor in {published.folder}/ below: "
         f"{mend} run `python -m fashion_ddp.data --dataset {name}` where there is a network (a login node), "
         f"which puts them into {cache()}"
     )

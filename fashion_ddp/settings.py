@@ -115,4 +115,4 @@ def make_config(*layers: dict[str, Any]) -> Config:
 def changed(cfg: Config) -> dict[str, Any]:
     """The settings that change the result and are not the recipe's own."""
     usual = make_config({"model": cfg.model, "recipe": cfg.recipe}).result_settings()
-    return {name: value for name, value in cfg.result_settings().items() if value != usual[name]}
+    return {name: value for name, value in cfg.result_settings().items() if value != usual.get(name)}

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from fashion_ddp import claim as claims
-from fashion_ddp import data, machine, models, provenance, rundir, settings
+from fashion_ddp import data, machine, models, own_code, provenance, rundir, settings
 from fashion_ddp.batches import Batches
 from fashion_ddp.cli import Command
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
-from fashion_ddp.errors import counted
+from fashion_ddp.errors import UserError, counted
+from fashion_ddp.names import is_code
 from fashion_ddp.private import redact
 from fashion_ddp.ranks import World
 from fashion_ddp.step import Step
@@ -22,12 +23,22 @@ from fashion_ddp.step import Step
 
 def load_data(cfg: Config, world: World) -> data.Dataset:
     """The run's data, on every rank; downloaded by one rank of each machine where it is missing."""
-    if cfg.dataset != "synthetic":
+    if cfg.dataset in data.PUBLISHED:
         # A rank that sees the files needs no other: only where all agree that something is missing do they wait.
         missing = any(world.share(data.locate(cfg.dataset, cfg.data_dir) is None))
         if missing and cfg.data_dir is None:
             world.first_on_machine(lambda: data.locate(cfg.dataset, None) or data.fetch(cfg.dataset))
-    return world.together(lambda: data.load(cfg.dataset, cfg.data_dir))
+    dataset = world.together(lambda: data.load(cfg.dataset, cfg.data_dir))
+    if len({str(md5) for md5 in world.share(dataset.md5)}) > 1:
+        raise UserError(
+            f"dataset {cfg.dataset}: the ranks found different data: copy the same files to every machine, and let a "
+            "function return the same at every call"
+        )
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        what, where = f"dataset {cfg.dataset}, decoded,", f"{world.device_name} ({world.device})"
+        world.together(lambda: machine.require_room(what, dataset.nbytes, free, where))
+    return dataset
 
 
 def claim(command: Command, world: World, made_by: dict[str, Any]) -> rundir.RunFolder | None:
@@ -62,7 +73,7 @@ def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, A
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "made_by": provenance.made_by(dataset.md5),
+        "made_by": provenance.made_by(cfg, dataset.md5),
         "git_commit": provenance.git_commit(),
         "cuda": torch.version.cuda,
         "world_size": world.size,
@@ -88,11 +99,13 @@ def announce(
     if world.rank == 0:
         starts = rundir.read_run(folder.path).environment
         mixed = bool(step.done) and any(_hardware(start) != _hardware(env) for start in starts)
-        notes = [*_continued(step, mixed), *_notes(dataset, dependent)]
+        notes = [*_continued(step, mixed), *_notes(cfg, dataset, dependent)]
         for line in (_facts(cfg, world, env, dataset, batches), layers, *notes):
             say(line)
         folder.write_json("environment.json", [*starts, env])
         folder.write("model.txt", redact(layers) + "\n")
+        if is_code(cfg.model) and (source := own_code.source(cfg.model)):
+            folder.write("model.py", source.read_bytes())
     return {
         "model": cfg.model,
         "recipe": cfg.recipe,
@@ -102,6 +115,9 @@ def announce(
         "rank_invariant": not dependent,
         "dataset": dataset.name,
         "classes": dataset.classes,
+        "image_shape": dataset.image_shape,
+        "training_images": batches.count,
+        "test_images": len(dataset.test_labels),
         "device": world.device_name,
         "threads": world.threads,
         "precision": cfg.precision,
@@ -145,8 +161,10 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 
-def _notes(dataset: data.Dataset, dependent: list[str]) -> list[str]:
+def _notes(cfg: Config, dataset: data.Dataset, dependent: list[str]) -> list[str]:
     notes = []
+    if not cfg.shuffle and bool((dataset.train_labels[1:] >= dataset.train_labels[:-1]).all()):
+        notes.append("note: the training images come class after class, and are not shuffled: add --shuffle")
     if dataset.synthetic:
         notes.append("SYNTHETIC data: good for checking a machine; its figures mean nothing else")
     if dependent:

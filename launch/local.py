@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = [_job(comparison, model, seed, flags) for model in comparison.models for seed in comparison.seeds]
         first = jobs[0].cfg
         dataset = data.load(first.dataset, first.data_dir)
-        jobs = [_reuse_or_retrain(job, provenance.made_by(dataset.md5)) for job in jobs]
+        jobs = [_reuse_or_retrain(job, provenance.made_by(job.cfg, dataset.md5)) for job in jobs]
         for folder in (claim.folder_of(job.cfg) for job in jobs if job.reused):
             say(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
         todo = [job for job in jobs if not job.reused]
@@ -120,7 +120,7 @@ def _job(comparison: Comparison, model: str, seed: int, flags: list[str]) -> Job
 def _synthetic_if_there_is_no_data(cfg: Config) -> list[str]:
     """Flags to add: none, or synthetic data where neither files nor a network are there and none were named."""
     named = cfg.data_dir or os.environ.get("FASHION_DDP_DATA_DIR")
-    if cfg.dataset == "synthetic" or named or data.locate(cfg.dataset, None):
+    if cfg.dataset not in data.PUBLISHED or named or data.locate(cfg.dataset, None):
         return []
     try:
         data.fetch(cfg.dataset)

@@ -2,22 +2,24 @@
 
 import importlib.util
 import os
+import re
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
-from fashion_ddp import provenance
+from fashion_ddp import own_code, provenance
 from fashion_ddp.config import PACKAGE
 from fashion_ddp.errors import UserError
+from fashion_ddp.names import is_code
 
 LARGEST = 100e6  # bytes of a user's package
 OURS = (PACKAGE, Path(__file__).parent)
 
 
-def take(to: Path, models: list[str]) -> None:
-    """Copy this package, and the packages or modules of users' models (package.module:Name), into a new folder."""
-    for package in (*OURS, *users_code(models)):
+def take(to: Path, names: list[str]) -> None:
+    """Copy this package, and the packages or modules of users' models and datasets (those names that are
+    package.module:Name), into a new folder."""
+    for package in (*OURS, *users_code(names)):
         if package.is_dir():
             shutil.copytree(package, to / package.name, ignore=_left_out)
         else:
@@ -26,16 +28,16 @@ def take(to: Path, models: list[str]) -> None:
     (to / "GIT_COMMIT").write_text(provenance.git_commit() or "")
 
 
-def users_code(models: list[str]) -> list[Path]:
-    """Where the code of users' models lies: each one's package or module, unless it is installed in the environment.
+def users_code(names: list[str]) -> list[Path]:
+    """Where the code of users' models and datasets lies: each one's package or module, unless it is installed in the
+    environment.
 
     Raises UserError for a package too large to be copied for every submission.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as the run itself will
+    own_code.reach_current_folder()  # as the run itself will
     installed = [Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
     found = []
-    for name in dict.fromkeys(model.partition(":")[0].partition(".")[0] for model in models if ":" in model):
+    for name in dict.fromkeys(re.split("[.:]", one)[0] for one in names if is_code(one)):
         spec = importlib.util.find_spec(name)
         if spec is None or name in (package.name for package in OURS):
             continue
@@ -45,8 +47,8 @@ def users_code(models: list[str]) -> list[Path]:
         size = sum(file.stat().st_size for file in _files(path)) if path.is_dir() else 0
         if size > LARGEST:
             raise UserError(
-                f"{path} is copied for every submission, with {size / 1e6:,.0f} MB: put the model into a module, or a "
-                "package, that holds no data"
+                f"{path} is copied for every submission, with {size / 1e6:,.0f} MB: put what is used into a module, or "
+                "a package, that holds no data"
             )
         found.append(path)
     return found

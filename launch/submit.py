@@ -29,6 +29,7 @@ from fashion_ddp.cli import Command
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.names import is_code, is_path
 from fashion_ddp.private import keep_others_out
 from fashion_ddp.published import named
 from fashion_ddp.rundir import read_run, write_whole
@@ -64,9 +65,9 @@ def _submit(asked: Submission, flags: list[str]) -> int:
     if not cards and any(command.run.device == "cuda" for command in commands):
         raise UserError("--device cuda, and no cards are asked for: give --gpus-per-node")
     _check_out(asked.out)
-    _check_data_and_models([command.run for command in commands], asked.dry_run)
+    md5 = _check_data_and_models([command.run for command in commands], asked.dry_run)
     seen = {one.folder: one for one in states.look(every)}
-    todo = [command for command in commands if _is_to_do(command, seen.get(claim.folder_of(command.run)), group)]
+    todo = [command for command in commands if _is_to_do(command, seen.get(claim.folder_of(command.run)), group, md5)]
     if asked.dry_run:
         _show(plan, [command.run for command in todo])
         return 0
@@ -77,7 +78,7 @@ def _submit(asked: Submission, flags: list[str]) -> int:
         _ask_slurm(plan, len(todo), [every[0].parent, *(command.run.data_dir for command in commands[:1])])
     new = [folder for command in todo if not (folder := claim.folder_of(command.run)).exists()]
     for command in todo:
-        held = claim.claim(command.run, _made_by(claim.folder_of(command.run), group), command.fresh, command.reuse)
+        held = claim.claim(command.run, _made_by(command.run, group, md5), command.fresh, command.reuse)
         if held.lock is not None:
             held.lock.release()
     try:
@@ -94,6 +95,8 @@ def _absolute(cfg: Config) -> Config:
     found: dict[str, Any] = {name: path.absolute() for name, path in paths.items() if path is not None}
     if cfg.recipe not in settings.recipe_names():
         found["recipe"] = os.path.abspath(cfg.recipe)
+    if is_path(cfg.dataset):
+        found["dataset"] = os.path.abspath(cfg.dataset)
     return dataclasses.replace(cfg, **found)
 
 
@@ -103,24 +106,30 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: {there} is no folder that can be written: choose another one")
 
 
-def _check_data_and_models(configs: list[Config], dry_run: bool) -> None:
-    """What the jobs would find too late: data that is missing or damaged, a user's model that does not fit."""
+def _check_data_and_models(configs: list[Config], dry_run: bool) -> dict[str, dict[str, str]]:
+    """What the jobs would find too late: data that is missing or damaged, a user's model that does not fit.
+
+    Returns the md5 of each dataset that is here.
+    """
+    found = {}
     for dataset, folder in {(cfg.dataset, cfg.data_dir) for cfg in configs}:
-        if dataset != "synthetic" and data.locate(dataset, folder) is None:
+        if dataset in data.PUBLISHED and data.locate(dataset, folder) is None:
             if dry_run:
                 say(f"note: {dataset} is not on this machine")
-                return
+                return {}
             if folder is None:
                 data.fetch(dataset)
         loaded = data.load(dataset, folder)
-    snapshot.users_code([cfg.model for cfg in configs])
-    for cfg in {cfg.model: cfg for cfg in configs if ":" in cfg.model}.values():
+        found[dataset] = loaded.md5
+    snapshot.users_code([name for cfg in configs for name in (cfg.model, cfg.dataset)])
+    for cfg in {(cfg.model, cfg.model_args): cfg for cfg in configs if is_code(cfg.model)}.values():
         from fashion_ddp import models  # imports torch
 
         models.build(cfg, loaded.image_shape, len(loaded.classes))
+    return found
 
 
-def _is_to_do(command: Command, seen: states.Seen | None, group: site.Site) -> bool:
+def _is_to_do(command: Command, seen: states.Seen | None, group: site.Site, md5: dict[str, dict[str, str]]) -> bool:
     """Whether a run is to be submitted; not, if it is finished. Raises UserError where it is queued or running, or
     the folder is another run's, or it was made by other code or versions."""
     folder = claim.folder_of(command.run)
@@ -130,19 +139,21 @@ def _is_to_do(command: Command, seen: states.Seen | None, group: site.Site) -> b
         by = f"job {seen.job}" if seen.queued else lock.holder(folder) or f"process {seen.job}"
         cancel = f"python -m launch.status cancel {shlex.quote(str(folder))}"
         raise UserError(f"{folder} is {seen.state} ({by}): wait for it, or `{cancel}`")
-    if claim.check(command.run, _made_by(folder, group), command.fresh, command.reuse) == "finished":
+    if claim.check(command.run, _made_by(command.run, group, md5), command.fresh, command.reuse) == "finished":
         say(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
         return False
     return True
 
 
-def _made_by(folder: Path, group: site.Site) -> dict[str, Any]:
-    """What a job of ours would record as its code, versions and data. The data was verified, and is what a run that
-    is there already had; so are the versions of a Python that is not this one."""
+def _made_by(cfg: Config, group: site.Site, md5: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """What a job of ours would record as its code, versions and data. A Python that is not this one has the versions
+    that a run which is there already had, and a dataset that is not here that run's md5."""
+    folder = claim.folder_of(cfg)
     starts = read_run(folder).environment if (folder / "config.yaml").is_file() else []
     before = starts[-1].get("made_by", {}) if starts else {}
-    now = provenance.made_by(before.get("data", {}))
-    return before | {"code": now["code"]} if group.python and before else now
+    now = provenance.made_by(cfg, md5.get(cfg.dataset, before.get("data", {})))
+    others = {name: value for name, value in now.items() if name not in provenance.versions()}
+    return before | others if group.python and before else now
 
 
 def _ask_slurm(plan: batch.Plan, count: int, folders: list[Path | None]) -> None:
@@ -168,7 +179,8 @@ def _send(plan: batch.Plan, todo: list[Path], every: list[Path]) -> int:
     try:
         plan.base.mkdir(parents=True)
         if not plan.code.exists() and asked.executor != "debug":
-            snapshot.take(plan.code, [str(read_run(folder).config["model"]) for folder in todo])
+            configs = [read_run(folder).settings() for folder in todo]
+            snapshot.take(plan.code, [name for cfg in configs for name in (cfg.model, cfg.dataset)])
         write_whole(plan.base / RECORD, json.dumps(_record(plan, every), indent=1, default=str) + "\n")
     except OSError as error:
         raise batch.NotQueued(f"{plan.base}: cannot be written ({error}): choose another --runs-dir") from None

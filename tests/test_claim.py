@@ -75,6 +75,10 @@ def files(path: Path) -> dict[str, bytes]:
         ({"model": "linear", "seed": 7}, "linear-blog-seed7"),
         ({"recipe": "lab", "epochs": 3, "lr": 0.1, "hidden_units": 10}, "cnn-lab-seed42"),  # the recipe's own
         ({"batch_norm": True, "shuffle": True}, "cnn-blog-seed42-shuffleTrue-batch_normTrue"),
+        (
+            {"model": "my.net:Net", "model_args": ["dropout=0.2", "depth=3"], "dataset": "../sets/letters"},
+            "my.net_Net-blog-seed42-datasetletters-depth3-dropout0.2",
+        ),
         ({"threads": 2, "device": "cpu", "micro_batch": 8, "tracker": "none", "data_dir": "d"}, "cnn-blog-seed42"),
     ],
 )
@@ -100,8 +104,11 @@ OTHER_VALUES: dict[str, Any] = {
 def test_runs_with_other_results_have_other_names(tmp_path: Path) -> None:
     changes_nothing = {"data_dir", "device", "threads", "micro_batch", "runs_dir", "run_dir", "tracker"}
     changes_nothing |= {"checkpoint_every", "timeout"}
-    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(Config)} - changes_nothing
+    assert {*OTHER_VALUES, "model_args"} == {field.name for field in dataclasses.fields(Config)} - changes_nothing
     settings: list[dict[str, Any]] = [{}, {"lr": 0.3}, {"model": "my.net:Net"}, {"model": "my.net:Net2"}]
+    settings += [{"model": "my.net:Net", "model_args": args} for args in (["a=1"], ["a=2"], ["b=1"], ["a=1", "b=1"])]
+    settings += [{"model": "my.net:Net", "lr": 0.3}, {"model": "my.net:Net", "model_args": ["lr=0.3"]}]
+    settings += [{"dataset": name} for name in ("./mine", "other/yours", "mine:f", "./synthetic", "mnist")]
     for count in (1, 2):
         for names in itertools.combinations(OTHER_VALUES, count):
             settings.append({"lr": 0.02} | {name: OTHER_VALUES[name] for name in names})
@@ -238,7 +245,9 @@ UNFINISHED, FINISHED = "stopped", "finished"
 
 def test_the_tables_name_every_setting() -> None:
     names = {field.name for field in dataclasses.fields(Config)}
-    assert names == set(MAY_CHANGE) | set(OTHER_VALUES) | {"run_dir"} and not set(MAY_CHANGE) & set(OTHER_VALUES)
+    assert names == set(MAY_CHANGE) | set(OTHER_VALUES) | {"run_dir", "model_args"} and not set(MAY_CHANGE) & set(
+        OTHER_VALUES
+    )
 
 
 @pytest.mark.parametrize("status", [UNFINISHED, FINISHED])

@@ -12,8 +12,9 @@ import pytest
 
 from fashion_ddp import train
 from fashion_ddp.cli import Command, parse
-from fashion_ddp.config import Config, architectures
+from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError
+from fashion_ddp.names import architectures
 from fashion_ddp.settings import USUAL_LR, make_config, recipe_names
 
 pytestmark = pytest.mark.quick
@@ -190,7 +191,10 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "validation": [("-1", "at least 0"), ("0.1", "whole number")],
     "hidden_units": [("0", "greater than 0"), ("wide", "whole number")],
     "conv_blocks": [("0", "greater than 0"), ("x", "whole number")],
-    "dataset": [("mnist", "did you mean 'fashion_mnist'?")],
+    "model_args": [
+        ("width=3", "for a model of your own; 'cnn' has flags: --hidden-units, --conv-blocks, --batch-norm")
+    ],
+    "dataset": [("fashion_mnst", "did you mean 'fashion_mnist'?"), ("letters", "as ./letters"), ("", "choices: fash")],
     "device": [("gpu", "choices: auto, cpu, cuda")],
     "threads": [("-1", "at least 0"), ("1.5", "whole number")],
     "micro_batch": [("-1", "at least 0"), ("x", "whole number")],

@@ -15,7 +15,6 @@ import sys
 import termios
 import threading
 import time
-import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +26,7 @@ import numpy as np
 import pytest
 from conftest import CHECKOUT, command, free_port
 
-from fashion_ddp import data
-from fashion_ddp.config import field_types
+from fashion_ddp import data, names
 from fashion_ddp.errors import UserError
 from fashion_ddp.published import PUBLISHED, File, Form, Published
 
@@ -222,6 +220,23 @@ def test_a_file_under_anothers_name_is_found_out(tmp_path: Path, raw: dict[str, 
         data.load("fashion_mnist", put(tmp_path / "stored", swapped))
 
 
+def test_files_of_another_published_set_are_told(tmp_path: Path, raw: dict[str, bytes]) -> None:
+    """Relatives of MNIST share the names of their files: to delete these would be the wrong advice."""
+    folder = put(tmp_path / "stored", raw)
+    for name in ("mnist", "kmnist"):
+        with pytest.raises(
+            UserError, match=f"{NAMES[0]}.gz is of fashion_mnist, not {name}: name the folder of {name}"
+        ):
+            data.load(name, folder)
+    folder = put(tmp_path / "unpacked", {name: gzip.decompress(raw[f"{name}.gz"]) for name in NAMES})
+    with pytest.raises(UserError, match=f"{NAMES[0]} is of fashion_mnist, not mnist"):
+        data.load("mnist", folder)
+    # What kmnist's files are unpacked is not known: they are not taken on trust.
+    assert data.locate("kmnist", folder) is None
+    with pytest.raises(UserError, match=r"kmnist needs .*t10k-labels-idx1-ubyte.gz, which are not all in"):
+        data.load("kmnist", folder)
+
+
 def test_a_file_that_cannot_be_read_is_named(
     tmp_path: Path, raw: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +276,7 @@ def small_with(at: int, content: bytes) -> list[bytes]:
 
 def test_another_dataset_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gzip, "compress", functools.partial(gzip.compress, mtime=0))
+    monkeypatch.setattr(names, "DATASETS", (*names.DATASETS, "tiny"))
     monkeypatch.setitem(PUBLISHED, "tiny", publish([idx(values) for values in SMALL], tmp_path / "tiny"))
     tiny = data.load("tiny", tmp_path / "tiny")
     assert tiny.image_shape == (1, 3, 2) and tiny.classes == ("a", "b", "c")
@@ -286,6 +302,7 @@ def test_content_that_is_no_such_dataset_is_named(
     at: int, content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gzip, "compress", functools.partial(gzip.compress, mtime=0))
+    monkeypatch.setattr(names, "DATASETS", (*names.DATASETS, "tiny"))
     monkeypatch.setitem(PUBLISHED, "tiny", publish(small_with(at, content), tmp_path / "tiny"))
     with pytest.raises(UserError, match=f"{NAMES[at]}.gz is damaged or another file: expected {said}"):
         data.load("tiny", tmp_path / "tiny")
@@ -631,9 +648,8 @@ def test_synthetic_data_needs_nothing(elsewhere: Path, tmp_path: Path) -> None:
 # --- The rest of the house --------------------------------------------------------------------------------------
 
 
-def test_the_choices_are_the_configs() -> None:
-    choices = set(typing.get_args(field_types()["dataset"]))
-    assert choices == {*PUBLISHED, "synthetic"} == set(typing.get_args(data.main.__annotations__["dataset"]))
+def test_every_named_dataset_is_there() -> None:
+    assert {*names.DATASETS} == {*PUBLISHED, "synthetic"}
 
 
 def test_data_imports_no_torch() -> None:

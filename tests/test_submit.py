@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import CHECKOUT, command
 
-from fashion_ddp import claim, cli, provenance
+from fashion_ddp import claim, cli, data, provenance
 from fashion_ddp.errors import UserError
 from launch import batch, job, report, site, slurm, snapshot, status, submit
 
@@ -358,7 +358,7 @@ def make_run(here: Path, name: str = "linear", status: str | None = None, **note
         epoch = {"epoch": 1, "step": 94, "test/accuracy": 0.5, "throughput/images_per_s": 1234.5}
         (folder / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
         (folder / "summary.json").write_text(json.dumps({"format": 1, "status": status, "epochs": 1, **epoch}))
-        made_by = provenance.made_by({"x": "y"})
+        made_by = provenance.made_by(cfg, data.load(cfg.dataset).md5)
         start = {"made_by": made_by, "ranks": [{"host": "node7"}, {"host": "node8"}]}
         (folder / "environment.json").write_text(json.dumps([start]))
     if note:
