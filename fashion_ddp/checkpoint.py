@@ -173,9 +173,9 @@ class Checkpoints:
 
     def _optimizer_like(self, saved: dict[int, Any]) -> dict[int, Any]:
         """A state of the run's optimizer, as an update leaves it."""
-        parameters = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in self.step.module.parameters()]
+        parameters = [nn.Parameter(p.detach().clone()) for p in self.step.trained]
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            parameter.grad = torch.zeros_like(parameter)
         optimizer = optim.build(self.cfg, parameters, self.world.device)
         optimizer.step()
         state = optimizer.state_dict()["state"]

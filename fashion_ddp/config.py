@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from fashion_ddp.errors import UserError, nearest
-from fashion_ddp.names import architectures, check_dataset, check_model, is_code, of_dataset
+from fashion_ddp.names import architectures, check_dataset, check_model, is_code, of_dataset, of_weights
 
 PACKAGE = Path(__file__).parent
 
@@ -21,7 +21,7 @@ class Config:
     """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml."""
 
     model: str = "cnn"
-    """Architecture: linear, relu, mlp, cnn, or your own as package.module:Name."""
+    """Architecture: linear, relu, mlp, cnn, resnet18, or your own as package.module:Name."""
     recipe: str = "blog"
     """Set of training settings: blog, lab, or the path of a YAML file."""
     seed: int = 42
@@ -70,6 +70,10 @@ class Config:
     """cnn: batch normalisation after each convolution, over the global batch."""
     model_args: tuple[str, ...] = ()
     """Arguments of a model of your own, as dropout=0.2 depth=3."""
+    init_from: str | None = None
+    """Weights to start from: imagenet (resnet18), a file (.safetensors, .pth), or another run's folder."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that are not trained, by the beginnings of their parameters' names, as conv1 layer1."""
 
     dataset: str = "fashion_mnist"
     """fashion_mnist, mnist, kmnist, synthetic (built in, for checking a machine), or your own: a folder with a / in
@@ -156,7 +160,9 @@ class Config:
             raise UserError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
         if self.precision == "fp16" and self.device == "cpu":
             raise UserError("precision fp16 needs an NVIDIA card: choose fp32 or bf16, or --device cuda")
-        if self.batch_norm and (self.micro_batch or self.reduction_shards):
+        if self.init_from == "imagenet" and self.model != "resnet18":
+            raise UserError(f"init_from imagenet is for resnet18, not {self.model!r}: name a file or a run's folder")
+        if (self.batch_norm or self.model == "resnet18") and (self.micro_batch or self.reduction_shards):
             name = "micro_batch" if self.micro_batch else "reduction_shards"
             raise UserError(f"{name} would change batch_norm's statistics, which need the whole batch: leave one out")
         if self.micro_batch and self.reduction_shards:
@@ -181,7 +187,11 @@ class Config:
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
         settings["dataset"] = of_dataset(self.dataset)
         # One by one, and only where given: runs made before there were any are still themselves.
-        del settings["model_args"]
+        del settings["model_args"], settings["init_from"], settings["freeze"]
+        if self.init_from is not None:
+            settings["init_from"] = of_weights(self.init_from)
+        if self.freeze:
+            settings["freeze"] = "+".join(self.freeze)
         for name, _, value in (text.partition("=") for text in self.model_args):
             settings[f"model.{name}" if hasattr(self, name) else name] = value
         return settings

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fashion_ddp import own_code
+from fashion_ddp import own_code, transfer
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError
 from fashion_ddp.norm import GlobalBatchNorm2d
@@ -67,6 +67,12 @@ def cnn(
         layers.append(nn.MaxPool2d(2))
     features = channels * (height >> conv_blocks) * (width >> conv_blocks)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
+
+
+@architecture
+def resnet18(image_shape: Shape, classes: int) -> nn.Module:
+    """torchvision's ResNet-18 (He et al., arXiv 1512.03385), for these channels and classes."""
+    return transfer.resnet18(image_shape[0], classes)
 
 
 def build(cfg: Config, image_shape: Shape, classes: int, rank: int = 0) -> nn.Module:

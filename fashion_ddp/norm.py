@@ -1,6 +1,7 @@
 """Batch normalisation over the global batch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion_ddp.ranks import differentiable_sum
@@ -16,8 +17,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     row_weights: Tensor | None = None  # [N], 1 or 0; the step sets it before each forward pass
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+        if not self.training or not self.weight.requires_grad:  # frozen: its statistics do not move, nor follow a batch
+            stored = self.running_mean, self.running_var
+            return F.batch_norm(input, *stored, self.weight, self.bias, training=False, eps=self.eps)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         weights = x.new_ones(len(x)) if self.row_weights is None else self.row_weights
         weighted = x * weights.view(-1, 1, 1, 1)

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fashion_ddp import own_code
+from fashion_ddp import initial, own_code
 from fashion_ddp.config import PACKAGE, Config
 from fashion_ddp.names import is_code
 
@@ -50,12 +50,19 @@ def identity(cfg: Config) -> dict[str, Any]:
 
 def made_by(cfg: Config, data_md5: dict[str, str]) -> dict[str, Any]:
     """What else must be equal for a finished run to stand for a new one."""
-    own = {"model source": own_code.source_hash(cfg.model)} if is_code(cfg.model) else {}
-    return {"code": code_hash(), **versions(), **own, "data": data_md5}
+    made = {"code": code_hash(), **versions()}
+    if is_code(cfg.model):
+        made["model source"] = own_code.source_hash(cfg.model) or "not found"
+    if cfg.model == "resnet18":
+        made["torchvision"] = importlib.metadata.version("torchvision")
+    if cfg.init_from is not None:
+        made["initial weights"] = initial.weights_hash(cfg) or ""
+    return made | {"data": data_md5}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` for each entry that differs."""
     names = [name for name in old | new if old.get(name) != new.get(name)]
     shorten = {"code": "other source files", "data": "other data files", "model source": "another source of the model"}
+    shorten["initial weights"] = "other initial weights"
     return [shorten.get(name, f"{name}: {old.get(name)} -> {new.get(name)}") for name in names]

@@ -91,6 +91,7 @@ def announce(
     model: nn.Module,
     dataset: data.Dataset,
     step: Step,
+    prepared: list[str],
 ) -> dict[str, Any]:
     """Print and record how the run starts. Returns what its summary says from the start."""
     batches, mixed = step.batches, False
@@ -100,7 +101,7 @@ def announce(
         starts = rundir.read_run(folder.path).environment
         mixed = bool(step.done) and any(_hardware(start) != _hardware(env) for start in starts)
         notes = [*_continued(step, mixed), *_notes(cfg, dataset, dependent)]
-        for line in (_facts(cfg, world, env, dataset, batches), layers, *notes):
+        for line in (_facts(cfg, world, env, dataset, batches), layers, *prepared, *notes):
             say(line)
         folder.write_json("environment.json", [*starts, env])
         folder.write("model.txt", redact(layers) + "\n")
@@ -125,6 +126,7 @@ def announce(
         "lr": cfg.scaled_lr(),
         "epochs": cfg.epochs,
         "parameters": models.parameters(model),
+        "parameters_trained": sum(p.numel() for p in step.trained),
         "starts": len(starts) + 1 if world.rank == 0 else 1,
         "timings_mixed": mixed,
     }

@@ -40,7 +40,8 @@ class Step:
         self.cfg, self.world, self.batches = cfg, world, batches
         self.module = model
         self.model = world.wrap(model, ddp=not cfg.reduction_shards)
-        self.optimizer = optim.build(cfg, model.parameters(), world.device)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optim.build(cfg, self.trained, world.device)
         self.scaler = world.accelerator.scaler  # fp16 only
         self.norms = [m for m in model.modules() if isinstance(m, GlobalBatchNorm2d)]
         self.sync = SyncPoint(world, cfg.checkpoint_every)
@@ -60,7 +61,7 @@ class Step:
         if self.cfg.clip_norm:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.cfg.clip_norm)
+            nn.utils.clip_grad_norm_(self.trained, self.cfg.clip_norm)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -120,13 +121,12 @@ class Step:
 
     def _gradient_by_shards(self, k: int) -> None:
         """Every shard's gradient, gathered and added in the order of the shards."""
-        parameters = list(self.module.parameters())
         mine = []
         for piece in range(self.batches.pieces):
-            grads = torch.autograd.grad(self._loss(k, piece), parameters, materialize_grads=True)
+            grads = torch.autograd.grad(self._loss(k, piece), self.trained, materialize_grads=True)
             mine.append(torch.cat([g.flatten() for g in grads]))
         total = self.world.gather(torch.stack(mine)).flatten(0, 1).sum(0)
-        for parameter, grad in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        for parameter, grad in zip(self.trained, total.split([p.numel() for p in self.trained]), strict=True):
             parameter.grad = grad.view_as(parameter)
 
     def _loss(self, k: int, piece: int) -> Tensor:

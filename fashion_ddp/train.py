@@ -58,7 +58,7 @@ def run(argv: list[str] | None = None) -> None:
 def train(command: Command) -> None:
     """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
     # Not at the top: these import torch, and a mistake in the command is answered before that.
-    from fashion_ddp import models, results, start
+    from fashion_ddp import models, results, start, transfer
     from fashion_ddp.batches import Batches, split
     from fashion_ddp.checkpoint import Checkpoints
     from fashion_ddp.clock import Timings, peak_memory_bytes
@@ -73,6 +73,7 @@ def train(command: Command) -> None:
         data = start.load_data(cfg, world)
         classes = len(data.classes)
         model = models.build(cfg, data.image_shape, classes, world.rank)
+        prepared = world.together(lambda: transfer.prepare(cfg, model))
         trained_on, held_out = split(cfg, data)
         batches = Batches(cfg, world, data.train_images[trained_on], data.train_labels[trained_on])
         sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
@@ -85,7 +86,7 @@ def train(command: Command) -> None:
         if folder is None:
             return
         saved = Checkpoints(cfg, world, folder, step, timings)
-        known = start.announce(cfg, world, folder, environment, model, data, step)
+        known = start.announce(cfg, world, folder, environment, model, data, step, prepared)
         with Watch(world, folder, cfg.timeout), open_recorder(folder, cfg, world, known, saved.recorder) as recorder:
             for epoch in saved.epochs():
                 recorder.begin_epoch(epoch, batches.steps)

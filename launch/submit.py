@@ -95,6 +95,8 @@ def _absolute(cfg: Config) -> Config:
     found: dict[str, Any] = {name: path.absolute() for name, path in paths.items() if path is not None}
     if cfg.recipe not in settings.recipe_names():
         found["recipe"] = os.path.abspath(cfg.recipe)
+    if cfg.init_from not in (None, "imagenet"):
+        found["init_from"] = os.path.abspath(str(cfg.init_from))
     if is_path(cfg.dataset):
         found["dataset"] = os.path.abspath(cfg.dataset)
     return dataclasses.replace(cfg, **found)
@@ -122,10 +124,11 @@ def _check_data_and_models(configs: list[Config], dry_run: bool) -> dict[str, di
         loaded = data.load(dataset, folder)
         found[dataset] = loaded.md5
     snapshot.users_code([name for cfg in configs for name in (cfg.model, cfg.dataset)])
-    for cfg in {(cfg.model, cfg.model_args): cfg for cfg in configs if is_code(cfg.model)}.values():
-        from fashion_ddp import models  # imports torch
+    kinds = {(cfg.model, cfg.model_args, cfg.init_from, cfg.freeze): cfg for cfg in configs}
+    for cfg in (cfg for cfg in kinds.values() if is_code(cfg.model) or cfg.init_from or cfg.freeze):
+        from fashion_ddp import models, transfer  # import torch
 
-        models.build(cfg, loaded.image_shape, len(loaded.classes))
+        transfer.prepare(cfg, models.build(cfg, loaded.image_shape, len(loaded.classes)))
     return found
 
 

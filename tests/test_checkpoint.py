@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-from fashion_ddp import models
+from fashion_ddp import models, own_code
 from fashion_ddp.batches import Batches
 from fashion_ddp.checkpoint import Checkpoints
 from fashion_ddp.clock import Timings
@@ -204,7 +204,7 @@ def test_a_parameter_that_no_loss_reaches_is_no_fault(tmp_path: Path, monkeypatc
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.used(images.flatten(1))
 
-    monkeypatch.setattr(models, "_find", lambda name: lambda shape, classes: Unused())
+    monkeypatch.setattr(own_code, "find", lambda name, what: lambda shape, classes: Unused())
     given = {"model": "mine:Unused", "hidden_units": None, "conv_blocks": None, "batch_norm": False}
     first = Training(tmp_path / "run", **given).until(7)
     assert same(Training(tmp_path / "run", **given).everything(), first.everything())

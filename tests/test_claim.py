@@ -97,7 +97,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lr": 0.30000000000000004, "lr_scaling": "sqrt", "reference_batch": 64, "schedule": "cosine", "warmup_epochs": 0.5,
     "weight_decay": 1e-4, "label_smoothing": 0.1, "clip_norm": 1.0, "shift": 2, "flip": 0.5, "erase": 0.25,
     "precision": "bf16", "validation": 5000, "hidden_units": 32, "conv_blocks": 3, "batch_norm": True,
-    "dataset": "synthetic", "reduction_shards": 12,
+    "dataset": "synthetic", "reduction_shards": 12, "init_from": "runs/one", "freeze": ("0", "2"),
 }  # fmt: skip
 
 
@@ -270,7 +270,8 @@ def test_what_changes_the_result_may_not_change(tmp_path: Path, name: str, statu
     with pytest.raises(UserError) as told:
         claim(other, MADE_BY, reuse=True)
     assert not isinstance(told.value, Outdated)
-    assert f"belongs to another run ({name}: {getattr(cfg, name)} -> {getattr(other, name)})" in str(told.value)
+    before, after = (provenance.identity(one).get(name) for one in (cfg, other))
+    assert f"belongs to another run ({name}: {before} -> {after})" in str(told.value)
     assert read_run(tmp_path / "run").settings() == cfg
 
 

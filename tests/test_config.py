@@ -207,7 +207,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
 
 
 def test_the_table_of_mistakes_is_whole() -> None:
-    any_text, switches = {"data_dir", "runs_dir"}, {"shuffle", "batch_norm"}
+    any_text, switches = {"data_dir", "runs_dir", "init_from", "freeze"}, {"shuffle", "batch_norm"}
     assert set(BAD) == set(FIELDS) - any_text - switches
 
 
@@ -394,8 +394,8 @@ def test_settings_that_exclude_each_other(
 
 
 def test_the_choices_are_those_that_exist() -> None:
-    assert list(architectures()) == ["linear", "relu", "mlp", "cnn"] and recipe_names() == ["blog", "lab"]
-    with pytest.raises(UserError, match="choices: linear, relu, mlp, cnn, or your own"):
+    assert list(architectures()) == ["linear", "relu", "mlp", "cnn", "resnet18"] and recipe_names() == ["blog", "lab"]
+    with pytest.raises(UserError, match="choices: linear, relu, mlp, cnn, resnet18, or your own"):
         Config(model="resnet")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import command, ranks
+from conftest import CHECKOUT, command, ranks
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -164,6 +164,17 @@ def test_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     found = data.load("own_sets_1:two")
     assert found.image_shape == (3, 5, 6) and found.classes == ("cat", "dog") and found.name == "own_sets_1:two"
     assert found.train_labels.tolist() == [0, 1, 1, 0] and found.train_images[1, 0, 0, 0] == 90
+
+
+@quick
+def test_the_function_of_the_page_about_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (CHECKOUT / "docs" / "data.md").read_text()
+    Path("own_sets_3.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.syspath_prepend(".")
+    found = data.load("own_sets_3:stripes")
+    assert found.image_shape == (1, 16, 16) and found.classes == ("lying", "standing")
+    assert found.train_images[0, 0, 4].all() and not found.train_images[0, 0, 5].any()
+    assert found.train_images[1, 0, :, 4].all() and not found.train_images[1, 0, :, 5].any()
 
 
 @quick
