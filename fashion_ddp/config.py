@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from fashion_ddp.errors import UserError, nearest
-from fashion_ddp.names import architectures, check_dataset, check_model, is_code, of_dataset, of_weights
+from fashion_ddp.names import architectures, check_dataset, check_model, check_model_args, of_dataset, of_weights
 
 PACKAGE = Path(__file__).parent
 
@@ -140,15 +140,7 @@ class Config:
                 raise UserError(
                     f"{name}={value!r} does nothing for model {self.model!r}, only for {', '.join(users)}: leave it out"
                 )
-        if self.model_args and not is_code(self.model):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in takes or ()) or "none"
-            raise UserError(f"model_args are for a model of your own; {self.model!r} has flags: {flags}")
-        given = [text.partition("=")[0] for text in self.model_args]
-        for text, name in zip(self.model_args, given, strict=True):
-            if not name.isidentifier() or "=" not in text:
-                raise UserError(f"model_args: expected name=value, as dropout=0.2, got {text!r}")
-            if given.count(name) > 1 or name in self.model_settings():
-                raise UserError(f"model_args: {name} is given twice; keep one")
+        check_model_args(self.model, self.model_args, self.model_settings())
 
     def _check_together(self) -> None:
         """What holds between fields."""

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+from collections.abc import Container
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,19 @@ def check_model(name: str) -> None:
         raise UserError(
             f"model: unknown {name!r}; {nearest(name, architectures())}, or your own as package.module:Name"
         )
+
+
+def check_model_args(model: str, texts: tuple[str, ...], besides: Container[str]) -> None:
+    """`texts`: each `name=value`; `besides`: names that the model is given in another way."""
+    given = [text.partition("=")[0] for text in texts]
+    if given and not is_code(model):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in architectures()[model]) or "none"
+        raise UserError(f"model_args are for a model of your own; {model!r} has flags: {flags}")
+    for text, name in zip(texts, given, strict=True):
+        if not name.isidentifier() or "=" not in text:
+            raise UserError(f"model_args: expected name=value, as dropout=0.2, got {text!r}")
+        if given.count(name) > 1 or name in besides:
+            raise UserError(f"model_args: {name} is given twice; keep one")
 
 
 def check_dataset(name: str) -> None:

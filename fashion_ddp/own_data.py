@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fashion_ddp import idx, own_code, pictures
+from fashion_ddp import idx, image_folder, own_code
 from fashion_ddp.errors import UserError
 from fashion_ddp.names import is_code
 
@@ -46,7 +46,7 @@ def load(dataset: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         return _checked(dataset, _call(dataset))
     path = Path(dataset)
     if path.is_dir():
-        return _checked(dataset, Found(*pictures.read(path)) if (path / "train").is_dir() else _idx_files(path))
+        return _checked(dataset, Found(*image_folder.read(path)) if (path / "train").is_dir() else _idx_files(path))
     if not path.is_file():
         raise UserError(f"dataset {dataset}: there is no such folder or file (looked for at {path.absolute()})")
     return _checked(dataset, _npz(path))

@@ -142,7 +142,7 @@ def check_flags(kind: type, flags: list[str], refused: Mapping[str, str]) -> Non
 
 def _sweep(texts: tuple[str, ...], flags: list[str]) -> list[list[str]]:
     """The flags of each point of a sweep, given as `name=value,value,...`; one empty list where there is none."""
-    names = list(Config().result_settings())
+    names = [*Config().result_settings(), "model_args", "init_from", "freeze"]
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in flags}
     axes: dict[str, list[str]] = {}
     for text in texts:

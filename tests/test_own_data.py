@@ -15,7 +15,7 @@ from conftest import CHECKOUT, command, ranks
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fashion_ddp import data, machine, pictures, start
+from fashion_ddp import data, image_folder, machine, start
 from fashion_ddp.data import Dataset
 from fashion_ddp.errors import UserError
 from fashion_ddp.ranks import open_world
@@ -326,7 +326,7 @@ def test_a_set_that_does_not_fit_stops_with_the_two_sizes(monkeypatch: pytest.Mo
     machine.require_room("dataset x", 1, None)
     picture_folder(Path("art"), size=16)
     # As of 31 million pictures of 1000 x 1000.
-    monkeypatch.setattr(pictures, "_shape", lambda folder, paths: (3, 1_000_000, 1_000_000))
+    monkeypatch.setattr(image_folder, "_shape", lambda folder, paths: (3, 1_000_000, 1_000_000))
     with pytest.raises(
         UserError, match=r"dataset art, decoded, takes [\d,]{6,}.00 GB, and [\d.,]+ GB of memory are free"
     ):

@@ -16,7 +16,7 @@ FLOORS = [
     {"config", "lock"},
     {"initial"},
     {"settings", "provenance", "machine", "optim", "published", "synthetic", "download", "idx"},
-    {"cli", "rundir", "ranks", "data", "own_data", "pictures"},
+    {"cli", "rundir", "ranks", "data", "own_data", "image_folder"},
     {"claim", "report", "batches", "tracking", "watch", "norm"},
     {"transfer"},
     {"models"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"checkpoint"},
     {"train"},
 ]
-DATA_ROOM = {"data", "own_data", "pictures", "idx", "published", "synthetic", "download"}
+DATA_ROOM = {"data", "own_data", "image_folder", "idx", "published", "synthetic", "download"}
 FILES = sorted((CHECKOUT / "fashion_ddp").rglob("*.py"))
 
 

@@ -168,6 +168,21 @@ def test_a_sweep_is_every_combination_of_its_values(said: Said) -> None:
     ]
 
 
+@quick
+def test_a_sweep_may_be_over_a_model_s_own_arguments(here: Path, said: Said) -> None:
+    (here / "swept.py").write_text(
+        "from torch import nn\n\n"
+        "def net(image_shape, classes, depth: int = 1):\n"
+        "    layers = [nn.Linear(784, 784) for _ in range(depth)]\n"
+        "    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(784, classes))\n"
+    )
+    words = ["--sweep", "model-args=depth=1,depth=2", "--validation", "500", "--models", "swept:net", *SMALL]
+    code, out, err = said(submit.main, *words, "--dry-run")
+    assert code == 0, err
+    shown = [yaml.safe_load(text.partition("\n")[2]) for text in out.split("--- sbatch")[0].split("--- ")[1:]]
+    assert [one["model_args"] for one in shown] == [["depth=1"], ["depth=2"]]
+
+
 # --- What is refused, before anything is queued or written ------------------------------------------------------------
 
 BAD = {
