@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Literal
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, counted
 
+RENDEZVOUS = 120.0  # seconds within which rank 0 must answer
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
 
@@ -56,6 +58,33 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     if world_size > 1 and "MASTER_ADDR" not in env:
         raise UserError(f"WORLD_SIZE={world_size} but no MASTER_ADDR: start ranks with {TORCHRUN}, or unset WORLD_SIZE")
     return here
+
+
+def reach_first(here: Place, env: Mapping[str, str] = os.environ, patience: float = RENDEZVOUS) -> None:
+    """Wait until rank 0, on another machine, answers where ranks meet. Raises MachineError, which names that machine.
+
+    torch would wait for it without a word, and as long as for any collective.
+    """
+    if here.local_world_size == here.world_size:
+        return
+    host, port = env["MASTER_ADDR"], int(env.get("MASTER_PORT", "29500"))
+    limit = time.monotonic() + patience
+    try:
+        socket.getaddrinfo(host, port)
+        while here.rank > 0:
+            try:
+                return socket.create_connection((host, port), timeout=5).close()
+            except OSError as error:
+                if time.monotonic() > limit:
+                    raise MachineError(
+                        f"rank 0's machine {host!r} did not answer at port {port} for {patience:.0f} s ({error}): a "
+                        "firewall is between the two, or that name means another network; or train on one node"
+                    ) from None
+            time.sleep(0.2)
+    except socket.gaierror as error:
+        raise MachineError(
+            f"rank 0's machine {host!r} is not found by name ({error}): mend DNS or /etc/hosts, or train on one node"
+        ) from None
 
 
 def _refuse_lost_ranks(env: Mapping[str, str]) -> None:

@@ -657,8 +657,8 @@ class Foreground:
         return self.process.wait(timeout=200)
 
 
-def ranks_of(folder: Path) -> list[int]:
-    """The process ids of the ranks of jobs below a folder, by rank."""
+def ranks_of(folder: Path, variable: str = "SUBMITIT_LOCAL_GLOBALID") -> list[int]:
+    """The process ids of the ranks of jobs below a folder, by rank, which this variable of theirs tells."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -666,8 +666,8 @@ def ranks_of(folder: Path) -> list[int]:
             variables = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
         except (OSError, UnicodeDecodeError):
             continue
-        if "submitit.core._submit" in words and str(folder) in words[-2]:
-            found[int(variables["SUBMITIT_LOCAL_GLOBALID"])] = int(path.name)
+        if "submitit.core._submit" in words and str(folder) in words[-2] and variable in variables:
+            found[int(variables[variable])] = int(path.name)
     return [found[rank] for rank in sorted(found)]
 
 
