@@ -5,6 +5,7 @@ accumulation, another engine) is refused by name: it would train something else 
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 import random
@@ -18,6 +19,7 @@ from typing import Literal
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, counted
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 RENDEZVOUS = 120.0  # seconds within which rank 0 must answer
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
@@ -173,6 +175,15 @@ def free_port() -> int:
             probe.bind(("", port))
             return port
     raise MachineError("no port from 20000 to 32000 is free for ranks to meet at: end what listens there")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that it frees for its next use. By default glibc gives arrays of a layer's size back
+    to the system at once, and each step pays for getting them again, page by page: a fifth of a small cnn's step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library does as it does
+        libc = ctypes.CDLL(None)
+        for parameter, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(parameter, size)
 
 
 def threads_per_rank(cfg: Config, local_world_size: int) -> int:
