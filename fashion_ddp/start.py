@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fashion_ddp import claim as claims
-from fashion_ddp import data, machine, models, own_code, provenance, rundir, settings
+from fashion_ddp import data, machine, memory, models, own_code, provenance, rundir, settings
 from fashion_ddp.batches import Batches
 from fashion_ddp.cli import Command
 from fashion_ddp.config import Config
@@ -37,7 +37,7 @@ def load_data(cfg: Config, world: World) -> data.Dataset:
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
         what, where = f"dataset {cfg.dataset}, decoded,", f"{world.device_name} ({world.device})"
-        world.together(lambda: machine.require_room(what, dataset.nbytes, free, where))
+        world.together(lambda: memory.require(what, dataset.nbytes, free, where))
     return dataset
 
 

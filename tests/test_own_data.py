@@ -15,7 +15,7 @@ from conftest import CHECKOUT, command, ranks
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fashion_ddp import data, image_folder, machine, start
+from fashion_ddp import data, image_folder, memory, start
 from fashion_ddp.data import Dataset
 from fashion_ddp.errors import UserError
 from fashion_ddp.ranks import open_world
@@ -320,10 +320,10 @@ def test_what_cannot_be_trained_on_is_named(mistake: str, monkeypatch: pytest.Mo
 
 @quick
 def test_a_set_that_does_not_fit_stops_with_the_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = machine.free_memory()
+    free = memory.free()
     assert free is not None and 1e8 < free < 1e14
-    machine.require_room("dataset x", free, free)
-    machine.require_room("dataset x", 1, None)
+    memory.require("dataset x", free, free)
+    memory.require("dataset x", 1, None)
     picture_folder(Path("art"), size=16)
     # As of 31 million pictures of 1000 x 1000.
     monkeypatch.setattr(image_folder, "_shape", lambda folder, paths: (3, 1_000_000, 1_000_000))

@@ -15,7 +15,7 @@ FLOORS = [
     {"console", "clock", "stop", "own_code"},
     {"config", "lock"},
     {"initial"},
-    {"settings", "provenance", "machine", "optim", "published", "synthetic", "download", "idx"},
+    {"settings", "provenance", "machine", "memory", "optim", "published", "synthetic", "download", "idx"},
     {"cli", "rundir", "ranks", "data", "own_data", "image_folder"},
     {"claim", "report", "batches", "tracking", "watch", "norm"},
     {"transfer"},
