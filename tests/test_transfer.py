@@ -244,7 +244,6 @@ def test_a_last_batch_of_one_image_leaves_batch_norm_finite() -> None:
     assert torch.isfinite(out).all() and all(torch.isfinite(b).all() for b in norm.buffers())
 
 
-@quick
 def test_only_who_asks_for_it_imports_torchvision() -> None:
     code = (
         "import sys; from fashion_ddp import checkpoint, models, results, start, train, transfer\n"
