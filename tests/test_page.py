@@ -145,5 +145,9 @@ def test_fifty_runs_of_fifty_settings_fit_one_page(browser: Browser, tmp_path: P
     browser.open(r.out / "report.html", 360)
     assert browser.complaints() == [] and browser.ask("document.documentElement.scrollWidth") == 360
     assert browser.ask("document.querySelectorAll('table.matrix').length") == 50
+    outside = """[...document.querySelectorAll('.plot text')].filter(t => { const a = t.getBoundingClientRect(),
+        b = t.ownerSVGElement.getBoundingClientRect(); return a.top < b.top - 2 || a.bottom > b.bottom + 2
+        || a.left < b.left - 2 || a.right > b.right + 2 }).map(t => t.textContent)"""
+    assert browser.ask(outside) == []
     labels = r.page.tables[1]  # of fifty rows, the pairs with the first
     assert len(labels) == 50 and {row[0] for row in labels[1:]} == {r.json["rows"][0]["label"]}

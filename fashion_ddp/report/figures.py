@@ -28,7 +28,7 @@ from fashion_ddp.report.text import percent
 
 COLOURS = 6  # classes c0 to c5 of report.css
 LEFT, LABELS = 34.0, 104.0  # pixels for the ticks' values, and for names at the ends of lines
-Point = tuple[float, float | None]
+NAMED = 10  # points with a name, from the best: there is no room for fifty
 
 
 def mark(result: Result) -> str:
@@ -145,7 +145,7 @@ def _dot(x: float, y: float, radius: float, place: int) -> Markup:
 
 
 def against(section: Section, figure: str, title: str) -> Markup | None:
-    """Test accuracy against a figure, one point a row; logarithmic where the figures span more than tenfold. None
+    """Test accuracy against a figure, one point a row, the first with names; logarithmic where the figures span more than tenfold. None
     where fewer than two rows have both."""
     points = [
         (place, row, value, 100 * mean)
@@ -161,12 +161,12 @@ def against(section: Section, figure: str, title: str) -> Markup | None:
     x = Scale(*edges, LEFT, WIDTH - 8, log)
     y = Scale(max(0.0, min(reached) - 4), min(100.0, max(reached) + 4), 210, 20)
     parts = axes(x, y, title, "test accuracy %")
+    parts += [_dot(x(value), y(mean), 4.5, place) for place, _, value, mean in points]
     for on_right in (True, False):  # names stand on the side that has room
-        side = [p for p in points if (x(p[2]) < WIDTH * 0.62) is on_right]
+        side = [p for p in points[:NAMED] if (x(p[2]) < WIDTH * 0.62) is on_right]
         heights = apart([y(p[3]) for p in side], y.start - 4)
         for (place, row, value, mean), height in zip(side, heights, strict=True):
             at, sign = x(value), 1 if on_right else -1
-            parts += [_dot(at, y(mean), 4.5, place)]
             if abs(height - y(mean)) > 3:
                 parts += [polyline([(at, y(mean)), (at + 7 * sign, height)], f"leader {colour(place)}")]
             room = WIDTH - at - 10 if on_right else at - LEFT - 10

@@ -150,14 +150,14 @@ def _order(layer: str) -> list[tuple[int, int | str]]:
 
 
 def side_by_side(maps: np.ndarray) -> np.ndarray:
-    """Feature maps, float [n, h, w], as one grey picture of up to eight a line, each from its own lowest to its own
-    highest value."""
+    """Feature maps, float [n, h, w], as one grey picture, each from its own lowest to its own highest value."""
     step = -(-max(maps.shape[1:]) // LARGEST)
     maps = np.nan_to_num(maps[:, ::step, ::step].astype(np.float64))
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     grey = (255 * (maps - low) / np.where(high > low, high - low, 1)).round().astype(np.uint8)
     count, height, width = grey.shape
-    a_line = min(8, count)
+    # Up to eight a line, or so many that the fewest places stay empty.
+    a_line = count if count <= 8 else min(range(8, 4, -1), key=lambda n: -count % n)
     sheet = np.full((-(-count // a_line) * (height + 1) - 1, a_line * (width + 1) - 1), 128, np.uint8)
     for n, one in enumerate(grey):
         top, left = n // a_line * (height + 1), n % a_line * (width + 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH = 360.0
-LETTER = 6.1  # pixels that a letter takes at the drawings' text size, about
+LETTER = 6.8  # pixels that a letter takes at the drawings' text size, about
 LINE = 13.0  # height of a line of text
 
 
