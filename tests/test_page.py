@@ -69,10 +69,11 @@ def test_the_page_holds_every_part(browser: Browser, report: Report) -> None:
     assert browser.ask("document.querySelectorAll('#s1-predictions + p + div figure').length") == 4
     assert browser.ask("document.querySelectorAll('.grid3')[0].querySelectorAll('li').length") == 9
     # Each picture that is used is there, and drawn.
-    missing = (
-        "[...document.querySelectorAll('use')].filter(u => !document.querySelector(u.getAttribute('href'))).length"
+    used = "[...document.querySelectorAll('use')]"
+    assert browser.ask(f"{used}.every(u => document.querySelector(u.getAttribute('href')))")
+    assert browser.ask(f"{used}.length") > 100 and browser.ask(
+        f"{used}.every(u => u.getBoundingClientRect().width > 0)"
     )
-    assert browser.ask(missing) == 0 and browser.ask("document.querySelectorAll('use').length") > 100
     loaded = "[...document.images].every(i => i.complete && i.naturalWidth > 0) && document.images.length"
     assert browser.ask(loaded) == 2  # feature maps after a convolution and a pooling
     assert browser.ask("[...document.querySelectorAll('.maps figcaption')].map(c => c.textContent)")[1:] == [
@@ -83,12 +84,16 @@ def test_the_page_holds_every_part(browser: Browser, report: Report) -> None:
 
 def test_a_prediction_is_marked_right_or_wrong_in_words_too(browser: Browser, report: Report) -> None:
     browser.open(report.out / "report.html")
-    tiles: list[Any] = browser.ask(
-        "[...document.querySelectorAll('li.right, li.wrong')].map(t => [t.className, t.innerText])"
-    )
-    assert {kind for kind, _ in tiles} == {"right", "wrong"}
-    for kind, text in tiles:
-        assert text.startswith("\u2713" if kind == "right" else "\u2717") and ("is " in text) == (kind == "wrong")
+    shown = "[...document.querySelectorAll('li.right, li.wrong')]"
+    told = "t.querySelector('svg').getAttribute('aria-label')"
+    tiles: list[Any] = browser.ask(f"{shown}.map(t => [t.className, t.innerText, {told}])")
+    assert {kind for kind, *_ in tiles} == {"right", "wrong"}
+    for kind, text, label in tiles:
+        true, predicted = label.partition(": ")[2].split(", predicted ")
+        assert (true == predicted) == (kind == "right") and predicted in text
+        assert text.startswith("\u2713" if kind == "right" else "\u2717") and (f"is {true}" in text) == (
+            kind == "wrong"
+        )
 
 
 def test_tables_sort(browser: Browser, report: Report) -> None:

@@ -70,6 +70,21 @@ def test_a_lead_that_may_be_luck_is_said_to_be_none(tmp_path: Path) -> None:
     )
 
 
+def test_a_lead_that_is_one_of_many_needs_a_smaller_p(tmp_path: Path) -> None:
+    run(tmp_path / "runs" / "a", range(20), model="cnn")
+    for n in range(3):  # of each 12 images are wrong that the first gets right, and 3 right that it gets wrong
+        run(
+            tmp_path / "runs" / f"b{n}",
+            [*range(3, 20), *range(100 + 20 * n, 112 + 20 * n)],
+            model="mlp",
+            lr=0.1 * (n + 2),
+        )
+    r = report(tmp_path / "runs")
+    lead = r.json["pairs"][0]
+    assert (lead["only_first"], lead["only_second"]) == (12, 3) and lead["p"] < 0.05 < lead["p_holm"]
+    assert lead["interval"][0] > 0 and not lead["significant"] and not starred(r)
+
+
 def test_equal_runs_are_not_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(tmp_path / "runs" / name, range(20), model="cnn")

@@ -145,8 +145,8 @@ def _dot(x: float, y: float, radius: float, place: int) -> Markup:
 
 
 def against(section: Section, figure: str, title: str) -> Markup | None:
-    """Test accuracy against a figure, one point a row, the first with names; logarithmic where the figures span more than tenfold. None
-    where fewer than two rows have both."""
+    """Test accuracy against a figure, one point a row, the first with names; logarithmic where the figures span more
+    than tenfold. None where fewer than two rows have both."""
     points = [
         (place, row, value, 100 * mean)
         for place, row in enumerate(section.rows)
