@@ -47,7 +47,7 @@ def test_the_best_is_named_with_its_lead_interval_p_and_seeds(tmp_path: Path) ->
     assert lead["difference"] == pytest.approx(0.2) and (lead["only_first"], lead["only_second"]) == (40, 0)
     assert lead["p"] == pytest.approx(2 * 0.5**40) and lead["significant"]
     low, high = (f"{100 * end:.2f}" for end in lead["interval"])
-    said = "cnn is the best of 3: 90.00 % of 200 test images right."
+    said = "On 1 seed, cnn is the best of 3: 90.00 % of 200 test images right."
     sure = f"That is 20.00 points (95 % interval {low} to {high}; exact McNemar, Holm: p < 0.0001) more than mlp, "
     sure += "the next. 1 seed each: another seed may change the order."
     assert all(said in text and sure in text for text in (r.text, html.unescape(r.markdown), r.printed))
@@ -112,6 +112,7 @@ def test_of_several_seeds_the_weakest_pair_of_runs_counts(tmp_path: Path) -> Non
     assert (lead["tested"], lead["only_first"], lead["only_second"]) == (9, 15, 0)  # 30 wrong against 45
     assert lead["p"] == pytest.approx(2 * 0.5**15) and starred(r)
     assert "in the weakest of 9 pairs of runs) more than mlp, the next. 3 seeds each." in r.text
+    assert ">cnn is the best of 2: 88.00 % of 200 test images right." in r.text
     values = [1 - wrong / IMAGES for wrong in (20, 22, 30)]
     half = 4.302653 * np.std(values, ddof=1) / 3**0.5
     assert r.json["rows"][0]["interval"] == pytest.approx([np.mean(values) - half, np.mean(values) + half], abs=1e-6)

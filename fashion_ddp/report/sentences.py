@@ -48,7 +48,8 @@ def verdict(section: Section) -> tuple[str, str]:
         second = f"95 % interval: {span(interval)} %. " if interval else ""
         second += "It stands alone: there is nothing to compare it with."
     elif section.best:
-        first = f"{top.label} is the best of {len(others) + 1}: {reached}."
+        few = f"On {counted(len(top.results), 'seed')}, " if len(top.results) < 3 else ""
+        first = f"{few}{top.label} is the best of {len(others) + 1}: {reached}."
         second = f"That is {_by(section.pairs[0, 1])} more than {others[0].label}, the next."
     else:
         first, second = f"No best can be named: {top.label} gets most, {reached}.", f"{_not_better(section)}."
