@@ -41,7 +41,7 @@ def _examples(model: nn.Module, data: Dataset, scores: Scores) -> dict[str, Tens
     maps = models.feature_maps(model, to_unit(image.to(parameter.device), parameter.dtype))
     model.train()
     labels = torch.from_numpy(data.test_labels)
-    grid = torch.arange(min(GRID, len(labels))) * len(labels) // GRID
+    grid = torch.arange(min(GRID, len(labels))) * len(labels) // min(GRID, len(labels))
     shown = torch.cat([grid, *telling(scores.logits.cpu(), scores.predicted.cpu(), labels)]).unique()
     samples = {
         "samples": torch.from_numpy(data.train_images[:SAMPLES].copy()),
