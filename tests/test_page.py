@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reports
 from browser import Browser
 from conftest import need
 from reports import Report, make_report, make_run
@@ -138,6 +139,18 @@ def test_a_run_made_before_pictures_were_kept_still_has_a_report(browser: Browse
     browser.open(r.out / "report.html", 360)
     assert browser.complaints() == [] and browser.ask("document.querySelectorAll('svg.px').length") == 0
     assert browser.ask("document.querySelectorAll('table.matrix').length") == 1
+
+
+def test_many_classes_with_long_names_fit(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, matrices in ((20, 1), (21, 0)):
+        monkeypatch.setattr(reports, "CLASSES", [f"a class whose name is long, number {n}" for n in range(count)])
+        make_run(tmp_path / str(count) / "one", model="relu", dead=(1, 7))
+        r = make_report([tmp_path / str(count)], tmp_path / "report")
+        browser.open(r.out / "report.html", 360)
+        assert browser.complaints() == [] and browser.ask("document.documentElement.scrollWidth") == 360
+        assert browser.ask(OVERFLOWING) == []
+        assert browser.ask("document.querySelectorAll('table.matrix').length") == matrices
+        assert len(r.runs["one"]["confusion"]) == count and f"relu: 2 of {count} logits are dead" in r.text
 
 
 @pytest.mark.slow
