@@ -101,12 +101,15 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return (x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)).to(input.dtype)
 
 
-def build(cfg: Config, image_shape: Shape, classes: int, rank: int = 0) -> nn.Module:
-    """The run's model with its initial weights, the same on every rank, on CPU.
+def build(
+    cfg: Config, image_shape: Shape, classes: int, rank: int = 0, function: Callable[..., nn.Module] | None = None
+) -> nn.Module:
+    """The run's model with its initial weights, the same on every rank, on CPU. `function`: the model itself, where it
+    is not to be found by its name.
 
     Raises UserError for a model of the user's that cannot be found or does not give logits [N, classes].
     """
-    function = ARCHITECTURES.get(cfg.model) or _find(cfg.model)
+    function = function or ARCHITECTURES.get(cfg.model) or _find(cfg.model)
     torch.manual_seed(cfg.seed)
     images = [2, *image_shape]
     try:
