@@ -16,9 +16,9 @@ FLOORS = [
     {"config", "lock"},
     {"settings", "provenance", "machine", "optim", "published", "synthetic", "download", "contents"},
     {"cli", "rundir", "ranks", "data"},
-    {"claim", "report", "models", "batches", "tracking", "watch"},
+    {"claim", "report", "models", "batches", "tracking", "watch", "pictures"},
     {"compare", "step", "evaluate", "load"},
-    {"start", "recorder", "results"},
+    {"start", "recorder", "results", "predict"},
     {"checkpoint"},
     {"train"},
 ]
