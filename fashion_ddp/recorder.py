@@ -5,15 +5,16 @@ checkpoint was saved: what was written after it is taken back, and will be writt
 """
 
 import math
-import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from fashion_ddp import panels
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError, counted
@@ -21,7 +22,7 @@ from fashion_ddp.evaluate import Scores
 from fashion_ddp.ranks import LOST, World, lost
 from fashion_ddp.rundir import FORMAT, RunFolder, read_run
 from fashion_ddp.step import Trained
-from fashion_ddp.tracking import Wandb
+from fashion_ddp.tracking import Wandb, run_id
 
 POINTS = 100  # per epoch in steps.jsonl
 
@@ -35,7 +36,7 @@ class Silent:
 
     def epoch(self, scores: Mapping[str, Scores], timings: Mapping[str, float]) -> None: ...
 
-    def finish(self, figures: Mapping[str, Any]) -> None: ...
+    def finish(self, figures: Mapping[str, Any], test_images: np.ndarray) -> None: ...
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the record."""
@@ -61,10 +62,11 @@ class Recorder(Silent):
         self.wandb: Wandb | None = None
         # The name that W&B knows the run by stands in the folder before W&B is told of it.
         if cfg.tracker != "none" or "wandb_id" in old.summary:
-            self.known["wandb_id"] = old.summary.get("wandb_id") or secrets.token_hex(4)
+            self.known["wandb_id"] = run_id(old.summary.get("wandb_id"))
         self.summary("running")
         if cfg.tracker != "none":
-            self.wandb = Wandb(folder, cfg, self.known["wandb_id"])
+            shown = panels.config(cfg, self.known, old.environment)
+            self.wandb = Wandb(folder.path, cfg, self.known["wandb_id"], shown)
             self.wandb.start(points, epochs)
 
     def state(self) -> dict[str, Any]:
@@ -116,11 +118,12 @@ class Recorder(Silent):
         shown.append(f"{row['throughput/images_per_s']:,.0f} images/s")
         say(" | ".join(shown))
 
-    def finish(self, figures: Mapping[str, Any]) -> None:
+    def finish(self, figures: Mapping[str, Any], test_images: np.ndarray) -> None:
         """Complete summary.json, and say where everything is."""
         self.summary("finished", figures)
         if self.wandb:
             self.wandb.summarise(self.known)
+            self.wandb.show(test_images)
         trained = self.known["time/train_total_s"] + self.known["time/eval_total_s"]
         whole = self.known["time/total_s"]
         epochs = counted(self.epochs, "epoch")
@@ -130,7 +133,7 @@ class Recorder(Silent):
         """Replace summary.json: the status, what is known of the run, and its last figures."""
         self.known |= {"status": status} | dict(figures or {})
         if self.wandb:
-            self.known["wandb_mode"] = self.wandb.mode
+            self.known |= {"wandb_mode": self.wandb.mode, "wandb_id": self.wandb.id}
         self.folder.write_json("summary.json", self.known)
 
     def end(self, error: BaseException | None) -> None:

@@ -16,9 +16,9 @@ FLOORS = [
     {"config", "lock"},
     {"settings", "provenance", "machine", "optim", "published", "synthetic", "download", "contents"},
     {"cli", "rundir", "ranks", "data"},
-    {"claim", "report", "models", "batches", "tracking", "watch", "pictures"},
-    {"compare", "step", "evaluate", "load"},
-    {"start", "recorder", "results", "predict"},
+    {"claim", "report", "models", "batches", "panels", "watch", "pictures"},
+    {"compare", "step", "evaluate", "load", "tracking"},
+    {"start", "recorder", "results", "predict", "push"},
     {"checkpoint"},
     {"train"},
 ]

@@ -17,6 +17,8 @@ class WandbServer:
         self.summaries: dict[str, str] = {}  # of each run, as JSON
         self.exits: list[int] = []  # codes that runs ended with
         self.preempting: list[bool] = []  # whether they were marked so
+        self.told: dict[str, dict[str, Any]] = defaultdict(dict)  # of each run: what it said of itself
+        self.artifacts: list[tuple[str, str]] = []  # type and name of each; their files are not asked for
         self.silent = threading.Event()  # from when on nothing is answered
 
     def __enter__(self) -> Self:
@@ -42,7 +44,17 @@ class WandbServer:
         """What a query or mutation is answered."""
         project = {"id": "project", "name": given.get("project"), "entity": {"id": "entity", "name": "me"}}
         bucket = {"id": "run", "name": given.get("name"), "displayName": given.get("displayName")}
+        if name == "Viewer":
+            return {"viewer": {"id": "user", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        if name == "ArtifactType":
+            return {"project": None}
+        if name == "CreateArtifact":
+            artifact = given["input"]
+            self.artifacts.append((artifact["artifactTypeName"], artifact["artifactCollectionName"]))
+            there = {"id": "artifact", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
+            return {"createArtifact": {"artifact": there}}
         if name == "UpsertBucket":
+            self.told[given["name"]].update({k: v for k, v in given.items() if v is not None})
             bucket |= {
                 "description": None,
                 "config": "{}",
