@@ -11,6 +11,7 @@ be brought there, and the same command goes on. 2: nothing was, because somethin
 import dataclasses
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
 from fashion_ddp.private import keep_others_out, refuse_secrets
 from fashion_ddp.rundir import Run, RunFolder, find_runs, read_run, write_whole
-from fashion_ddp.tracking import Wandb, run_id
+from fashion_ddp.tracking import Wandb
 
 NAME = "wandb.json"  # in a report's folder: the name that W&B knows it by
 
@@ -94,9 +95,9 @@ def _can_be_pushed(run: Run) -> bool:
 
 def push(run: Run, cfg: Config) -> None:
     """Make a run at W&B of a folder, or bring it up to date. Raises NotPushed."""
-    name = run_id(run.summary.get("wandb_id"))
-    if run.summary.get("wandb_id") != name:  # in the folder before W&B is told of it
-        _remember(run, name)
+    if not (name := run.summary.get("wandb_id")):
+        name = secrets.token_hex(4)
+        _remember(run, name)  # before W&B is told of it
     finished = run.status == "finished"
 
     def tell(mirror: Wandb) -> None:
@@ -111,7 +112,7 @@ def push(run: Run, cfg: Config) -> None:
 
 def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config) -> None:
     """Make a run of type report at W&B, or bring it up to date: of `runs`, the objects in report.json."""
-    name = _known_name(folder) or run_id(None)
+    name = _known_name(folder) or secrets.token_hex(4)
     write_whole(folder / NAME, json.dumps({"wandb_id": name}) + "\n")
 
     def tell(mirror: Wandb) -> None:
@@ -128,7 +129,7 @@ def _push(mirror: Wandb, tell: Callable[[Wandb], None], error: Exception | None)
     mirror.finish(error)
     for name in set(os.environ) - before:  # each run has its own folder to stage in
         del os.environ[name]
-    if mirror.mode is None:
+    if mirror.mode not in ("online", "offline"):
         raise NotPushed(f"{mirror.path} could not be brought to W&B")
 
 

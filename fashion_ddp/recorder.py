@@ -5,6 +5,7 @@ checkpoint was saved: what was written after it is taken back, and will be writt
 """
 
 import math
+import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from fashion_ddp.evaluate import Scores
 from fashion_ddp.ranks import LOST, World, lost
 from fashion_ddp.rundir import FORMAT, RunFolder, read_run
 from fashion_ddp.step import Trained
-from fashion_ddp.tracking import Wandb, run_id
+from fashion_ddp.tracking import Wandb
 
 POINTS = 100  # per epoch in steps.jsonl
 
@@ -62,7 +63,7 @@ class Recorder(Silent):
         self.wandb: Wandb | None = None
         # The name that W&B knows the run by stands in the folder before W&B is told of it.
         if cfg.tracker != "none" or "wandb_id" in old.summary:
-            self.known["wandb_id"] = run_id(old.summary.get("wandb_id"))
+            self.known["wandb_id"] = old.summary.get("wandb_id") or secrets.token_hex(4)
         self.summary("running")
         if cfg.tracker != "none":
             shown = panels.config(cfg, self.known, old.environment)

@@ -8,7 +8,6 @@ import atexit
 import hashlib
 import os
 import queue
-import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -29,16 +28,10 @@ from fashion_ddp.rundir import read_run
 INIT = 20.0  # seconds that W&B's server gets to answer at the start
 START = 30.0  # seconds that training waits for W&B at the start; then it begins, and W&B may join later
 FINISH, FINISH_EARLY = 90.0, 15.0  # seconds that W&B gets at the end; less where the run ended early, or W&B did
+UPLOAD = 600.0  # the same, where there is nothing else to do
 BEHIND = 1000  # things told and not taken (about one comes a second) after which W&B is left
 
 Rows = list[dict[str, Any]]
-
-
-def run_id(known: str | None) -> str:
-    """A run's name to W&B: of a sweep the one that its agent gave, because W&B takes no other; else the one that the
-    run is known by, or a new one."""
-    of_sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    return of_sweep or known or secrets.token_hex(4)
 
 
 class Wandb:
@@ -52,7 +45,8 @@ class Wandb:
     def __init__(
         self, path: Path, cfg: Config, id: str, config: dict[str, Any], job: str = "train", upload: bool = False
     ):
-        """`id` is the run's name to W&B, the same at every start; `config` and `job` (its type) are shown there.
+        """`id` is the run's name to W&B, the same at every start; in a sweep W&B's agent gives another. `config` and
+        `job` (its type) are shown there.
 
         To `upload` is all that is wanted: nothing else waits, and offline is no way out unless the user chose it.
         """
@@ -108,7 +102,7 @@ class Wandb:
         self._tell("finish", lambda run: run.finish(exit_code=0 if error is None else 1))
         self.calls.put(None)
         early = min(FINISH_EARLY, self.cfg.timeout / 4)  # other ranks may be waiting
-        self.thread.join(FINISH if self.upload or (error is None and self.mode) else early)
+        self.thread.join(UPLOAD if self.upload else FINISH if error is None and self.mode else early)
         if self.thread.is_alive():
             self._leave("did not finish in time, and is left; `wandb sync` uploads what it has")
             atexit.unregister(_Farewell())  # it would hang in the same way
@@ -197,7 +191,9 @@ class Wandb:
             dir=str(self.path.resolve()),
             config=self.config,
             allow_val_change=True,  # of a run that continues on other ranks
-            settings=self.module.Settings(silent=True, init_timeout=INIT, finish_timeout=60),
+            settings=self.module.Settings(
+                silent=True, init_timeout=INIT, finish_timeout=UPLOAD - 30 if self.upload else 60
+            ),
         )
         panels.define_axes(run)
         if mode == "online":

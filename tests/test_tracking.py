@@ -244,13 +244,19 @@ def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
     assert weights(tmp_path) in [path.read_bytes() for path in staged.iterdir()]
 
 
-def test_a_sweep_names_its_run_and_a_settings_file_the_project(tmp_path: Path) -> None:
-    (tmp_path / "settings").write_text("[default]\nproject = of the file\n")
-    env = {"WANDB_CONFIG_DIR": str(tmp_path), "WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "of-agent"}
-    run, _ = whole(tmp_path, **env)
+def test_the_id_that_a_sweep_gave_is_read_back(tmp_path: Path) -> None:
+    run, _ = whole(tmp_path, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="of-agent")
     assert run.summary["wandb_id"] == "of-agent"
     [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*-of-agent")
-    assert check_whole(run, fragment)["project"] == "of the file"
+    check_whole(run, fragment)
+
+
+def test_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
+    whole(tmp_path, ["--wandb-group", "of the flag"], WANDB_CONFIG_DIR=str(tmp_path))
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    [told] = records_of(fragment)["run"]
+    assert (told["project"], told["run_group"]) == ("of the file", "of the flag")
 
 
 def child_named(parent: int, name: str) -> int | None:
