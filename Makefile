@@ -3,6 +3,7 @@
 ## make test          every test but the slow ones
 ## make test-quick    the tests of a minute
 ## make test-slow     the slow tests: real launches, real installations
+## make test-slurm    the tests on a real SLURM, which they bring up here (Debian, root)
 ## make soak          N=100 faults drawn by SEED=1 strike real runs, which must end as if nothing had happened
 ## make lint          ruff check, ruff format --check, mypy
 ## make lock          resolve the two locks anew (CONTRIBUTING.md says when)
@@ -38,13 +39,13 @@ FASHION_DDP_DATA_DIR ?= $(abspath $(DATA))
 export FASHION_DDP_DATA_DIR
 endif
 
-.PHONY: help setup compare test test-quick test-slow soak lint lock clean
+.PHONY: help setup compare test test-quick test-slow test-slurm soak lint lock clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 # The other targets need setup, and silence from it when there is nothing to do.
-compare test test-quick test-slow soak lint lock: quiet = --quiet
+compare test test-quick test-slow test-slurm soak lint lock: quiet = --quiet
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
@@ -53,13 +54,16 @@ compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 
 test: setup
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -m "not slow and not slurm"
 
 test-quick: setup
 	$(RUN) pytest -m quick
 
 test-slow: setup
 	$(RUN) pytest -m slow
+
+test-slurm: setup
+	$(RUN) pytest -m slurm
 
 soak: setup
 	$(VENV)/bin/python tests/soak.py --faults $(N) --seed $(SEED)

@@ -64,7 +64,7 @@ def cnn(
         for _ in range(2):
             layers.append(nn.Conv2d(channels, hidden_units, kernel_size=3, padding=1))
             layers += [GlobalBatchNorm2d(hidden_units)] if batch_norm else []
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))  # half of the memory, and the cache's
             channels = hidden_units
         layers.append(nn.MaxPool2d(2))
     features = channels * (height >> conv_blocks) * (width >> conv_blocks)
@@ -102,10 +102,17 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def build(
-    cfg: Config, image_shape: Shape, classes: int, rank: int = 0, function: Callable[..., nn.Module] | None = None
+    cfg: Config,
+    image_shape: Shape,
+    classes: int,
+    rank: int = 0,
+    trained_on: str = "cpu",
+    function: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
-    """The run's model with its initial weights, the same on every rank, on CPU. `function`: the model itself, where it
-    is not to be found by its name.
+    """The run's model with its initial weights, the same on every rank, on CPU.
+
+    `trained_on`: the type of the device that it is for, which decides how convolutions lie in memory. `function`: the
+    model itself, where it is not to be found by its name.
 
     Raises UserError for a model of the user's that cannot be found or does not give logits [N, classes].
     """
@@ -134,6 +141,10 @@ def build(
         raise UserError(f"model {cfg.model} has no parameters to train")
     if rank > 0:  # from here on ranks draw apart: a user's Dropout must not drop the same units on each
         torch.manual_seed(cfg.seed + rank)
+    if trained_on == "cpu" and cfg.model in ARCHITECTURES:
+        # A CPU's convolutions are up to twice as fast with channels last. A user's own model stays as it is: Dropout
+        # draws in the order of memory, and would drop other units than in the user's own loop.
+        model = model.to(memory_format=torch.channels_last)
     return model.to(torch.float64 if cfg.precision == "fp64" else torch.float32)
 
 
@@ -182,7 +193,7 @@ def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     maps: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: maps.update({name: output[0].detach().float().cpu()})
+        return lambda module, inputs, output: maps.update({name: output[0].detach().float().cpu().clone()})
 
     layers = [(f"{name}.{type(m).__name__}", m) for name, m in model.named_modules()]
     hooks = [m.register_forward_hook(keep(name)) for name, m in layers if isinstance(m, nn.Conv2d | nn.MaxPool2d)]

@@ -11,14 +11,15 @@ from fashion_ddp.config import Config
 
 def build(cfg: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """The run's optimizer."""
-    # One fused kernel per update on a card, which also keeps fp16's skipped updates from being read by the host.
+    # One kernel per update. On a card it also keeps fp16's skipped updates from being read by the host; on a CPU it
+    # gains for Adam, a third of the time of its dozen operations per parameter, and nothing for SGD.
     fused = True if device.type == "cuda" else None
     lr, decay = cfg.scaled_lr(), cfg.weight_decay
     if cfg.optimizer in ("sgd", "momentum"):
         momentum = 0.9 if cfg.optimizer == "momentum" else 0.0
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=fused)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    return kind(parameters, lr=lr, weight_decay=decay, fused=fused)
+    return kind(parameters, lr=lr, weight_decay=decay, fused=True)
 
 
 def schedule(cfg: Config, steps_per_epoch: int) -> list[float]:

@@ -175,6 +175,8 @@ def open_world(cfg: Config) -> Iterator[World]:
     device = machine.choose_device(cfg, here)
     threads = machine.threads_per_rank(cfg, here.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate warns, and sets a number of its own
+    machine.keep_freed_memory()
+    machine.reach_first(here)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision={"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision),

@@ -72,7 +72,7 @@ def train(command: Command) -> None:
     with open_world(cfg) as world:
         data = start.load_data(cfg, world)
         classes = len(data.classes)
-        model = models.build(cfg, data.image_shape, classes, world.rank)
+        model = models.build(cfg, data.image_shape, classes, world.rank, world.device.type)
         trained_on, held_out = split(cfg, data)
         batches = Batches(cfg, world, data.train_images[trained_on], data.train_labels[trained_on])
         sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,12 @@ def test_a_make_target_and_its_variables_exist(line: str) -> None:
 def test_links_lead_to_files(page: str) -> None:
     links = re.findall(r"\]\((?!http)([^)]+)\)", (CHECKOUT / page).read_text())
     assert [link for link in links if not (CHECKOUT / link).exists()] == []
+
+
+def test_the_table_on_scaling_is_what_its_program_prints() -> None:
+    program = [sys.executable, str(CHECKOUT / "benchmarks" / "scaling_model.py")]
+    printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert printed in (CHECKOUT / "docs" / "scaling.md").read_text()
 
 
 def test_the_tree_names_every_file() -> None:

@@ -560,6 +560,29 @@ def test_a_sweep_is_ranked_by_the_validation_set_over_all_seeds(
     ]
 
 
+@quick
+def test_a_job_whose_starts_lead_nowhere_is_given_up_and_a_new_one_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(of: str, step: int, most: int = 100) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", of)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / f"step-{step:08}.pt").touch()
+        job._count_start(tmp_path, most)
+
+    for step in (0, 10, 10, 10):
+        start("7", step)
+    start("7", 10)  # the fourth at this step
+    with pytest.raises(UserError, match="the last 4 starts of job 7 all ended at step 10: given up"):
+        start("7", 10)
+    start("7", 20)
+    with pytest.raises(UserError, match=r"started 6 times by job 7: given up \(--max-restarts 5\)"):
+        start("7", 30, most=5)
+    start("8", 20)
+    counted = [json.loads(line)["job"] for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert counted == [*"777777", "8"]
+
+
 # A rank that ends in one way when it is asked to, in another when its time is over, and at its third start by itself.
 RANK = """
 import os, signal, sys, time
@@ -657,8 +680,8 @@ class Foreground:
         return self.process.wait(timeout=200)
 
 
-def ranks_of(folder: Path) -> list[int]:
-    """The process ids of the ranks of jobs below a folder, by rank."""
+def ranks_of(folder: Path, variable: str = "SUBMITIT_LOCAL_GLOBALID") -> list[int]:
+    """The process ids of the ranks of jobs below a folder, by rank, which this variable of theirs tells."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -666,8 +689,8 @@ def ranks_of(folder: Path) -> list[int]:
             variables = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
         except (OSError, UnicodeDecodeError):
             continue
-        if "submitit.core._submit" in words and str(folder) in words[-2]:
-            found[int(variables["SUBMITIT_LOCAL_GLOBALID"])] = int(path.name)
+        if "submitit.core._submit" in words and str(folder) in words[-2] and variable in variables:
+            found[int(variables[variable])] = int(path.name)
     return [found[rank] for rank in sorted(found)]
 
 

@@ -4,7 +4,7 @@
     slurm/cluster/cluster.py up [--dir DIR] [--no-accounting]     as root; prints the line to set SLURM_CONF with
     slurm/cluster/cluster.py down [--dir DIR]                     stops all of it and removes DIR
 
-Nothing outside DIR is touched but two lines of /etc/hosts, which `down` takes out again: programs look nodes up by
+Nothing outside DIR is touched but a line of /etc/hosts, which `down` takes out again: programs look nodes up by
 name. Partitions: `low` (the default, jobs there are requeued for `high`), `grace` (as low, with 20 s of grace), `high`.
 Needs the packages slurmctld slurmd slurm-client slurmdbd munge mariadb-server (22.05 was used).
 """
@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 NODES = ("fashion-n1", "fashion-n2")
-MARK = "# fashion_ddp slurm/cluster"
 HOSTS = Path("/etc/hosts")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
+PACKAGES = "slurmctld slurmd slurm-client slurmdbd munge mariadb-server"
 ACCOUNTING = ("mariadbd", "mariadb-install-db", "slurmdbd", "sacctmgr")
 
 SLURM_CONF = """\
@@ -89,17 +89,23 @@ StorageLoc=slurm_acct_db
 """
 
 
+def lacking(accounting: bool = True) -> str:
+    """Why no cluster can be made here; empty where one can."""
+    missing = [p for p in (*PROGRAMS, *(ACCOUNTING if accounting else ())) if shutil.which(p) is None]
+    if missing:
+        return f"these programs are missing: {', '.join(missing)} (apt-get install {PACKAGES})"
+    return "" if os.geteuid() == 0 else "it must run as root"
+
+
 class Cluster:
     def __init__(self, folder: Path):
         self.dir = folder.resolve()
         self.conf = self.dir / "slurm.conf"
+        self.mark = f"# fashion_ddp {self.dir}"
 
-    def up(self, accounting: bool, kill_wait: int) -> None:
-        missing = [p for p in (*PROGRAMS, *(ACCOUNTING if accounting else ())) if shutil.which(p) is None]
-        if os.geteuid() != 0 or missing:
-            why = f"these programs are missing: {', '.join(missing)}" if missing else "it must run as root"
-            packages = "slurmctld slurmd slurm-client slurmdbd munge mariadb-server"
-            sys.exit(f"error: no cluster can be made here: {why} (apt-get install {packages})")
+    def up(self, accounting: bool = True, kill_wait: int = 20) -> None:
+        if why := lacking(accounting):
+            sys.exit(f"error: no cluster can be made here: {why}")
         if self.dir.exists() and any(self.dir.iterdir()):
             sys.exit(f"error: {self.dir} is not empty: `cluster.py down --dir {self.dir}` first, or another --dir")
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -111,13 +117,11 @@ class Cluster:
                 print(f"--- {log.name}\n{log.read_text()[-1500:]}", file=sys.stderr)
             self.down()
             raise
-        print(f"export SLURM_CONF={self.conf}")
 
     def _start(self, accounting: bool, kill_wait: int) -> None:
         values = {"dir": self.dir, "host": socket.gethostname(), "kill_wait": kill_wait}
         values |= dict(zip(("ctld_port", "dbd_port", "sql_port"), _free_ports(3), strict=True))
-        lines = [line for line in HOSTS.read_text().splitlines() if MARK not in line]
-        HOSTS.write_text("\n".join([*lines, f"127.0.0.1 {' '.join(NODES)} {MARK}", ""]))
+        self.name_nodes(True)
         self._munge()
         if accounting:
             self._database(values)
@@ -136,6 +140,11 @@ class Cluster:
             (self.dir / f"spool-{name}").mkdir()
             self._run("slurmd", "-f", str(self.conf), "-N", name)
         _wait("both nodes are idle", lambda: self._output("sinfo", "-h", "-p", "low", "-o", "%T %D") == "idle 2")
+
+    def name_nodes(self, known: bool) -> None:
+        """Let programs find the nodes by name, or no longer."""
+        lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(self.mark)]
+        HOSTS.write_text("\n".join([*lines, *[f"127.0.0.1 {' '.join(NODES)} {self.mark}"] * known, ""]))
 
     def _munge(self) -> None:
         folder = self.dir / "munge"
@@ -191,7 +200,7 @@ class Cluster:
         for pid in _of_steps(self.dir):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        HOSTS.write_text("".join(line for line in HOSTS.read_text().splitlines(True) if MARK not in line))
+        self.name_nodes(False)
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
@@ -272,6 +281,7 @@ def main() -> None:
     cluster = Cluster(arguments.dir)
     if arguments.what == "up":
         cluster.up(arguments.accounting, arguments.kill_wait)
+        print(f"export SLURM_CONF={cluster.conf}")
     else:
         cluster.down()
 

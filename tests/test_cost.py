@@ -1,0 +1,142 @@
+"""What a step may cost, counted and not timed: operations, words between ranks, reads by the host, memory, imports."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKOUT, ranks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fashion_ddp import models
+from fashion_ddp.batches import Batches
+from fashion_ddp.ranks import open_world
+from fashion_ddp.settings import make_config
+from fashion_ddp.step import Step
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), dtype=np.uint8)
+LABELS = np.random.default_rng(1).integers(0, 10, 200)
+VIEWS = (
+    "_record_function_enter_new",
+    "_record_function_exit",
+    "view",
+    "t",
+    "transpose",
+    "detach",
+    "select",
+    "slice",
+    "unsqueeze",
+    "as_strided",
+    "_unsafe_view",
+    "expand",
+)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(model: str, **given: Any) -> Counter[str]:
+    """Of one step, on one rank."""
+    cfg = make_config({"model": model, "device": "cpu", "threads": 1, "batch_size": 20, **given})
+    with open_world(cfg) as world:
+        step = Step(cfg, world, models.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step.batches.draw(1)
+        step(0)
+        with Operations() as seen:
+            step(1)
+        return seen.count
+
+
+def kernels(count: Counter[str]) -> int:
+    """Operations that do work; a view of a tensor does none."""
+    return sum(times for name, times in count.items() if name not in VIEWS)
+
+
+# Of these, gathering the batch takes 4 (two index_selects, a conversion, a division), the record of losses and hits 3,
+# and DDP one per parameter; the rest is the model's, the loss's and the optimizer's own. A higher number is a slower
+# step: raise it knowingly.
+@pytest.mark.quick
+@pytest.mark.parametrize(("model", "most"), [("linear", 30), ("mlp", 32), ("cnn", 52)])
+def test_a_step_does_no_more_than_it_must(model: str, most: int) -> None:
+    [count] = ranks(1, operations, model)
+    assert kernels(count) <= most, count
+
+
+@pytest.mark.quick
+def test_the_host_reads_nothing_within_a_step() -> None:
+    [count] = ranks(1, operations, "cnn")
+    assert not {"_local_scalar_dense", "equal", "is_nonzero", "nonzero"} & set(count)
+
+
+def collectives(steps: int, given: dict[str, Any]) -> tuple[dict[str, int], int, int]:
+    """Of some steps between two sync points: how often each was called, the numbers in them, and the parameters."""
+    cfg = make_config({"model": "cnn", "device": "cpu", "threads": 1, "batch_size": 20, **given})
+    with open_world(cfg) as world:
+        model = models.build(cfg, (1, 28, 28), 10)
+        step = Step(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
+        step.batches.draw(1)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            for k in range(steps):
+                step(k)
+        events = [e for e in seen.events() if e.name.startswith("gloo:")]
+        return (
+            Counter(e.name for e in events),
+            sum(np.prod(e.input_shapes[0]) for e in events),
+            models.parameters(model),
+        )
+
+
+@pytest.mark.parametrize("given", [{}, {"micro_batch": 3}, {"clip_norm": 1.0}], ids=str)
+def test_a_step_talks_to_the_other_ranks_once_and_of_its_gradient_only(given: dict[str, Any]) -> None:
+    for calls, numbers, parameters in ranks(2, collectives, 4, given):
+        assert calls == {"gloo:all_reduce": 4} and numbers == 4 * parameters
+
+
+def kept_bytes() -> list[int]:
+    """What each of some steps leaves allocated, when the run is warm."""
+    cfg = make_config({"model": "cnn", "device": "cpu", "threads": 1, "batch_size": 20, "optimizer": "adam"})
+    with open_world(cfg) as world:
+        step = Step(cfg, world, models.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step.batches.draw(1)
+        step(0)
+        step(1)
+        kept = []
+        for k in range(2, 6):
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+                step(k)
+            kept.append(sum(e.self_cpu_memory_usage for e in seen.key_averages()))
+        return kept
+
+
+@pytest.mark.quick
+def test_a_step_leaves_no_memory_behind() -> None:
+    [kept] = ranks(1, kept_bytes)
+    assert min(kept) <= 0, kept  # what grows does so at every step; the profiler may see a release one step late
+
+
+@pytest.mark.quick
+def test_a_run_without_a_tracker_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    heavy = (
+        "{'torchvision', 'torchmetrics', 'matplotlib', 'wandb', 'pandas', 'sklearn', 'transformers', 'PIL', 'scipy'}"
+    )
+    code = (
+        "import sys; from fashion_ddp import train; train.main(sys.argv[1:]); "
+        f"print('imported:', *{heavy} & set(sys.modules))"
+    )
+    flags = ["--model", "linear", "--dataset", "synthetic", "--epochs", "1", "--device", "cpu", "--tracker", "none"]
+    line = [sys.executable, "-c", code, *flags, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(line, check=True, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "imported:"

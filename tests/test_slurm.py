@@ -1,0 +1,340 @@
+"""Submitted runs on a real SLURM (slurm/cluster): two nodes that are this machine, preemption, accounting.
+
+Each disturbance ends in the same bits as the run that nothing disturbed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHECKOUT, command
+from safetensors.torch import load_file
+from test_submit import SLOW_MODEL, ranks_of
+
+sys.path.insert(0, str(CHECKOUT / "slurm" / "cluster"))
+from cluster import Cluster, lacking
+
+pytestmark = pytest.mark.slurm
+
+SUBMIT = ("python", "-m", "launch.submit", "--nodes", "2", "--ranks-per-node", "1", "--cpus-per-rank", "1")
+TRAIN = ("--batch-size", "1000", "--epochs", "40", "--checkpoint-every", "0", "--dataset", "synthetic", "--tracker")
+TRAIN += ("none",)
+SLOW = ("--models", "slow:Net", *TRAIN)
+NAME = "slow_Net-blog-seed42-epochs40-batch_size1000-datasetsynthetic"
+
+
+def make_cluster(accounting: bool) -> Iterator[Cluster]:
+    if why := lacking(accounting):
+        (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"no SLURM can be made: {why}")
+    # Not pytest's own folder, which the users of munge and of the database may not enter.
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="fashion_ddp_slurm_", dir="/var/tmp")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(cluster.conf))
+        cluster.up(accounting)
+        try:
+            yield cluster
+        finally:
+            cluster.down()
+            assert not cluster.dir.exists() and cluster.mark not in Path("/etc/hosts").read_text()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    yield from make_cluster(accounting=True)
+
+
+def slurm(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@dataclass
+class Submitted:
+    """A run of the slow model (test_submit) on two nodes, from its submission on."""
+
+    cwd: Path
+    job: str = ""
+    report: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return self.cwd / "runs" / NAME
+
+    def submit(self, *words: str) -> "Submitted":
+        (self.cwd / "slow.py").write_text(SLOW_MODEL)
+        self._read(command(*SUBMIT, *SLOW, *words, cwd=self.cwd))
+        return self
+
+    def resubmit(self) -> None:
+        self._read(self.status("resubmit"))
+
+    def _read(self, done: subprocess.CompletedProcess[str]) -> None:
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = done.stdout.splitlines()
+        [self.job] = [line.split()[1] for line in lines if line.startswith("job ")]
+        [self.report] = [line.split(" compares ")[0].split()[-1] for line in lines if " compares them " in line]
+
+    def status(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return command("python", "-m", "launch.status", *words, cwd=self.cwd)
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.cwd.glob(f"runs/.submissions/*/{self.job}_*_log.out")))
+
+    def until(self, holds: Callable[[], Any], patience: float = 120) -> Any:
+        """Wait for something to be so; its value."""
+        limit = time.monotonic() + patience
+        while not (value := holds()):
+            assert time.monotonic() < limit, f"{slurm('squeue')}\n{self.log()}"
+            time.sleep(0.1)
+        return value
+
+    def trained(self, epochs: int = 2) -> None:
+        path = self.folder / "metrics.jsonl"
+        self.until(lambda: path.exists() and path.read_text().count("\n") >= epochs)
+
+    def starts(self) -> list[dict[str, Any]]:
+        path = self.folder / "starts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def started(self, times: int, patience: float = 120) -> None:
+        """Wait until the job was started so often, the last time from a checkpoint, and let it end."""
+        self.until(lambda: len(self.starts()) >= times, patience)
+        assert self.starts()[-1]["step"] > 0
+        self.hurry()
+
+    def hurry(self) -> None:
+        (self.cwd / "fast").touch()
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def state(self, job: str) -> str:
+        return slurm("sacct", "-n", "-X", "-P", "-o", "State", "-j", job).strip()
+
+    def reported(self) -> bool:
+        """Wait for the comparison. Whether it was of all runs."""
+        self.until(lambda: not slurm("squeue", "-h", "-j", f"{self.job},{self.report}").strip())
+        assert (self.cwd / "report" / "report.html").exists()
+        self.until(lambda: self.state(self.report) in ("COMPLETED", "FAILED"))
+        return self.state(self.report) == "COMPLETED"
+
+    def whole(self, reference: dict[str, Any]) -> None:
+        """The run is finished, each of its epochs is recorded once, and its weights are the reference's."""
+        assert self.summary()["status"] == "finished", self.log()
+        epochs = [json.loads(line)["epoch"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        assert epochs == list(range(1, 41))
+        same(load_file(self.folder / "model.safetensors"), reference)
+
+
+def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+def on_this_machine(folder: Path, ranks: int, model: str, *words: str) -> dict[str, torch.Tensor]:
+    """The weights of a run without SLURM."""
+    launcher = ("torchrun", "--standalone", "--nproc-per-node", str(ranks))
+    flags = ("--model", model, "--threads", "1", "--device", "cpu", "--tracker", "none", "--run-dir", "alone")
+    done = command(*launcher, "-m", "fashion_ddp.train", *flags, *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "alone" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "slow.py").write_text(SLOW_MODEL)
+    (folder / "fast").touch()
+    return on_this_machine(folder, 2, "slow:Net", *TRAIN)
+
+
+# --- To the report ----------------------------------------------------------------------------------------------------
+
+
+def test_an_array_of_models_on_two_nodes_to_the_report_equals_the_same_runs_here(
+    cluster: Cluster, data_dir: Path, tmp_path: Path
+) -> None:
+    flags = ("--epochs", "1", "--hidden-units", "4", "--batch-size", "1000", "--data-dir", str(data_dir))
+    words = ("--models", "linear", "relu", "cnn", "--ranks-per-node", "2", "--tracker", "none")
+    done = command(*SUBMIT, *words, *flags, "--wait", cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 runs submitted; job " in done.stdout and "next: python -m launch.status " in done.stdout
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert sorted(run["model"] for run in report["runs"]) == ["cnn", "linear", "relu"]
+    assert all(run["status"] == "finished" and run["world_size"] == 4 for run in report["runs"])
+    table = command("python", "-m", "launch.status", cwd=tmp_path).stdout
+    assert [line.split()[2] for line in table.splitlines()[1:4]] == ["finished"] * 3
+    for model in ("linear", "relu", "cnn"):
+        [run] = (tmp_path / "runs").glob(f"{model}-*")
+        [start] = json.loads((run / "environment.json").read_text())
+        assert len(start["ranks"]) == 4
+        (here := tmp_path / model).mkdir()
+        same(load_file(run / "model.safetensors"), on_this_machine(here, 4, model, *flags))
+
+
+# --- Disturbed, and continued -----------------------------------------------------------------------------------------
+
+
+def preempt(_: Submitted) -> None:
+    slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+
+
+def set_down(run: Submitted) -> None:
+    update = ["scontrol", "update", "nodename=fashion-n2"]
+    slurm(*update, "state=down", "reason=test")
+    # It is refused while the job is not yet gone from the node.
+    run.until(lambda: not subprocess.run([*update, "state=resume"], check=False, capture_output=True).returncode)
+
+
+# What happens, in which partition, and whether the job's first rank must queue it again.
+DISTURBED: dict[str, tuple[Callable[[Submitted], Any], str, bool]] = {
+    "preempted": (preempt, "low", False),
+    "preempted with grace": (preempt, "grace", True),
+    "requeued": (lambda run: slurm("scontrol", "requeue", run.job), "low", False),
+    "told that its time is nearly over": (lambda run: slurm("scancel", "--signal=USR2", run.job), "low", True),
+    "node set down": (set_down, "low", False),
+}
+
+
+@pytest.mark.parametrize("what", DISTURBED)
+def test_a_disturbed_run_continues_to_the_same_bits(
+    what: str, cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    disturb, partition, by_us = DISTURBED[what]
+    run = Submitted(tmp_path).submit("--partition", partition)
+    run.trained()
+    disturb(run)
+    run.started(2)
+    assert run.reported()
+    run.whole(reference)
+    assert len(run.starts()) == 2 and f"saved in epoch {run.starts()[1]['step'] // 12 + 1}" in run.log()
+    assert (f"job {run.job} is queued again" in run.log()) == by_us
+    assert " 1 " in run.status().stdout.splitlines()[1]  # one restart
+
+
+def test_a_run_longer_than_its_job_is_continued_by_the_next(
+    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    run = Submitted(tmp_path).submit("--time", "3")
+    run.started(2, patience=240)
+    assert run.reported()
+    run.whole(reference)
+    assert "stopped (SIGUSR2)" in run.log()
+
+
+# --- Ended, and submitted again ---------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_run_is_saved_and_stays_so_until_it_is_resubmitted(
+    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    run = Submitted(tmp_path).submit()
+    run.trained()
+    refused = command(*SUBMIT, *SLOW, cwd=tmp_path)
+    assert refused.returncode == 2 and f"{NAME} is RUNNING (job {run.job})" in refused.stderr
+    shown = run.status().stdout
+    assert f" {run.job} " in shown and " RUNNING " in shown and " fashion-n[1-2] " in shown
+    assert run.status("cancel").returncode == 0
+    assert not run.reported()  # it waits for nothing any more, and says what is missing
+    assert "PARTIAL: of 1 runs 1 are not finished" in "".join(
+        path.read_text() for path in tmp_path.glob(f"runs/.submissions/*/{run.report}_*_log.out")
+    )
+    assert run.summary()["status"] == "stopped" and len(run.starts()) == 1
+    assert "stopped (CANCELLED" in run.status().stdout
+    run.hurry()
+    run.resubmit()
+    assert run.reported()
+    run.whole(reference)
+    assert run.starts()[1]["step"] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_fails_its_run_and_resubmit_continues_it(
+    rank: int, cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    run = Submitted(tmp_path).submit()
+    run.trained()
+    os.kill(ranks_of(run.cwd, "SLURM_PROCID")[rank], signal.SIGKILL)
+    assert not run.reported()
+    assert len(run.starts()) == 1 and run.state(run.job) == "FAILED"
+    assert NAME in (shown := run.status().stdout) and "(FAILED)" in shown
+    run.hurry()
+    run.resubmit()
+    assert run.reported()
+    run.whole(reference)
+
+
+# --- Not begun --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--partition", "nowhere"), "invalid partition specified: nowhere"),
+        (("--gpus-per-node", "8", "--device", "cuda"), "Requested node configuration is not available"),
+    ],
+)
+def test_what_slurm_would_not_take_is_told_before_anything_is_written(
+    words: tuple[str, ...], told: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    given = ("--models", "linear", "--dataset", "synthetic", "--tracker", "none", *words)
+    done = command("python", "-m", "launch.submit", *given, cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr and "What there is: low: 2 x 4 cores" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_nodes_that_do_not_find_each_other_say_so(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.name_nodes(False)
+    try:
+        run = Submitted(tmp_path).submit()
+        assert not run.reported()
+    finally:
+        cluster.name_nodes(True)
+    assert "rank 0's machine 'fashion-n1' is not found by name" in run.log()
+    assert run.state(run.job) == "FAILED" and len(run.starts()) == 1
+
+
+# --- Without Submitit, and without accounting -------------------------------------------------------------------------
+
+
+def test_a_script_without_submitit_is_requeued_to_the_same_bits(
+    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    run = Submitted(tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW_MODEL)
+    options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--output=log")
+    script = (str(CHECKOUT / "slurm" / "train.sbatch"), "--model", "slow:Net", "--device", "cpu", *TRAIN)
+    environment = f"--export=ALL,PYTHON={sys.executable},PYTHONPATH={CHECKOUT}"
+    said = slurm("sbatch", f"--chdir={tmp_path}", environment, *options, *script)
+    run.job = said.split()[-1]
+    run.trained()
+    slurm("scancel", "--signal=USR1", run.job)  # saved, and queued again by the first rank
+    run.until(lambda: len(run.starts()) == 2)
+    slurm("scontrol", "requeue", run.job)  # by SLURM, at a point of its start
+    run.started(3)
+    run.until(lambda: run.state(run.job) == "COMPLETED")
+    run.whole(reference)
+    assert f"job {run.job} is queued again" in (tmp_path / "log").read_text()
+
+
+def test_without_accounting_the_folders_tell_how_it_ended(tmp_path: Path) -> None:
+    for _ in make_cluster(accounting=False):
+        run = Submitted(tmp_path).submit()
+        run.trained()
+        slurm("scancel", run.job)
+        run.until(lambda: not slurm("squeue", "-h").strip())
+        assert " stopped " in (shown := run.status().stdout) and "CANCELLED" not in shown
+        run.hurry()
+        run.resubmit()
+        run.until(lambda: not slurm("squeue", "-h").strip())
+        assert " finished " in run.status().stdout
+        assert json.loads((tmp_path / "report" / "report.json").read_text())["runs"][0]["status"] == "finished"
