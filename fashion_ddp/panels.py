@@ -143,3 +143,24 @@ def of_report(wandb: Any, page: Path, runs: list[dict[str, Any]]) -> dict[str, A
         ),
         "report": wandb.Html(str(page), inject=False),
     }
+
+
+def saved_report(reports: Any, place: dict[str, str], group: str, known: str) -> Any:
+    """Save a report of W&B's own on the runs of a group, in place of the one that is `known` by its id, if any.
+
+    `reports` is wandb_workspaces.reports.v2; `place` has the entity and the project.
+    """
+    of_group = f"Metric('Group') == {group!r} and Metric('JobType') == 'train'"
+    grid = reports.PanelGrid(
+        runsets=[reports.Runset(**place, name=group, filters=of_group)],
+        panels=[
+            reports.RunComparer(diff_only="split"),
+            reports.BarPlot(title="Accuracy on the test set", metrics=["test/accuracy"]),
+            reports.LinePlot(title="Training loss", x="step", y=["step/loss"]),
+            reports.LinePlot(title="Accuracy on the test set", x="epoch", y=["test/accuracy"]),
+            reports.ScatterPlot(title="Accuracy against training time", x="time/train_total_s", y="test/accuracy"),
+        ],
+    )
+    report = reports.Report(**place, title=group, blocks=[grid])
+    report.id = known
+    return report.save()

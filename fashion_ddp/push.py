@@ -9,6 +9,7 @@ be brought there, and the same command goes on. 2: nothing was, because somethin
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import secrets
@@ -53,6 +54,8 @@ class Command:
     """Notes, likewise."""
     weights: tyro.conf.FlagCreatePairsOff[bool] = False
     """Upload the weights, too."""
+    saved_report: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --report: also save a report of W&B's own on the group, to look at there. Needs wandb-workspaces."""
 
     def over(self, cfg: Config) -> Config:
         """A run's settings, with what this command says of W&B."""
@@ -74,11 +77,12 @@ def main(argv: list[str] | None = None) -> None:
         runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := read_run(folder))]
         configs = [command.over(run.settings()) for run in runs]
         report = command.report and read_report(command.report)
+        _check_saved_report(command, _common(configs))
         for run, cfg in zip(runs, configs, strict=True):
             push(run, cfg)
             done += 1
         if command.report and report:
-            push_report(command.report, report, command.over(_common(configs)))
+            push_report(command.report, report, command.over(_common(configs)), command.saved_report)
     except (UserError, TrainingFailed) as error:
         fail(error, 2)
     except NotPushed as error:
@@ -110,17 +114,41 @@ def push(run: Run, cfg: Config) -> None:
     _push(Wandb(run.path, cfg, name, config, upload=True), tell, None if finished else TrainingFailed(run.status))
 
 
-def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config) -> None:
-    """Make a run of type report at W&B, or bring it up to date: of `runs`, the objects in report.json."""
-    name = _known_name(folder) or secrets.token_hex(4)
-    write_whole(folder / NAME, json.dumps({"wandb_id": name}) + "\n")
+def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config, saved: bool = False) -> None:
+    """Make a run of type report at W&B, or bring it up to date: of `runs`, the objects in report.json; and, if it is
+    to be `saved`, a report of W&B's own."""
+    known = {"wandb_id": secrets.token_hex(4)} | _known_names(folder)
+    write_whole(folder / NAME, json.dumps(known) + "\n")
 
     def tell(mirror: Wandb) -> None:
         mirror.start([], [])
         mirror.show_report(runs)
 
     config = {"runs": ", ".join(str(run["name"]) for run in runs)}
-    _push(Wandb(folder, cfg, name, config, job="report", upload=True), tell, None)
+    mirror = Wandb(folder, cfg, known["wandb_id"], config, job="report", upload=True)
+    _push(mirror, tell, None)
+    if saved:
+        try:
+            from wandb_workspaces.reports import v2
+
+            place = {"entity": mirror.run.entity, "project": mirror.run.project}
+            report = panels.saved_report(v2, place, cfg.wandb_group or "", known.get("saved_report", ""))
+        except Exception as error:  # noqa: BLE001 - whatever W&B has against it
+            why = " ".join(str(error).split())[:200]
+            raise NotPushed(f"W&B did not save the report ({type(error).__name__}: {why})") from None
+        write_whole(folder / NAME, json.dumps(known | {"saved_report": report.id}) + "\n")
+        say(f"W&B: report at {report.url}")
+
+
+def _check_saved_report(command: Command, cfg: Config) -> None:
+    if not command.saved_report:
+        return
+    if command.report is None:
+        raise UserError("--saved-report goes with --report: name the report's folder, too")
+    if not cfg.wandb_group:
+        raise UserError("--saved-report is on the runs of one group, and these have none in common: give --group")
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise UserError("--saved-report needs a package that is not installed: pip install wandb-workspaces")
 
 
 def _push(mirror: Wandb, tell: Callable[[Wandb], None], error: Exception | None) -> None:
@@ -147,12 +175,12 @@ def _remember(run: Run, name: str) -> None:
         ) from None
 
 
-def _known_name(folder: Path) -> str | None:
+def _known_names(folder: Path) -> dict[str, str]:
     try:
-        return json.loads((folder / NAME).read_text())["wandb_id"]
+        return dict(json.loads((folder / NAME).read_text()))
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder / NAME} cannot be used ({error}): remove it, which makes a new run at W&B") from None
 
 

@@ -1,6 +1,8 @@
 """Run folders brought to W&B: to as much of its server as a run talks to, and into a file for `wandb sync`."""
 
+import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def push(*words: Any, cwd: Path, code: int = 0, **env: str) -> str:
     """What the command said, which ended with this exit code."""
-    done = command("python", "-m", "fashion_ddp.push", *map(str, words), cwd=cwd, PYTHONPATH=str(CHECKOUT), **env)
+    path = os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
+    done = command("python", "-m", "fashion_ddp.push", *map(str, words), cwd=cwd, PYTHONPATH=path, **env)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -106,6 +109,22 @@ def test_without_an_account_it_says_so_and_loses_nothing(runs: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_report_of_wandbs_own_is_saved_and_replaced(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb_workspaces")
+    command("python", "-m", "fashion_ddp.compare", "runs", cwd=tmp_path, PYTHONPATH=str(CHECKOUT))
+    words = ["runs", "--report", "report", "--group", "it's", "--saved-report"]
+    with WandbServer() as server:
+        for _ in range(2):
+            assert "W&B: report at http" in push(*words, cwd=tmp_path, **server.env)
+        first, second = server.reports
+    assert (first["id"], second["id"]) == (None, "Vmlldzox") and first["projectName"] == "fashion_ddp"
+    [grid] = [block for block in json.loads(first["spec"])["blocks"] if block["type"] == "panel-grid"]
+    [shown] = grid["metadata"]["runSets"]
+    filters = {(each["key"]["name"], each["value"]) for each in shown["filters"]["filters"]}
+    assert filters == {("group", "it's"), ("jobType", "train")}
+
+
+@pytest.mark.slow
 def test_a_server_that_refuses_is_told_once(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "one", runs / "two")
     env = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -116,6 +135,13 @@ def test_a_server_that_refuses_is_told_once(runs: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_pushed_is_said(runs: Path, tmp_path: Path) -> None:
     assert "nowhere: no run folder there" in push("nowhere", cwd=tmp_path, code=2)
     assert "report holds no report" in push("runs", "--report", "report", cwd=tmp_path, code=2)
+    (tmp_path / "report").mkdir()
+    for name, content in (("report.html", ""), ("report.json", '{"runs": []}')):
+        (tmp_path / "report" / name).write_text(content)
+    words = ["runs", "--report", "report", "--saved-report"]
+    assert "none in common: give --group" in push(*words, cwd=tmp_path, code=2)
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        assert "pip install wandb-workspaces" in push(*words, "--group", "g", cwd=tmp_path, code=2)
     held = lock.take(runs / "one")
     try:
         said = push("runs", cwd=tmp_path)
