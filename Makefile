@@ -5,6 +5,8 @@
 ## make test-slow     the slow tests: real launches, real installations
 ## make test-slurm    the tests on a real SLURM, which they bring up here (Debian, root)
 ## make soak          N=100 faults drawn by SEED=1 strike real runs, which must end as if nothing had happened
+## make bench         how much faster than the tutorials' loop, and where a step's time goes (hours; ARGS= shortens)
+## make bench-scaling what 2 and 4 ranks bring on this machine
 ## make lint          ruff check, ruff format --check, mypy
 ## make lock          resolve the two locks anew (CONTRIBUTING.md says when)
 ## make clean         remove caches; never runs, data or the environment
@@ -39,13 +41,13 @@ FASHION_DDP_DATA_DIR ?= $(abspath $(DATA))
 export FASHION_DDP_DATA_DIR
 endif
 
-.PHONY: help setup compare test test-quick test-slow test-slurm soak lint lock clean
+.PHONY: help setup compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 # The other targets need setup, and silence from it when there is nothing to do.
-compare test test-quick test-slow test-slurm soak lint lock: quiet = --quiet
+compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock: quiet = --quiet
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
@@ -67,6 +69,13 @@ test-slurm: setup
 
 soak: setup
 	$(VENV)/bin/python tests/soak.py --faults $(N) --seed $(SEED)
+
+bench: setup
+	$(VENV)/bin/python benchmarks/bench.py $(ARGS)
+	$(VENV)/bin/python benchmarks/step_parts.py
+
+bench-scaling: setup
+	$(VENV)/bin/python benchmarks/scaling.py $(ARGS)
 
 lint: setup
 	$(RUN) ruff check .

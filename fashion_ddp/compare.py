@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tyro
 
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.private import keep_others_out
-from fashion_ddp.report import figures, sentences, tables
+from fashion_ddp.report import sentences, tables
+from fashion_ddp.report.page import html_page, markdown_page
 from fashion_ddp.report.results import read_results
 from fashion_ddp.report.rows import Comparison, compare
+from fashion_ddp.report.text import terminal_table
 from fashion_ddp.rundir import find_runs, write_whole
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -36,52 +35,10 @@ class Command:
     """Folder to write to; of what it holds, only the report's own four files are replaced."""
 
 
-def html_page(comparison: Comparison) -> str:
-    colours = figures.model_colours(comparison.finished)
-    sections = [
-        {
-            "section": section,
-            "main": tables.main_table(section),
-            "published": tables.published_table(section),
-            "single": tables.single_runs(section),
-            "bars": figures.accuracy_bars(section, colours),
-            "curves": figures.learning_curves(section, colours),
-            "confusion": figures.confusion_matrices(section),
-        }
-        for section in comparison.sections
-    ]
-    common, differing = tables.environment_tables(comparison)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
-        title=sentences.title(comparison),
-        headline=sentences.headline(comparison),
-        sections=sections,
-        unfinished=tables.unfinished_table(comparison),
-        notes=sentences.notes(comparison),
-        common=common,
-        differing=differing,
-    )
-
-
-def markdown_page(comparison: Comparison) -> str:
-    text, table = tables.markdown_text, tables.markdown_table
-    parts = [f"# {text(sentences.title(comparison))}\n", text(sentences.headline(comparison)) + "\n"]
-    for section in comparison.sections:
-        parts += [f"## {text(section.title)}\n", table(tables.main_table(section))]
-        if published := tables.published_table(section):
-            parts += ["### Beside the tutorials' published figures\n", table(published)]
-        if single := tables.single_runs(section):
-            parts += ["### Single runs\n", table(single)]
-    if unfinished := tables.unfinished_table(comparison):
-        parts += ["## Not finished, not ranked\n", table(unfinished)]
-    parts += ["## Notes\n", "".join(f"- {text(note)}\n" for note in sentences.notes(comparison))]
-    return "\n".join(parts)
+def report_json(comparison: Comparison) -> dict[str, Any]:
+    """Every number of the page: by run, by row (runs that differ in the seed alone), by pair of rows; the verdicts."""
+    verdicts = [{"dataset": s.title, "verdict": " ".join(sentences.verdict(s))} for s in comparison.sections]
+    return {"verdicts": verdicts} | comparison.as_json()
 
 
 def csv_rows(comparison: Comparison) -> str:
@@ -103,16 +60,20 @@ def _no_formula(value: Any) -> Any:
 
 
 def terminal_text(comparison: Comparison) -> str:
-    shown = [(section.title, tables.main_table(section)) for section in comparison.sections]
+    """The tables in short, each with its verdict below."""
+    parts = []
+    for section in comparison.sections:
+        table = terminal_table(tables.main_table(section, tables.BRIEF))
+        parts.append(f"{section.title}\n{table}\n\n{' '.join(sentences.verdict(section))}")
     if unfinished := tables.unfinished_table(comparison):
-        shown.append(("not finished, not ranked", unfinished))
-    return "\n\n".join(f"{heading}\n{tables.terminal_table(table)}" for heading, table in shown)
+        parts.append(f"not finished, not ranked\n{terminal_table(unfinished)}")
+    return "\n\n".join(parts)
 
 
 def write(comparison: Comparison, out: Path) -> None:
     """Write the four files. Raises UserError where `out` cannot be written."""
     files = {
-        "report.json": json.dumps(comparison.as_json(), indent=1, allow_nan=False) + "\n",
+        "report.json": json.dumps(report_json(comparison), indent=1, allow_nan=False) + "\n",
         "runs.csv": csv_rows(comparison),
         "report.md": markdown_page(comparison),
         "report.html": html_page(comparison),

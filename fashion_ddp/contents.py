@@ -123,6 +123,9 @@ EXAMPLES = (
     Key("image", "[C, H, W] uint8", "the first test image"),
     Key("image_label", "[] int64", "its class"),
     Key("maps.<layer>", "[c, h, w] float32", "what each convolution and pooling makes of it"),
+    Key("grid_ids", "[9] int64", "places in the test set, the same in every run: what a grid of predictions shows"),
+    Key("test_ids", "[k] int64", "these, the most confidently wrong, and some of each of the most confused pairs"),
+    Key("test_images", "[k, C, H, W] uint8", "the images at test_ids"),
 )
 
 

@@ -8,7 +8,7 @@ from fashion_ddp.errors import UserError
 from fashion_ddp.report.results import Result, read_results
 from fashion_ddp.report.rows import Row
 from fashion_ddp.report.rows import compare as compared
-from fashion_ddp.report.tables import Table, markdown_table, percent, terminal_table
+from fashion_ddp.report.text import Table, markdown_table, percent, terminal_table
 from fashion_ddp.rundir import write_whole
 
 VALIDATION = "val/accuracy"

@@ -12,7 +12,7 @@ from typing import Any
 from fashion_ddp.console import say
 from fashion_ddp.errors import UserError
 from fashion_ddp.lock import holder
-from fashion_ddp.report.tables import Table, percent, terminal_table
+from fashion_ddp.report.text import Table, percent, terminal_table
 from fashion_ddp.rundir import Run, read_run, write_whole
 from launch import slurm
 

@@ -21,7 +21,7 @@ from fashion_ddp.console import fail, say
 from fashion_ddp.errors import UserError, counted
 from fashion_ddp.lock import holder
 from fashion_ddp.private import keep_others_out
-from fashion_ddp.report.tables import terminal_table
+from fashion_ddp.report.text import terminal_table
 from fashion_ddp.rundir import find_runs
 from launch import slurm, states, submit
 from launch.states import Seen

@@ -1,142 +1,204 @@
-"""The report's figures as inline SVG: they take the page's font and ink, so they read on light and on dark.
+"""The report's figures. A row has one colour, by its place in the table, in all figures of its section.
 
-Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart by the colour-blind; yellow and black are
-left out, which vanish on a light or a dark page.
+Colours (report.css) are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart by the colour-blind, and every
+line and point has its name beside it: no reader depends on colour.
 """
 
-import io
-import math
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from fashion_ddp.report.results import ACCURACY, Result
+from fashion_ddp.report.results import ACCURACY, SECONDS, Result
 from fashion_ddp.report.rows import Row, Section
-from fashion_ddp.report.tables import percent
+from fashion_ddp.report.svg import (
+    WIDTH,
+    Scale,
+    apart,
+    axes,
+    cut,
+    drawing,
+    element,
+    line,
+    polyline,
+    text,
+)
+from fashion_ddp.report.text import percent
 
-BLUE, VERMILLION = "#0072B2", "#D55E00"
-COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", VERMILLION, "#56B4E9")
-INK = "#010203"  # stands for the page's text colour, which matplotlib has no name for
-WIDTH = 5.0  # inches; 360 points, about the width of a phone, so that text keeps its size there
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a `$` in a name is a dollar
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.15,
-    "lines.linewidth": 1.3,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    "grid.color": INK,
-}
-styled = rc_context(STYLE)
+COLOURS = 6  # classes c0 to c5 of report.css
+LEFT, LABELS = 34.0, 104.0  # pixels for the ticks' values, and for names at the ends of lines
+NAMED = 10  # points with a name, from the best: there is no room for fifty
 
 
-def model_colours(results: list[Result]) -> dict[str, str]:
-    """One colour per model, the same in every figure."""
-    return {model: COLOURS[n % len(COLOURS)] for n, model in enumerate(sorted({r.model for r in results}))}
+def mark(result: Result) -> str:
+    return "SYNTHETIC data" if result.synthetic else ""
 
 
-def _svg(figure: Figure, name: str) -> Markup:
-    """The figure as an <svg> element; equal for equal content, its inner links unlike those of another name."""
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": name}):
-        figure.savefig(
-            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    svg = file.getvalue()
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])  # numbered from 1 in each figure, linked by none
-    return Markup(svg.replace(INK, "currentColor"))
+def name(row: Row) -> str:
+    """A row's label without the mark, which its drawing has."""
+    return row.label.removeprefix("SYNTHETIC ")
 
 
-@styled
-def accuracy_bars(section: Section, colours: dict[str, str]) -> Markup:
-    """Test accuracy by row, with its standard deviation and the published figure where there are any."""
-    rows = section.rows[::-1]
-    figure = Figure(figsize=(WIDTH, 0.45 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    for at, row in enumerate(rows):
-        mean, std = row.mean(ACCURACY), row.std(ACCURACY)
+def colour(place: int) -> str:
+    return f"c{place % COLOURS}"
+
+
+def accuracy_bars(section: Section) -> Markup:
+    """Test accuracy by row, with its 95 % interval, and the published figure where there is one."""
+    x = Scale(0, 100, 0, WIDTH)
+    height, parts = 31.0, []
+    bottom = height * len(section.rows) + 4
+    for value in (0, 25, 50, 75, 100):
+        anchor = {0: "start", 100: "end"}.get(value, "middle")
+        parts += [line(x(value), 0, x(value), bottom, "grid")]
+        parts += [text(x(value), bottom + 12, f"{value} %" if value == 100 else str(value), text_anchor=anchor)]
+    for place, row in enumerate(section.rows):
+        y, mean, interval = place * height, row.mean(ACCURACY), row.interval()
+        figure = "-" if mean is None else percent(mean)
+        parts += [text(1, y + 12, cut(name(row), WIDTH - 60), class_="name")]
+        parts += [text(WIDTH, y + 12, figure, class_="name", text_anchor="end")]
         if mean is not None:
-            axes.barh(at, 100 * mean, height=0.42, color=colours[row.first.model])
-            if std is not None:
-                axes.errorbar(100 * mean, at, xerr=100 * std, color=INK, capsize=3, linewidth=1)
-        theirs = row.first.record["published"]
-        if theirs:
-            axes.plot(100 * theirs["accuracy"], at, "D", markersize=5, markerfacecolor="none", markeredgecolor=INK)
-        axes.text(0, at + 0.28, row.label, va="bottom")
-        axes.text(100, at + 0.28, "-" if mean is None else percent(mean), va="bottom", ha="right")
-    axes.set(xlim=(0, 100), ylim=(-0.4, len(rows) - 0.1), yticks=[], xlabel="test accuracy %")
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    return _svg(figure, f"bars {section.title}")
+            parts.append(
+                element("rect", x=0.0, y=y + 16, width=x(100 * mean), height=11.0, class_=f"bar {colour(place)}")
+            )
+        if interval:
+            low, high = x(100 * interval.low), x(100 * interval.high)
+            parts += [line(low, y + 21.5, high, y + 21.5, "whisker")]
+            parts += [line(end, y + 17.5, end, y + 25.5, "whisker") for end in (low, high)]
+        if theirs := row.first.record["published"]:
+            at = x(100 * theirs["accuracy"])
+            diamond = f"M{at:.1f} {y + 16:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z"
+            parts.append(element("path", d=diamond, class_="published"))
+    return drawing(bottom + 16, f"Test accuracy by row, {section.title}", parts, mark(section.first))
 
 
-@styled
-def learning_curves(section: Section, colours: dict[str, str]) -> list[Markup]:
-    """By row: train loss over about 100 points an epoch, and test accuracy after each, by step. Equal scales."""
-    losses = [point["loss"] for row in section.rows for r in row.results for point in r.run.steps]
-    finite = [value for value in losses if value is not None]
+# --- Learning curves --------------------------------------------------------------------------------------------
+
+
+def learning_curves(section: Section) -> list[Markup]:
+    """Train loss over about 100 points an epoch, and test accuracy after each, by step; six rows a figure, all
+    figures in the same scales. Of several seeds the mean, over the range of all."""
+    losses = [_over_seeds(row, "steps", "loss", 1) for row in section.rows]
+    accuracies = [_over_seeds(row, "metrics", ACCURACY, 100) for row in section.rows]
+    finite = [v for line_ in losses for _, v, *_ in line_ if v is not None]
+    reached = [v for line_ in accuracies for _, v, *_ in line_ if v is not None] or [0.0, 100.0]
+    last = max((step for line_ in losses + accuracies for step, *_ in line_), default=1)
     highest = 1.05 * float(np.percentile(finite, 99.5)) if finite else 1.0
-    accuracies = [e[ACCURACY] for row in section.rows for r in row.results for e in r.run.metrics]
-    reached = [100 * value for value in accuracies if value is not None] or [0, 100]
-    span = (max(0, min(reached) - 3), min(100, max(reached) + 3))
-    return [_curves(row, colours[row.first.model], highest, span) for row in section.rows]
+    x = Scale(0, last, LEFT, WIDTH - LABELS)
+    above = Scale(0, highest, 210, 20)
+    below = Scale(max(0.0, min(reached) - 3), min(100.0, max(reached) + 3), 210, 20)
+    figures = []
+    for start in range(0, len(section.rows), COLOURS):
+        chosen = range(start, min(start + COLOURS, len(section.rows)))
+        names = ", ".join(name(section.rows[place]) for place in chosen)
+        for title, y, every in (("train loss", above, losses), ("test accuracy %", below, accuracies)):
+            curves = [(place, section.rows[place], every[place]) for place in chosen]
+            parts = axes(x, y, "step", title) + _lines(x, y, curves, dots=y is below)
+            figures.append(drawing(244, f"{title} by step: {names}", parts, mark(section.first)))
+    return figures
 
 
-def _curves(row: Row, colour: str, highest: float, span: tuple[float, float]) -> Markup:
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    faint = 1.0 if len(row.results) == 1 else 0.6
+def _over_seeds(row: Row, file: str, figure: str, scale: float) -> list[tuple[int, float | None, float, float]]:
+    """By step: the mean over the row's seeds, the lowest and the highest. None where a seed has no finite value."""
+    by_step: dict[int, list[float | None]] = {}
     for result in row.results:
-        _line(above, result.run.steps, "loss", 1, color=colour, alpha=faint, linewidth=1)
-        _line(below, result.run.metrics, ACCURACY, 100, color=colour, alpha=faint, marker="o", markersize=4)
-    seeds = f", {len(row.results)} seeds" if len(row.results) > 1 else ""
-    above.set(title=row.label + seeds, ylabel="train loss", ylim=(0, highest))
-    below.set(xlabel="step", ylabel="test accuracy %", ylim=span, xlim=(0, None))
-    for axes in (above, below):
-        axes.grid()
-    figure.align_ylabels()
-    return _svg(figure, f"curves {row.first.name}")
+        for point in getattr(result.run, file):
+            by_step.setdefault(point["step"], []).append(point.get(figure))
+    curve: list[tuple[int, float | None, float, float]] = []
+    for step, values in sorted(by_step.items()):
+        there = [scale * v for v in values if v is not None]
+        whole = len(there) == len(values) == len(row.results)
+        curve.append((step, sum(there) / len(there), min(there), max(there)) if whole else (step, None, 0.0, 0.0))
+    return curve
 
 
-def _line(axes: Axes, points: list[dict[str, Any]], name: str, scale: float, **style: Any) -> None:
-    values = [math.nan if p[name] is None else scale * p[name] for p in points]
-    axes.plot([p["step"] for p in points], values, **style)
+def _lines(x: Scale, y: Scale, rows: list[tuple[int, Row, list[Any]]], dots: bool) -> list[Markup]:
+    """Curves with their ranges, and their names at the right end. What is beyond the scale is drawn at its edge."""
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        return x(step), y(min(max(value, y.low), y.high))
+
+    parts, ends, names = [], [], []
+    for place, row, curve in rows:
+        whole = [point for point in curve if point[1] is not None]
+        if len(row.results) > 1 and len(whole) > 1:
+            edge = [at(p[0], p[3]) for p in whole] + [at(p[0], p[2]) for p in reversed(whole)]
+            parts.append(polyline(edge, f"range {colour(place)}"))
+        parts.append(polyline([None if p[1] is None else at(p[0], p[1]) for p in curve], f"curve {colour(place)}"))
+        parts += [_dot(*at(p[0], p[1]), 2.2, place) for p in whole] if dots else []
+        if whole:
+            smooth = whole[-10:] if not dots else whole[-1:]  # the last point of a noisy line stands for nothing
+            ends.append(at(0, sum(p[1] for p in smooth) / len(smooth))[1])
+            names.append((place, row))
+    for (place, row), end, middle in zip(names, ends, apart(ends, y.start), strict=True):
+        parts.append(polyline([(x.end + 2, end), (x.end + 9, middle)], f"leader {colour(place)}"))
+        parts.append(text(x.end + 12, middle + 4, cut(name(row), LABELS - 12), class_="name"))
+    return parts
 
 
-@styled
-def confusion_matrices(section: Section) -> list[Markup]:
-    """By row: rows are the true class, columns the predicted one; a cell's shade is its share of the true class."""
-    return [_confusion(row, counts) for row in section.rows if (counts := row.confusion()) is not None]
+def _dot(x: float, y: float, radius: float, place: int) -> Markup:
+    return element("circle", cx=float(x), cy=float(y), r=radius, class_=f"dot {colour(place)}")
 
 
-def _confusion(row: Row, counts: np.ndarray) -> Markup:
-    n = len(counts)
-    names = row.first.record.get("classes") or [str(c) for c in range(n)]
-    figure = Figure(figsize=(WIDTH, WIDTH), layout="constrained")
-    axes = figure.add_subplot()
-    for true, predicted in np.argwhere(counts):
-        count = counts[true, predicted]
-        # The square root lets a share of 1 % be seen; not full colour, so that the ink on it can be read.
-        shade = 0.7 * math.sqrt(count / counts[true].sum())
-        colour = BLUE if true == predicted else VERMILLION
-        axes.add_patch(Rectangle((predicted - 0.48, true - 0.48), 0.96, 0.96, color=colour, alpha=shade, linewidth=0))
-        axes.text(predicted, true, str(count), ha="center", va="center_baseline", fontsize=8)
-    seeds = f", {len(row.results)} seeds added" if len(row.results) > 1 else ""
-    axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), aspect="equal", title=row.label + seeds)
-    axes.set(xlabel="predicted", ylabel="true", xticks=range(n), yticks=range(n), yticklabels=names)
-    axes.set_xticklabels(names, rotation=90)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return _svg(figure, f"confusion {row.first.name}")
+# --- What accuracy costs ----------------------------------------------------------------------------------------
+
+
+def against(section: Section, figure: str, title: str) -> Markup | None:
+    """Test accuracy against a figure, one point a row, the first with names; logarithmic where the figures span more
+    than tenfold. None where fewer than two rows have both."""
+    points = [
+        (place, row, value, 100 * mean)
+        for place, row in enumerate(section.rows)
+        if (value := row.mean(figure)) and (mean := row.mean(ACCURACY)) is not None
+    ]
+    if len(points) < 2:
+        return None
+    values, reached = [p[2] for p in points], [p[3] for p in points]
+    low, high = min(values), max(values)
+    log = high > 10 * low
+    edges = (low / 1.4, high * 1.4) if log else (0.0, high * 1.1)
+    x = Scale(*edges, LEFT, WIDTH - 8, log)
+    y = Scale(max(0.0, min(reached) - 4), min(100.0, max(reached) + 4), 210, 20)
+    parts = axes(x, y, title, "test accuracy %")
+    parts += [_dot(x(value), y(mean), 4.5, place) for place, _, value, mean in points]
+    for on_right in (True, False):  # names stand on the side that has room
+        side = [p for p in points[:NAMED] if (x(p[2]) < WIDTH * 0.62) is on_right]
+        heights = apart([y(p[3]) for p in side], y.start - 4)
+        for (place, row, value, mean), height in zip(side, heights, strict=True):
+            at, sign = x(value), 1 if on_right else -1
+            if abs(height - y(mean)) > 3:
+                parts += [polyline([(at, y(mean)), (at + 7 * sign, height)], f"leader {colour(place)}")]
+            room = WIDTH - at - 10 if on_right else at - LEFT - 10
+            anchor = "start" if on_right else "end"
+            parts += [text(at + 9 * sign, height + 4, cut(name(row), room), class_="name", text_anchor=anchor)]
+    return drawing(244, f"Test accuracy against {title}", parts, mark(section.first))
+
+
+def costs(section: Section) -> list[Markup]:
+    found = [against(section, SECONDS, "training time, s"), against(section, "parameters", "parameters")]
+    return [figure for figure in found if figure is not None]
+
+
+# --- Dead logits ------------------------------------------------------------------------------------------------
+
+
+def logits(result: Result) -> Markup:
+    """On what share of the test images each logit is positive; a dead one is positive on none."""
+    shares: Sequence[float] = result.record["positive_by_class"]
+    unused = result.record["never_predicted"]
+    names, left, height = result.classes, 96.0, 18.0
+    x, parts = Scale(0, 1, left, WIDTH - 48), []
+    for place, (label, share) in enumerate(zip(names, shares, strict=True)):
+        y, is_dead = place * height, share == 0
+        parts += [text(left - 6, y + 12, cut(label, left - 6), text_anchor="end", class_="name")]
+        if is_dead:
+            parts += [text(left + 1, y + 12, "dead: 0 on every image", class_="dead")]
+        else:
+            parts += [element("rect", x=left, y=y + 3, width=x(share) - left, height=11.0, class_="bar c0")]
+            parts += [text(x(share) + 5, y + 12, f"{percent(share)} %")]
+        if label in unused and not is_dead:
+            parts += [text(x(share) + 50, y + 12, "never predicted", class_="dead")]
+    return drawing(
+        height * len(names) + 4, f"Share of test images with a positive logit, {result.name}", parts, mark(result)
+    )

@@ -1,6 +1,7 @@
 """What a report knows of one run: its folder, and its object in report.json."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,26 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fashion_ddp.errors import UserError
-from fashion_ddp.report import published
+from fashion_ddp.report import published, statistics
 from fashion_ddp.rundir import Run, read_run
 
 ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_per_s"
 SECONDS = "time/train_and_test_s"  # the tutorials' clock: training, and the pass over the test set after each epoch
+MACRO_F1, CALIBRATION, MEMORY = "test/macro_f1", "test/calibration_error", "peak_memory_bytes"
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a run says of the n images of the test set."""
+
+    labels: np.ndarray  # int64 [n]
+    predicted: np.ndarray  # int64 [n]
+    confidence: np.ndarray  # float64 [n], the probability of the predicted class
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [n]"""
+        return self.predicted == self.labels
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,7 @@ class Result:
 
     run: Run
     record: dict[str, Any]
+    answers: Answers | None = None  # None for a run that is not finished, or whose predictions are gone
 
     @property
     def name(self) -> str:
@@ -56,6 +73,18 @@ class Result:
     def place(self) -> str:
         """Ranks x device."""
         return f"{self.record.get('world_size', '?')} x {self.record.get('device', '?')}"
+
+    @property
+    def device(self) -> str:
+        """The kind of card, or of processor: what times may be compared on."""
+        device = self.record.get("device", "?")
+        ranks = self.start.get("ranks") or [{}]
+        return (device if device != "cpu" else ranks[0].get("cpu")) or device
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes' names; their numbers for a run that has no record of them."""
+        return self.record.get("classes") or [str(c) for c in range(len(self.record.get("confusion", ())))]
 
     @property
     def start(self) -> dict[str, Any]:
@@ -95,31 +124,43 @@ def _result(run: Run, unique: bool) -> Result:
         else published.FIGURES.get((config["recipe"], config["model"])),
         "environment": run.environment,
     }
-    if record["status"] == "finished":
-        parts = [summary.get("time/train_total_s"), summary.get("time/eval_total_s")]
-        record[SECONDS] = None if None in parts else sum(parts)
-        record |= _predicted(run)
-    return Result(run, record)
+    if record["status"] != "finished":
+        return Result(run, record)
+    parts = [summary.get("time/train_total_s"), summary.get("time/eval_total_s")]
+    record[SECONDS] = None if None in parts else sum(parts)
+    saved = load_tensors(run.path / "predictions.safetensors")
+    if not saved:
+        return Result(run, record)
+    probabilities = statistics.softmax(saved["logits"])
+    predicted = saved["predicted"]
+    answers = Answers(saved["labels"], predicted, probabilities[np.arange(len(predicted)), predicted])
+    return Result(run, record | _derived(record, saved["logits"], answers), answers)
 
 
-def _predicted(run: Run) -> dict[str, Any]:
-    """What predictions.safetensors adds: counts [true][predicted] and, for relu, the dead logits.
-
-    A logit is dead that is positive for no image of the test set.
-    """
-    path = run.path / "predictions.safetensors"
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file; empty where there is none. Raises UserError for one that cannot be read."""
     if not path.exists():
         return {}
     try:
-        saved = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it or remove the run") from None
-    logits, predicted, labels = (saved[name] for name in ("logits", "predicted", "labels"))
+
+
+def _derived(record: dict[str, Any], logits: np.ndarray, answers: Answers) -> dict[str, Any]:
+    """Counts [true][predicted] and what follows from them, the calibration error and, for relu, the dead logits.
+
+    A logit is dead that is positive for no image of the test set.
+    """
     classes = logits.shape[1]
-    counts = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-    added: dict[str, Any] = {"confusion": counts.tolist()}
-    if run.config["model"] == "relu":
-        positive, names = logits > 0, run.summary["classes"]
+    flat = answers.labels * classes + answers.predicted
+    counts = np.bincount(flat, minlength=classes**2).reshape(classes, classes)
+    f1, error = statistics.f1_by_class(counts), statistics.calibration_error(answers.confidence, answers.correct)
+    added: dict[str, Any] = {"confusion": counts.tolist(), "f1_by_class": f1.tolist(), MACRO_F1: float(f1.mean())}
+    added[CALIBRATION] = error if math.isfinite(error) else None
+    if record["model"] == "relu":
+        positive, names = logits > 0, record["classes"]
+        added["positive_by_class"] = positive.mean(axis=0).tolist()  # the share of the images that raise each logit
         added["dead_classes"] = [names[c] for c in np.flatnonzero(~positive.any(axis=0))]
         added["never_predicted"] = [names[c] for c in np.flatnonzero(counts.sum(axis=0) == 0)]
         added["images_without_logit"] = int((~positive.any(axis=1)).sum())

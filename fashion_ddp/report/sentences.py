@@ -1,8 +1,12 @@
-"""What the report says in words: its title, what was compared, and the notes under the tables."""
+"""What the report says in words: its verdict, what was compared, and the notes under the tables."""
 
 from fashion_ddp.errors import counted
-from fashion_ddp.report.results import Result
-from fashion_ddp.report.rows import Comparison
+from fashion_ddp.report.pairs import Pair
+from fashion_ddp.report.results import ACCURACY, Result
+from fashion_ddp.report.rows import Comparison, Row, Section
+from fashion_ddp.report.text import percent, span
+
+P_SMALLEST = 0.0001
 
 
 def title(comparison: Comparison) -> str:
@@ -20,24 +24,122 @@ def headline(comparison: Comparison) -> str:
     seeds = [str(seed) for seed in sorted({r.record["seed"] for r in results})]
     text = f"{counted(len(results), 'finished run')} of {counted(len(models), 'model')} on "
     text += " and ".join(section.title for section in comparison.sections)
-    text += f"; {_listed('recipe', recipes)}; {_listed('seed', seeds)}"
+    text += f"; {'recipes' if len(recipes) > 1 else 'recipe'} {', '.join(recipes)}"
+    text += f"; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"
     if comparison.unfinished:
         text += f"; {counted(len(comparison.unfinished), 'run')} not finished and not ranked"
     return text + "."
 
 
-def _listed(noun: str, values: list[str]) -> str:
-    return noun + ("s " if len(values) > 1 else " ") + ", ".join(values)
+# --- The verdict ------------------------------------------------------------------------------------------------
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """How the figures are meant, and what the runs themselves give reason to say."""
-    said = [
-        "Accuracy and loss: the last epoch's weights on the whole test set, every image counted once.",
+def verdict(section: Section) -> tuple[str, str]:
+    """Which row is best; and by how much, how sure that is, and on how many seeds. No more than the data carry."""
+    if not section.ranked:
+        return "No run has an accuracy that is finite.", "Nothing can be said."
+    top, others = section.ranked[0], section.ranked[1:]
+    reached = f"{percent(top.mean(ACCURACY) or 0)} %"
+    if top.first.answers:
+        reached += f" of {len(top.first.answers.labels):,} test images right"
+    if not others:
+        interval = top.interval()
+        first = f"{top.label} gets {reached}."
+        second = f"95 % interval: {span(interval)} %. " if interval else ""
+        second += "It stands alone: there is nothing to compare it with."
+    elif section.best:
+        few = f"On {counted(len(top.results), 'seed')}, " if len(top.results) < 3 else ""
+        first = f"{few}{top.label} is the best of {len(others) + 1}: {reached}."
+        second = f"That is {_by(section.pairs[0, 1])} more than {others[0].label}, the next."
+    else:
+        first, second = f"No best can be named: {top.label} gets most, {reached}.", f"{_not_better(section)}."
+    if section.synthetic:
+        first = f"SYNTHETIC data, which says nothing about real images: {first}"
+    return first, f"{second} {_seeds(section.ranked)}"
+
+
+def _by(pair: Pair) -> str:
+    """By how much, with its interval and p."""
+    weakest = f" in the weakest of {pair.tested} pairs of runs" if pair.tested > 1 else ""
+    interval = f"95 % interval {span(pair.interval)}"
+    return f"{percent(pair.difference)} points ({interval}; exact McNemar, Holm: {p_text(pair.p_holm)}{weakest})"
+
+
+def _not_better(section: Section) -> str:
+    """Which rows the first one is not shown to be better than."""
+    rows, pairs = section.ranked, section.pairs
+    untested = [place for place in range(1, len(rows)) if (0, place) not in pairs]
+    open_ = [place for place in range(1, len(rows)) if place not in untested and not pairs[0, place].significant]
+    said = []
+    if open_:
+        said.append(
+            f"It is not shown to be better than {_listed([rows[p].label for p in open_])}: "
+            f"{_by(pairs[0, open_[0]])}{f' more than {rows[open_[0]].label}' if len(open_) > 1 else ''}"
+        )
+    if untested:
+        names = _listed([rows[place].label for place in untested])
+        said.append(f"It was not tested against {names}, for lack of predictions on the same images")
+    return ". ".join(said)
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    shown = names[:most] + ([f"{len(names) - most} others"] if len(names) > most else [])
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
+
+
+def _seeds(rows: list[Row]) -> str:
+    """How many seeds stand behind the rows, and what that leaves open."""
+    counts = sorted({len(row.results) for row in rows})
+    each = "" if len(rows) == 1 else " each"
+    if counts == [1]:
+        order = "figure" if len(rows) == 1 else "order"
+        return f"1 seed{each}: another seed may change the {order}."
+    if len(counts) == 1:
+        return f"{counts[0]} seeds{each}."
+    by_count = [f"{counted(n, 'seed')} of {_listed([r.label for r in rows if len(r.results) == n])}" for n in counts]
+    return f"{'; '.join(by_count)}{': another seed may change the order' if counts[0] == 1 else ''}."
+
+
+def p_text(p: float) -> str:
+    return f"p < {P_SMALLEST:.4f}" if p < P_SMALLEST else f"p = {p:.4f}"
+
+
+# --- Notes ------------------------------------------------------------------------------------------------------
+
+METHOD = [
+    "Accuracy and loss: the last epoch's weights on the whole test set, every image counted once.",
+    (
+        "95 % interval of an accuracy. 1 seed: Wilson's score (1927), for other test images with these weights. "
+        "From 3 seeds: Student's t (1908) over them, for other seeds on these images. 2 seeds: none."
+    ),
+    (
+        "A difference: all models see the same test images, so they are compared image by image. p: McNemar's test "
+        "(1947), exact binomial; with several seeds that of the weakest pair of runs (Berger 1982), so a small p means "
+        "that each run of the one is better than each of the other. Adjusted for all pairs of a table by Holm (1979). "
+        "Interval: paired bootstrap (Efron and Tibshirani 1993; Koehn 2004) of 2,000 draws of images and, with several "
+        "seeds, of runs. With 1 seed both leave the seed's part out."
+    ),
+    "A row is marked as best only where p is below 0.05 and the interval above 0 against every other row.",
+    (
+        "The test set is for comparing, not for choosing: of many settings, the best on it is partly the luckiest. "
+        "Choose by --validation."
+    ),
+    (
+        "Macro F1: the mean of the classes' F1 (van Rijsbergen 1979). Calibration error: the mean distance between a "
+        "model's confidence and its accuracy, over 15 bins of confidence (Guo et al. 2017)."
+    ),
+    (
         "Training time: the tutorials' clock, that is all epochs of training and the pass over the test set after "
-        + "each (time/train_total_s + time/eval_total_s), without start-up. images/s: training alone.",
-        "FLOPs per image: one forward pass, 2 per multiply-add of matrix products and convolutions.",
-    ]
+        "each (time/train_total_s + time/eval_total_s), without start-up. images/s: training alone. Memory: the "
+        "highest of any rank."
+    ),
+    "FLOPs per image: one forward pass, 2 per multiply-add of matrix products and convolutions.",
+]
+
+
+def method(comparison: Comparison) -> list[str]:
+    """How the figures are meant."""
+    said = list(METHOD)
     if any(len(row.results) > 1 for section in comparison.sections for row in section.rows):
         said.append("Several seeds: the mean over n seeds, and the sample standard deviation (std) between them.")
     if any(r.record["published"] for r in comparison.finished):
@@ -45,13 +147,29 @@ def notes(comparison: Comparison) -> list[str]:
             "Published figures stand beside runs with the recipe's own settings only. The tutorials average the "
             "accuracies of batches, so that the last, smaller batch weighs too much; ours are exact."
         )
-    if any(r.model == "relu" for r in comparison.finished):
-        said.append(
-            "relu: its accuracy varies by tens of points with the seed. The ReLU on the logits does this: a logit that "
-            "it holds at 0 gets no gradient from that image, and one held at 0 on every training image never comes "
-            "back. mlp is the same without it."
-        )
-    said += [_dead(r) for r in comparison.finished if "dead_classes" in r.record]
+    return said
+
+
+RELU = (
+    "relu ends in a ReLU on its logits, as in the tutorials, and its accuracy varies by tens of points with the seed: "
+    "a logit that the ReLU holds at 0 gets no gradient from that image, and one held at 0 on every training image "
+    "never comes back, so that its class is lost. mlp is the same net without that last ReLU."
+)
+
+
+def dead_logits(comparison: Comparison) -> list[str]:
+    """Why relu is what it is, and which logits each run of it has lost."""
+    said = [dead(r) for r in comparison.finished if "dead_classes" in r.record]
+    return [RELU, *said] if any(r.model == "relu" for r in comparison.finished) else []
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """What a reader must know of single runs before the figures are used."""
+    said = []
+    for r in comparison.finished:
+        columns = [sum(column) for column in zip(*r.record.get("confusion", []), strict=True)]
+        if sum(count > 0 for count in columns) == 1:
+            said.append(f"{r.name}: answers {r.classes[columns.index(max(columns))]} for every image.")
     said += [
         f"{r.name}: what this model computes depends on the number of ranks."
         for r in comparison.finished
@@ -65,12 +183,12 @@ def notes(comparison: Comparison) -> list[str]:
     return said
 
 
-def _dead(result: Result) -> str:
+def dead(result: Result) -> str:
     dead, unused, empty = (result.record[k] for k in ("dead_classes", "never_predicted", "images_without_logit"))
     text = f"{result.name}: relu: {len(dead)} of {len(result.record['confusion'])} logits are dead"
     if dead:
         text += f" ({', '.join(dead)}): never positive on any test image, so these classes can never win over another."
     else:
-        text += " (positive for no test image)."
+        text += " (each is positive on some test image)."
     text += f" Never predicted: {', '.join(unused)}." if unused else ""
     return text + (f" On {empty:,} images every logit is 0, and the first class is taken." if empty else "")

@@ -1,25 +1,22 @@
-"""The report's tables as text: made here once, placed by the page, the markdown and the terminal."""
+"""The report's tables: made here once, placed by the page, the markdown and the terminal."""
 
-import html
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fashion_ddp.report.results import ACCURACY, IMAGES_PER_S, LOSS, SECONDS
+import numpy as np
+
+from fashion_ddp.errors import counted
+from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS
 from fashion_ddp.report.rows import Comparison, Row, Section
+from fashion_ddp.report.text import Table, percent, span
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+BEST = "\N{BLACK STAR} "  # before the model of the row that is significantly better than all others
 ABSENT = "-"
-
-
-class Table(NamedTuple):
-    """Column titles, which columns hold numbers (set flush right), and rows of text."""
-
-    titles: list[str]
-    numeric: list[bool]
-    rows: list[list[str]]
+ALL_PAIRS = 5  # rows up to which every pair is shown; of more, the first row's
 
 
 class Column(NamedTuple):
@@ -29,8 +26,9 @@ class Column(NamedTuple):
     spread: Callable[[Row], str] | None = None  # of a figure that has a standard deviation over seeds
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}"
+def _interval(row: Row) -> str:
+    interval = row.interval()
+    return span(interval) if interval else ABSENT
 
 
 def _figure(title: str, name: str, text: Callable[[float], str], spreads: bool = False) -> Column:
@@ -50,28 +48,31 @@ def _figure(title: str, name: str, text: Callable[[float], str], spreads: bool =
 
 
 def _seeds(row: Row) -> str:
-    seeds = ", ".join(str(r.record["seed"]) for r in row.results)
-    return f"{seeds} (n={len(row.results)})" if len(row.results) > 1 else seeds
+    return f"{', '.join(str(r.record['seed']) for r in row.results)} ({counted(len(row.results), 'seed')})"
 
 
 RUN_COLUMN = Column("run", False, lambda row: row.first.name)
-IDENTITY = [
-    Column("model", False, lambda row: row.first.model + (" SYNTHETIC" if row.first.synthetic else "")),
-    Column("recipe", False, lambda row: ", ".join(p for p in (row.first.recipe, row.first.changed) if p)),
-    Column("seed", False, _seeds),
-]
+MODEL = Column("model", False, lambda row: row.first.model + (" SYNTHETIC" if row.first.synthetic else ""))
+RECIPE = Column("recipe", False, lambda row: ", ".join(p for p in (row.first.recipe, row.first.changed) if p))
+SEED = Column("seed", False, _seeds)
 QUALITY = [
     _figure("accuracy %", ACCURACY, percent, spreads=True),
     _figure("loss", LOSS, "{:.4f}".format, spreads=True),
 ]
-SIZE = [
-    _figure("parameters", "parameters", "{:,.0f}".format),
-    _figure("FLOPs per image", "flops_per_image", "{:,.0f}".format),
+INTERVAL = Column("95 % interval", True, _interval)
+MORE_QUALITY = [
+    _figure("macro F1", MACRO_F1, "{:.4f}".format),
+    _figure("calibration error %", CALIBRATION, percent),
 ]
+PARAMETERS = _figure("parameters", "parameters", "{:,.0f}".format)
+FLOPS = _figure("FLOPs per image", "flops_per_image", "{:,.0f}".format)
 TIME = _figure("training time s", SECONDS, "{:.2f}".format, spreads=True)
 SPEED = _figure("images/s", IMAGES_PER_S, "{:,.0f}".format)
+SPACE = _figure("memory MB", MEMORY, lambda value: f"{value / 1e6:,.0f}")
 PLACE = Column("ranks x device", False, lambda row: row.first.place)
-COLUMNS = [*IDENTITY, *QUALITY, *SIZE, TIME, SPEED, PLACE]
+COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], *MORE_QUALITY]
+COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SPACE, PLACE]
+BRIEF = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, PLACE]  # what a terminal has room for
 
 
 def _table(columns: list[Column], rows: list[Row]) -> Table:
@@ -85,16 +86,78 @@ def _table(columns: list[Column], rows: list[Row]) -> Table:
     return Table([c.title for c in shown], [c.numeric for c in shown], cells)
 
 
-def main_table(section: Section) -> Table:
+def main_table(section: Section, columns: list[Column] = COLUMNS) -> Table:
     """One line per row of the section, best accuracy first."""
-    return _table(COLUMNS, section.rows)
+
+    def model(row: Row) -> str:
+        return (BEST if row is section.best else "") + MODEL.text(row)
+
+    return _table([MODEL._replace(text=model), *columns], section.rows)
 
 
 def single_runs(section: Section) -> Table | None:
     """One line per run; None where the main table is that already."""
     if all(len(row.results) == 1 for row in section.rows):
         return None
-    return _table([RUN_COLUMN, *COLUMNS], [Row(row.label, [r]) for row in section.rows for r in row.results])
+    runs = [Row(row.label, [result]) for row in section.rows for result in row.results]
+    return _table([RUN_COLUMN, MODEL, *COLUMNS], runs)
+
+
+def pairs_table(section: Section) -> Table | None:
+    """Whether differences are real: the test of each pair of rows; None where there is none."""
+    everything = len(section.rows) <= ALL_PAIRS
+    lines = [
+        [section.rows[a].label, section.rows[b].label, percent(pair.difference), span(pair.interval)]
+        + [f"{pair.only_first:,}", f"{pair.only_second:,}", _p(pair.p), _p(pair.p_holm)]
+        for (a, b), pair in section.pairs.items()
+        if everything or a == 0
+    ]
+    titles = ["higher", "lower", "points", "95 % interval", "only higher right", "only lower right", "p", "p, Holm"]
+    return Table(titles, [False, False, *[True] * 6], lines) if lines else None
+
+
+def _p(p: float) -> str:
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def settings_table(section: Section) -> Table | None:
+    """What the rows of a section were trained with, where it is not the same for all; None where all is."""
+    settings = [{name: _brief(value) for name, value in row.first.record["settings"].items()} for row in section.rows]
+    names = [n for n in settings[0] if n not in ("model", "seed") and len({s.get(n) for s in settings}) > 1]
+    lines = [[row.label, *(s.get(n, ABSENT) for n in names)] for row, s in zip(section.rows, settings, strict=True)]
+    return Table(["row", *names], [False] * (1 + len(names)), lines) if names else None
+
+
+def f1_table(section: Section) -> Table | None:
+    """F1 of each class by row, the mean over its runs; None where no row has predictions."""
+    shown = [row for row in section.rows if row.f1_by_class() is not None]
+    lines = [[row.label, *(f"{value:.2f}" for value in row.f1_by_class() or [])] for row in shown]
+    return Table(["row", *shown[0].first.classes], [False, *[True] * (len(lines[0]) - 1)], lines) if lines else None
+
+
+def confused(row: Row, most: int = 5) -> list[tuple[int, int, int, float]]:
+    """The row's most confused pairs of classes: true, predicted, images (over all runs), share of the true class."""
+    counts = row.confusion()
+    if counts is None:
+        return []
+    wrong = counts - np.diag(counts.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    places = [divmod(int(flat), len(counts)) for flat in order]
+    return [(t, p, int(wrong[t, p]), float(wrong[t, p] / counts[t].sum())) for t, p in places if wrong[t, p]]
+
+
+def confused_table(section: Section) -> Table | None:
+    """The five most confused pairs of each row; None where no row has any."""
+    lines = [
+        [row.label, f"{row.first.classes[t]} -> {row.first.classes[p]}", f"{count:,}", f"{100 * share:.1f}"]
+        for row in section.rows
+        for t, p, count, share in confused(row)
+    ]
+    return (
+        Table(["row", "true -> predicted", "images", "% of the class"], [False, False, True, True], lines)
+        if lines
+        else None
+    )
 
 
 def published_table(section: Section) -> Table | None:
@@ -102,9 +165,10 @@ def published_table(section: Section) -> Table | None:
     lines = []
     for row in section.rows:
         if theirs := row.first.record["published"]:
-            model, recipe, seeds = (column.text(row) for column in IDENTITY)
-            ours = [column.text(row) for column in (*QUALITY, TIME, PLACE)]
-            lines.append([model, recipe, f"this report, seed {seeds}", *ours])
+            model, recipe, seeds = (column.text(row) for column in (MODEL, RECIPE, SEED))
+            ours = [column.text(row) for column in (*QUALITY, TIME)]
+            hardware = f"{row.first.record.get('world_size', '?')} x {row.first.device}"
+            lines.append([model, recipe, f"this report, seed {seeds}", *ours, hardware])
             lines.append([model, recipe, theirs["source"], *_published(theirs), theirs["hardware"]])
     titles = ["model", "recipe", "source", *(c.title for c in (*QUALITY, TIME)), "hardware"]
     return Table(titles, [False, False, False, True, True, True, False], lines) if lines else None
@@ -161,27 +225,3 @@ def _brief(value: Any) -> str:
     if value is None:
         return ABSENT
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", str(value))  # a hash: its first digits tell it apart
-
-
-# --- Markdown and terminal --------------------------------------------------------------------------------------
-
-
-def markdown_text(text: str) -> str:
-    """Text in one line that GitHub shows as it is."""
-    return " ".join(re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False)).split())
-
-
-def markdown_table(table: Table) -> str:
-    rule = ["---:" if numeric else ":---" for numeric in table.numeric]
-    lines = [table.titles, rule, *([markdown_text(cell) for cell in row] for row in table.rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def terminal_table(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(table.titles, *table.rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        placed = zip(cells, widths, table.numeric, strict=True)
-        return "  ".join(c.rjust(w) if numeric else c.ljust(w) for c, w, numeric in placed).rstrip()
-
-    return "\n".join(map(line, [table.titles, *table.rows]))

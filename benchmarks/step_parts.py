@@ -1,0 +1,139 @@
+"""Where a step's time goes, and how much of what this machine's arithmetic and memory allow it reaches.
+
+    python benchmarks/step_parts.py --threads 1
+
+The parts are timed within real steps of one process on the CPU; clocks around them cost about a microsecond each.
+The limit is the larger of two times: of the operations of the matrix products and convolutions at the rate of a large
+matrix product, and of the bytes that torch's operations read and write at the rate of a large copy. Both rates are
+measured in the same sitting. Prints a table and writes --out.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import CASES, HERE, made
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fashion_ddp import data, models
+from fashion_ddp.batches import Batches
+from fashion_ddp.ranks import open_world
+from fashion_ddp.settings import make_config
+from fashion_ddp.step import Step
+
+PARTS = ["batch", "forward", "backward", "optimizer", "bookkeeping"]
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes that operations read and write; views do neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            whole = self.moved_whole(func, tensors)
+            self.moved += sum(x.numel() * x.element_size() for x in whole)
+        return result
+
+    @staticmethod
+    def moved_whole(func: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """index_select reads of its source as much as it writes."""
+        return [tensors[-1], tensors[-1]] if "index_select" in str(func) else tensors
+
+
+def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[name] += time.perf_counter() - start
+        return result
+
+    return call
+
+
+def parts(step: Step, steps: range) -> list[dict[str, float]]:
+    """Seconds of each part, for each of these steps."""
+    spent: dict[str, float] = defaultdict(float)
+    where = [(step.batches, "piece"), (step, "_loss"), (step, "leave_gradient")]
+    where += [(step.optimizer, "step"), (step.optimizer, "zero_grad")]
+    for owner, name in where:
+        setattr(owner, name, clocked(spent, name, getattr(owner, name)))
+    found = []
+    for k in steps:
+        spent.clear()
+        start = time.perf_counter()
+        step(k)
+        whole = time.perf_counter() - start
+        optimizer = spent["step"] + spent["zero_grad"]
+        row = [spent["piece"], spent["_loss"] - spent["piece"], spent["leave_gradient"] - spent["_loss"], optimizer]
+        found.append(dict(zip(PARTS, [*row, whole - spent["leave_gradient"] - optimizer], strict=True)))
+    return found
+
+
+def rates() -> tuple[float, float]:
+    """FLOP/s of a matrix product and bytes/s of a copy, the best of ten."""
+    a, b, c = (torch.rand(2048, 2048) for _ in range(3))
+    source, target = torch.rand(2**26), torch.rand(2**26)
+    product = min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(10))
+    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * 2048**3 / product, 2 * source.numel() * 4 / copy
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
+    model, _, hidden = case.partition("-")
+    given = {"model": model, "recipe": recipe, "hidden_units": int(hidden), "threads": threads, "device": "cpu"}
+    cfg = make_config(given)
+    d = data.load("fashion_mnist", data.locate("fashion_mnist", None))
+    with open_world(cfg) as world:
+        step = Step(
+            cfg, world, models.build(cfg, d.image_shape, 10), Batches(cfg, world, d.train_images, d.train_labels)
+        )
+        step.batches.draw(1)
+        for k in range(10):
+            step(k)
+        with FlopCounterMode(display=False) as flops, Bytes() as read:
+            step(10)
+        rows = parts(step, range(11, min(step.batches.steps, 311)))
+        arithmetic, memory = rates()
+    medians = {name: statistics.median(row[name] for row in rows) for name in PARTS}
+    whole = statistics.median(sum(row.values()) for row in rows)
+    limit = max(flops.get_total_flops() / arithmetic, read.moved / memory)
+    told = {"flops": flops.get_total_flops(), "bytes": read.moved, "flops_per_s": arithmetic, "bytes_per_s": memory}
+    return {"parts_s": medians, "step_s": whole, "steps": len(rows), "limit_s": limit, "share": limit / whole, **told}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument("--recipes", nargs="+", default=["blog", "lab"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "step_parts.json")
+    args = parser.parse_args()
+    results = {f"{c} {r}": measure(c, r, args.threads) for r in args.recipes for c in args.cases}
+    for case, one in results.items():
+        told = ", ".join(f"{name} {1e6 * s:.0f}" for name, s in one["parts_s"].items())
+        limit = f"limit {1e6 * one['limit_s']:.0f}, of which {one['share']:.0%} is reached"
+        print(f"{case}: {1e6 * one['step_s']:.0f} us: {told}; {limit}")
+    args.out.write_text(json.dumps(made() | {"threads": args.threads, "cases": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The report as a page and as markdown."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from fashion_ddp.report import figures, sentences, tables
+from fashion_ddp.report.pictures import Album
+from fashion_ddp.report.rows import Comparison, Row, Section
+from fashion_ddp.report.text import markdown_table, markdown_text
+
+HERE = Path(__file__).parent
+PICTURED = 12  # rows of a section, from the best, whose pictures are shown: fifty would make the page too large
+CLASSES = 20  # up to which a confusion matrix can be read
+
+
+def html_page(comparison: Comparison) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    common, differing = tables.environment_tables(comparison)
+    return environment.get_template("report.html").render(
+        title=sentences.title(comparison),
+        headline=sentences.headline(comparison),
+        style=Markup((HERE / "report.css").read_text()),
+        script=Markup((HERE / "report.js").read_text()),
+        sections=[_section(section, f"s{n}") for n, section in enumerate(comparison.sections, start=1)],
+        unfinished=tables.unfinished_table(comparison),
+        findings=sentences.findings(comparison),
+        method=sentences.method(comparison),
+        common=common,
+        differing=differing,
+        best_sign=tables.BEST,
+    )
+
+
+def _section(section: Section, key: str) -> dict[str, Any]:
+    """All that the page shows of a section; `key` begins the names of its anchors."""
+    album = Album(section, key, PICTURED)
+    pictured = section.rows[:PICTURED]
+    maps = [(row.label, *album.feature_maps(row.first)) for row in pictured]
+    return {
+        "key": key,
+        "title": section.title,
+        "order": {row.label: place % figures.COLOURS for place, row in enumerate(section.rows)},
+        "synthetic": section.synthetic,
+        "verdict": sentences.verdict(section),
+        "main": tables.main_table(section),
+        "best": section.best,
+        "pairs": tables.pairs_table(section),
+        "published": tables.published_table(section),
+        "single": tables.single_runs(section),
+        "settings": tables.settings_table(section),
+        "bars": figures.accuracy_bars(section),
+        "curves": figures.learning_curves(section),
+        "costs": figures.costs(section),
+        "relu": sentences.RELU,
+        "logits": [
+            (r.name, figures.logits(r), sentences.dead(r))
+            for row in section.rows
+            for r in row.results
+            if "positive_by_class" in r.record
+        ],
+        "confusion": [
+            (row, counts, _shades(counts)) for row in section.rows if (counts := row.confusion()) is not None
+        ],
+        "readable": len(section.first.classes) <= CLASSES,
+        "classes": section.first.classes,
+        "f1": tables.f1_table(section),
+        "confused": [(row, _confused(row, album)) for row in pictured],
+        "grids": [(row, tiles) for row in pictured if (tiles := album.predictions(row))],
+        "wrong": [(row, tiles) for row in pictured if (tiles := album.confidently_wrong(row))],
+        "samples": album.samples(),
+        "maps": [of_row for of_row in maps if of_row[1]],
+        "layers": [(row, text) for row in section.rows if (text := _layers(row))],
+        "left_out": len(section.rows) - len(pictured),
+        "symbols": list(album.symbols.values()),  # last: those above ask for them
+    }
+
+
+def _shades(counts: np.ndarray) -> list[list[str]]:
+    """How strongly a cell is coloured: the square root lets a share of 1 % of the true class be seen."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return [[f"{0.7 * value**0.5:.2f}" for value in line] for line in shares]
+
+
+def _confused(row: Row, album: Album) -> list[dict[str, Any]]:
+    names = row.first.classes
+    return [
+        {"true": names[t], "predicted": names[p], "images": count, "share": share, "tiles": album.confused(row, t, p)}
+        for t, p, count, share in tables.confused(row)
+    ]
+
+
+def _layers(row: Row) -> str:
+    """The model's layers, as printed at the run's start; empty for a run that has no record of them."""
+    path = row.first.run.path / "model.txt"
+    return path.read_text(errors="replace").rstrip() if path.exists() else ""
+
+
+def markdown_page(comparison: Comparison) -> str:
+    text, table = markdown_text, markdown_table
+    parts = [f"# {text(sentences.title(comparison))}\n", text(sentences.headline(comparison)) + "\n"]
+    for section in comparison.sections:
+        parts += [f"## {text(section.title)}\n", " ".join(map(text, sentences.verdict(section))) + "\n"]
+        parts.append(table(tables.main_table(section)))
+        for heading, shown in (
+            ("Are the differences real?", tables.pairs_table(section)),
+            ("Beside the tutorials' published figures", tables.published_table(section)),
+            ("Single runs", tables.single_runs(section)),
+            ("What differs between the rows", tables.settings_table(section)),
+            ("F1 by class", tables.f1_table(section)),
+            ("Most confused classes", tables.confused_table(section)),
+        ):
+            parts += [f"### {heading}\n", table(shown)] if shown else []
+    if unfinished := tables.unfinished_table(comparison):
+        parts += ["## Not finished, not ranked\n", table(unfinished)]
+    notes = sentences.dead_logits(comparison) + sentences.findings(comparison) + sentences.method(comparison)
+    parts += ["## Notes\n", "".join(f"- {text(note)}\n" for note in notes)]
+    return "\n".join(parts)

@@ -1,0 +1,165 @@
+"""The report's pictures: test images with what the models say of them, training samples, feature maps.
+
+All come from the runs' examples.safetensors. An image stands in the page once, however often it is shown. What a run
+does not hold (one made before it was kept) is left out.
+"""
+
+import base64
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from fashion_ddp.report.results import Result, load_tensors
+from fashion_ddp.report.rows import Row, Section
+from fashion_ddp.report.svg import element
+
+LARGEST = 64  # pixels of a picture's side: larger images are shown smaller
+WRONG = 12  # most confidently wrong images
+EACH = 4  # examples of a confused pair
+MAPS = 32  # feature maps of a layer
+
+
+def png(pixels: np.ndarray) -> str:
+    """Pixels, uint8 [h, w] grey or [h, w, 3], as the URI of a PNG. Source: W3C, Portable Network Graphics (2003)."""
+    height, width = pixels.shape[:2]
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    kind_of_colour = 2 if pixels.ndim == 3 else 0
+    header = struct.pack(">IIBBBBB", width, height, 8, kind_of_colour, 0, 0, 0)
+    lines = b"".join(b"\0" + line.tobytes() for line in np.ascontiguousarray(pixels))  # 0: no filter
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + content).decode()
+
+
+def as_pixels(image: np.ndarray) -> np.ndarray:
+    """An image uint8 [C, H, W] as pixels [h, w] or, of three channels, [h, w, 3], no larger than LARGEST."""
+    step = -(-max(image.shape[1:]) // LARGEST)
+    small = image[:, ::step, ::step]
+    return np.moveaxis(small, 0, 2) if len(small) == 3 else small[0]
+
+
+class Tile(NamedTuple):
+    """A picture and what is written under it."""
+
+    picture: Markup
+    true: str
+    predicted: str = ""  # empty for a sample of the training set
+    confidence: float = 0.0
+
+    @property
+    def right(self) -> bool:
+        return self.true == self.predicted
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What one layer makes of the image: its maps side by side."""
+
+    layer: str
+    shape: tuple[int, int, int]  # maps, height, width
+    picture: str
+
+
+class Album:
+    """The pictures of one section. `symbols` holds each image that was asked for, once."""
+
+    def __init__(self, section: Section, prefix: str, rows: int):
+        self.prefix, self.symbols = prefix, dict[str, Markup]()
+        self.classes = section.first.classes
+        results = [result for row in section.rows[:rows] for result in row.results]
+        self.examples = {result.name: load_tensors(result.run.path / "examples.safetensors") for result in results}
+        self.images: dict[int, np.ndarray] = {}
+        self.grid: list[int] = []
+        for saved in self.examples.values():
+            if "test_ids" in saved:
+                self.images |= dict(zip(saved["test_ids"].tolist(), saved["test_images"], strict=True))
+                self.grid = self.grid or saved["grid_ids"].tolist()
+
+    def _picture(self, key: str, image: np.ndarray, label: str) -> Markup:
+        name = f"{self.prefix}-{key}"
+        if name not in self.symbols:
+            height, width = image.shape[1:]
+            drawn = element("image", width=width, height=height, href=png(as_pixels(image)))
+            self.symbols[name] = element("symbol", drawn, id=name, viewBox=f"0 0 {width} {height}")
+        return element("svg", element("use", href=f"#{name}"), class_="px", role="img", aria_label=label)
+
+    def _tile(self, result: Result, place: int) -> Tile:
+        assert result.answers is not None
+        true, predicted = (self.classes[c[place]] for c in (result.answers.labels, result.answers.predicted))
+        label = f"test image {place}: {true}, predicted {predicted}"
+        return Tile(
+            self._picture(str(place), self.images[place], label),
+            true,
+            predicted,
+            float(result.answers.confidence[place]),
+        )
+
+    def predictions(self, row: Row) -> list[Tile]:
+        """The same images for every row, as its first run predicts them."""
+        return [self._tile(row.first, place) for place in self.grid] if row.first.answers else []
+
+    def confidently_wrong(self, row: Row) -> list[Tile]:
+        """Of the row's first run, from the most confident."""
+        answers, kept = row.first.answers, self.examples[row.first.name].get("test_ids")
+        if answers is None or kept is None:
+            return []
+        wrong = [place for place in kept.tolist() if not answers.correct[place]]
+        wrong.sort(key=lambda place: -answers.confidence[place])
+        return [self._tile(row.first, place) for place in wrong[:WRONG]]
+
+    def confused(self, row: Row, true: int, predicted: int) -> list[Tile]:
+        """Images of one class that a run of the row takes for the other."""
+        found: dict[int, Tile] = {}
+        for result in row.results:
+            if answers := result.answers:
+                alike = [p for p in self.images if answers.labels[p] == true and answers.predicted[p] == predicted]
+                found |= {place: self._tile(result, place) for place in alike if place not in found}
+        return [found[place] for place in sorted(found)][:EACH]
+
+    def samples(self) -> list[Tile]:
+        """The first images of the training set."""
+        saved = next((s for s in self.examples.values() if "samples" in s), None)
+        if saved is None:
+            return []
+        names = [self.classes[label] for label in saved["sample_labels"]]
+        tiles = zip(saved["samples"], names, strict=True)
+        return [Tile(self._picture(f"t{n}", image, f"training image {n}: {name}"), name)
+                for n, (image, name) in enumerate(tiles)]  # fmt: skip
+
+    def feature_maps(self, result: Result) -> tuple[Tile | None, list[Maps]]:
+        """The first test image, and what each convolution and pooling of a run's model makes of it."""
+        saved = self.examples[result.name]
+        layers = {name.removeprefix("maps."): maps for name, maps in saved.items() if name.startswith("maps.")}
+        if not layers:
+            return None, []
+        name = self.classes[int(saved["image_label"])]
+        shown = [Maps(layer, maps.shape, png(side_by_side(maps[:MAPS]))) for layer, maps in layers.items()]
+        shown.sort(key=lambda maps: _order(maps.layer))
+        return Tile(self._picture("0", saved["image"], f"test image 0: {name}"), name), shown
+
+
+def _order(layer: str) -> list[tuple[int, int | str]]:
+    """Layers by their place in the model: 2 before 10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in layer.split(".")]
+
+
+def side_by_side(maps: np.ndarray) -> np.ndarray:
+    """Feature maps, float [n, h, w], as one grey picture, each from its own lowest to its own highest value."""
+    step = -(-max(maps.shape[1:]) // LARGEST)
+    maps = np.nan_to_num(maps[:, ::step, ::step].astype(np.float64))
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    grey = (255 * (maps - low) / np.where(high > low, high - low, 1)).round().astype(np.uint8)
+    count, height, width = grey.shape
+    # Up to eight a line, or so many that the fewest places stay empty.
+    a_line = count if count <= 8 else min(range(8, 4, -1), key=lambda n: -count % n)
+    sheet = np.full((-(-count // a_line) * (height + 1) - 1, a_line * (width + 1) - 1), 128, np.uint8)
+    for n, one in enumerate(grey):
+        top, left = n // a_line * (height + 1), n % a_line * (width + 1)
+        sheet[top : top + height, left : left + width] = one
+    return sheet

@@ -1,0 +1,45 @@
+"""A table as rows of text, and how it looks in markdown and on a terminal. (On the page: report.html.)"""
+
+import html
+import re
+from typing import NamedTuple
+
+from fashion_ddp.report.statistics import Interval
+
+
+class Table(NamedTuple):
+    """Column titles, which columns hold numbers (set flush right), and rows of text."""
+
+    titles: list[str]
+    numeric: list[bool]
+    rows: list[list[str]]
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def span(interval: Interval) -> str:
+    """An interval of fractions, in percent or points."""
+    return f"{percent(interval.low)} to {percent(interval.high)}"
+
+
+def markdown_text(text: str) -> str:
+    """Text in one line that GitHub shows as it is."""
+    return " ".join(re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False)).split())
+
+
+def markdown_table(table: Table) -> str:
+    rule = ["---:" if numeric else ":---" for numeric in table.numeric]
+    lines = [table.titles, rule, *([markdown_text(cell) for cell in row] for row in table.rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def terminal_table(table: Table) -> str:
+    widths = [max(map(len, column)) for column in zip(table.titles, *table.rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        placed = zip(cells, widths, table.numeric, strict=True)
+        return "  ".join(c.rjust(w) if numeric else c.ljust(w) for c, w, numeric in placed).rstrip()
+
+    return "\n".join(map(line, [table.titles, *table.rows]))

@@ -1,0 +1,184 @@
+"""Runs and reports for tests: run folders made through the writers that the trainer uses, with small random
+predictions and pictures; and a report's four files, read."""
+
+import contextlib
+import csv
+import html
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from fashion_ddp import compare
+from fashion_ddp.report.tables import BEST
+from fashion_ddp.rundir import RunFolder
+from fashion_ddp.settings import changed, make_config
+
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+MD5 = {"train-images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "test-labels": "bb300cfdad3c16e7a12a480ee83cd310"}
+IMAGES = 200
+
+
+def predictions(seed: int, skill: float, dead: tuple[int, ...], relu: bool) -> dict[str, np.ndarray]:
+    """Random logits with the right class raised by `skill`; dead classes are 0 throughout."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(IMAGES, dtype=np.int64) % len(CLASSES)
+    logits = random.normal(size=(IMAGES, len(CLASSES))).astype(np.float32)
+    logits[np.arange(IMAGES), labels] += skill
+    if relu:
+        logits = np.maximum(logits, 0)
+        logits[:, list(dead)] = 0
+    return {"logits": logits, "predicted": logits.argmax(axis=1), "labels": labels}
+
+
+def examples(saved: dict[str, np.ndarray], model: str, seed: int) -> dict[str, np.ndarray]:
+    """What results.py keeps to be drawn: random pictures, those of the first ten wrong images among them."""
+    random = np.random.default_rng(seed)
+    wrong = np.flatnonzero(saved["predicted"] != saved["labels"])[:10]
+    grid = np.arange(9) * IMAGES // 9
+    ids = np.union1d(grid, wrong)
+    pictures = random.integers(0, 256, size=(25 + len(ids), 1, 28, 28), dtype=np.uint8)
+    kept = {"samples": pictures[:25], "sample_labels": np.arange(25) % len(CLASSES), "grid_ids": grid}
+    kept |= {"test_ids": ids, "test_images": pictures[25:], "image": pictures[25], "image_label": np.array(0)}
+    if model == "cnn":
+        kept |= {"maps.10.Conv2d": random.normal(size=(10, 14, 14)).astype(np.float32)}
+        kept |= {"maps.2.MaxPool2d": random.normal(size=(10, 7, 7)).astype(np.float32)}
+    return kept
+
+
+def make_run(
+    path: Path,
+    *,
+    status: str = "finished",
+    skill: float = 2.0,
+    dead: tuple[int, ...] = (),
+    data: dict[str, str] = MD5,
+    ranks: int = 1,
+    device: str = "cpu",
+    summary: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Path:
+    """A run folder as the trainer leaves it: finished, or ended after its first epoch with `status`."""
+    cfg = make_config(settings)
+    finished = status == "finished"
+    saved = predictions(cfg.seed, skill, dead, cfg.model == "relu")
+    accuracy = float((saved["predicted"] == saved["labels"]).mean())
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(cfg.to_yaml())
+    folder = RunFolder(path, finished)
+    made_by = {"code": "c0de" * 16, "python": "3.11.2", "torch": "2.15.0", "data": data}
+    start: dict[str, Any] = {
+        "started": "2026-11-21T12:00:00+00:00",
+        "command": ["train.py", "--model", cfg.model],
+        "made_by": made_by,
+    }
+    start |= {"git_commit": "a" * 40, "world_size": ranks, "ranks": [{"host": "box", "device": device}] * ranks}
+    folder.write_json("environment.json", [start])
+    last: dict[str, Any] = {}
+    for epoch in range(1, (cfg.epochs if finished else 1) + 1):
+        first = (epoch - 1) * 469
+        steps = [first + s for s in range(5, 470, 5)]
+        losses = [0.4 + 1.8 * np.exp(-s / 150) + 0.05 * np.sin(s * 0.7 + cfg.seed) for s in steps]
+        rows = [
+            {"epoch": epoch, "step": s, "loss": v, "accuracy": 0.8, "lr": cfg.lr}
+            for s, v in zip(steps, losses, strict=True)
+        ]
+        folder.append("steps.jsonl", rows)
+        last = {"epoch": epoch, "step": 469 * epoch, "lr": cfg.lr, "train/loss": losses[-1], "train/accuracy": 0.8}
+        last |= {"test/loss": 0.47 + 0.1 / epoch, "test/accuracy": accuracy - 0.02 * (cfg.epochs - epoch)}
+        last |= {"time/train_s": 4.5, "time/eval_s": 0.25, "throughput/images_per_s": 13333.3}
+        folder.append("metrics.jsonl", [last])
+    known: dict[str, Any] = {"format": 1, "status": status, "model": cfg.model, "recipe": cfg.recipe, "seed": cfg.seed}
+    known |= {"world_size": ranks, "rank_invariant": True, "dataset": cfg.dataset, "classes": CLASSES}
+    known |= {"changed": changed(cfg), "device": device, "epochs": cfg.epochs, "parameters": 7960, **last}
+    if finished:
+        known |= {"time/train_total_s": 13.5 + cfg.seed / 100, "time/eval_total_s": 0.75, "flops_per_image": 15880}
+        known |= {"peak_memory_bytes": 805_000_000}
+        save_file(saved, path / "predictions.safetensors")
+        save_file(examples(saved, cfg.model, cfg.seed), path / "examples.safetensors")
+        (path / "model.txt").write_text("  layer  output  parameters\n  Flatten  784  0\n")
+    folder.write_json("summary.json", known | (summary or {}))
+    return path
+
+
+class Page(HTMLParser):
+    """Tables as the text of their cells, the words of each figure, and every attribute and element."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.drawn: list[list[str]] = []  # the words in each figure
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.bold: list[str] = []  # the words in <b>
+        self.in_cell = self.in_figure = self.in_bold = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.in_cell = True
+        elif tag == "svg":
+            self.drawn.append([])
+            self.in_figure = True
+        self.in_bold = tag == "b"
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+        self.in_figure = self.in_figure and tag != "svg"
+        self.in_bold = False
+
+    def handle_data(self, data: str) -> None:
+        if self.in_cell:
+            self.tables[-1][-1][-1] += data
+        if self.in_bold:
+            self.bold.append(data)
+        if self.in_figure and data.strip():
+            self.drawn[-1].append(data)
+
+
+class Report:
+    """What one command wrote and printed."""
+
+    def __init__(self, out: Path, printed: str):
+        self.out, self.printed = out, printed
+        self.json = json.loads((out / "report.json").read_text())
+        self.runs = {run["name"]: run for run in self.json["runs"]}
+        self.markdown = (out / "report.md").read_text()
+        self.html = (out / "report.html").read_text()
+        self.text = html.unescape(self.html)
+        self.page = Page(self.html)
+        self.csv = {row["name"]: row for row in csv.DictReader(io.StringIO((out / "runs.csv").read_text()))}
+
+    def column(self, title: str, table: int = 0) -> list[str]:
+        """The cells below a title in one of the page's tables."""
+        titles, *rows = self.page.tables[table]
+        return [row[titles.index(title)].removeprefix(BEST) for row in rows]
+
+    def markdown_table(self, title: str) -> list[list[str]]:
+        """The rows of report.md's first table that has the column."""
+        tables = [part.splitlines() for part in html.unescape(self.markdown).split("\n\n") if part.startswith("| ")]
+        lines = next(table for table in tables if title in table[0])
+        return [line[2:-2].split(" | ") for line in lines[2:]]
+
+    def table_of(self, title: str) -> list[list[str]]:
+        """The first table that has the column."""
+        return next(table for table in self.page.tables if title in table[0])
+
+
+def make_report(runs: list[Path], out: Path) -> Report:
+    """Compare runs, or folders of them."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        compare.main([*map(str, runs), "--out", str(out)])
+    return Report(out, printed.getvalue())
