@@ -102,6 +102,18 @@ class Config:
     """This run's folder outright; by default a name made of what distinguishes the run, below runs_dir."""
     tracker: Literal["auto", "wandb", "none"] = "auto"
     """Mirror to Weights & Biases; `auto` does so where it is installed (offline without an account)."""
+    wandb_project: str | None = None
+    """W&B: project. Without this flag $WANDB_PROJECT, W&B's own settings files, then fashion_ddp."""
+    wandb_entity: str | None = None
+    """W&B: user or team that the project is of."""
+    wandb_group: str | None = None
+    """W&B: runs of one group are shown together; the launchers give all runs of a comparison one."""
+    wandb_tags: str | None = None
+    """W&B: tags, as first,second."""
+    wandb_notes: str | None = None
+    """W&B: notes to the run."""
+    wandb_weights: bool = False
+    """W&B: upload the weights, too, as an artifact, when the run is finished."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -176,6 +188,7 @@ class Config:
         """The settings, beyond model, recipe and seed, that change what is computed."""
         identity, machine = {"model", "recipe", "seed"}, {"device", "threads", "micro_batch", "data_dir", "tracker"}
         others = identity | machine | {"runs_dir", "run_dir", "checkpoint_every", "timeout"}
+        others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
         settings["dataset"] = of_dataset(self.dataset)
         # One by one, and only where given: runs made before there were any are still themselves.

@@ -75,15 +75,23 @@ def resnet18(image_shape: Shape, classes: int) -> nn.Module:
     return transfer.resnet18(image_shape[0], classes)
 
 
-def build(cfg: Config, image_shape: Shape, classes: int, rank: int = 0, trained_on: str = "cpu") -> nn.Module:
+def build(
+    cfg: Config,
+    image_shape: Shape,
+    classes: int,
+    rank: int = 0,
+    trained_on: str = "cpu",
+    function: Callable[..., nn.Module] | None = None,
+) -> nn.Module:
     """The run's model with its initial weights, the same on every rank, on CPU.
 
-    `trained_on`: the type of the device that it is for, which decides how convolutions lie in memory.
+    `trained_on`: the type of the device that it is for, which decides how convolutions lie in memory. `function`: the
+    model itself, where it is not to be found by its name.
 
     Raises UserError for a model of the user's that cannot be found, does not take the arguments, or does not give
     logits [N, classes].
     """
-    function = ARCHITECTURES.get(cfg.model) or own_code.find(cfg.model, "model")
+    function = function or ARCHITECTURES.get(cfg.model) or own_code.find(cfg.model, "model")
     arguments = cfg.model_settings() | own_code.typed(function, cfg.model_args)
     torch.manual_seed(cfg.seed)
     images = [2, *image_shape]

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from fashion_ddp import panels
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError, counted
@@ -35,7 +37,7 @@ class Silent:
 
     def epoch(self, scores: Mapping[str, Scores], timings: Mapping[str, float]) -> None: ...
 
-    def finish(self, figures: Mapping[str, Any]) -> None: ...
+    def finish(self, figures: Mapping[str, Any], test_images: np.ndarray) -> None: ...
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the record."""
@@ -64,7 +66,8 @@ class Recorder(Silent):
             self.known["wandb_id"] = old.summary.get("wandb_id") or secrets.token_hex(4)
         self.summary("running")
         if cfg.tracker != "none":
-            self.wandb = Wandb(folder, cfg, self.known["wandb_id"])
+            shown = panels.config(cfg, self.known, old.environment)
+            self.wandb = Wandb(folder.path, cfg, self.known["wandb_id"], shown)
             self.wandb.start(points, epochs)
 
     def state(self) -> dict[str, Any]:
@@ -116,11 +119,12 @@ class Recorder(Silent):
         shown.append(f"{row['throughput/images_per_s']:,.0f} images/s")
         say(" | ".join(shown))
 
-    def finish(self, figures: Mapping[str, Any]) -> None:
+    def finish(self, figures: Mapping[str, Any], test_images: np.ndarray) -> None:
         """Complete summary.json, and say where everything is."""
         self.summary("finished", figures)
         if self.wandb:
             self.wandb.summarise(self.known)
+            self.wandb.show(test_images)
         trained = self.known["time/train_total_s"] + self.known["time/eval_total_s"]
         whole = self.known["time/total_s"]
         epochs = counted(self.epochs, "epoch")
@@ -130,7 +134,7 @@ class Recorder(Silent):
         """Replace summary.json: the status, what is known of the run, and its last figures."""
         self.known |= {"status": status} | dict(figures or {})
         if self.wandb:
-            self.known["wandb_mode"] = self.wandb.mode
+            self.known |= {"wandb_mode": self.wandb.mode, "wandb_id": self.wandb.id}
         self.folder.write_json("summary.json", self.known)
 
     def end(self, error: BaseException | None) -> None:

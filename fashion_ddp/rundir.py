@@ -24,8 +24,12 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
 
 from fashion_ddp.config import Config
 from fashion_ddp.errors import TrainingFailed, UserError
@@ -144,6 +148,31 @@ class Run:
     metrics: list[dict[str, Any]]
     steps: list[dict[str, Any]]
 
+    @property
+    def status(self) -> str:
+        return self.summary.get("status", "not started")
+
+    @cached_property
+    def predictions(self) -> "dict[str, np.ndarray]":
+        """Of the test set's n images: logits [n, classes] float32, predicted [n] int64, labels [n] int64.
+
+        Raises UserError where the run is not finished, or the file cannot be read.
+        """
+        return self.arrays("predictions.safetensors")
+
+    def arrays(self, name: str) -> "dict[str, np.ndarray]":
+        """The arrays of one of the files that a finished run leaves. Raises UserError where it has none."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file  # not at the top: most readers need neither it nor numpy
+
+        path = self.path / name
+        if self.status != "finished":
+            raise UserError(f"{self.path} has no {name}: the run is {self.status}, not finished; train it to its end")
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): restore it or remove the run") from None
+
     def settings(self) -> Config:
         """config.yaml as a Config. Raises UserError where it is no longer one."""
         known = {name: self.config[name] for name in asdict(Config()) if name in self.config}
@@ -162,8 +191,11 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is no run folder: it has no config.yaml")
     config, _ = read_mapping(path / "config.yaml")
     summary: dict[str, Any] = _read_json(path / "summary.json", {})
-    if summary.get("format", FORMAT) > FORMAT:
-        raise UserError(f"{path} was written by a later version of fashion_ddp: update to read it")
+    if (found := summary.get("format", FORMAT)) != FORMAT:
+        raise UserError(
+            f"{path} was written by a later version of fashion_ddp (format {found!r}, and this one reads {FORMAT}): "
+            "update to read it"
+        )
     if summary.get("status") == "running" and holder(path) is None:
         summary = _read_json(path / "summary.json", {})  # again: it may have ended meanwhile
         if summary.get("status") == "running":

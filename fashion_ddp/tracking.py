@@ -5,24 +5,30 @@ stops training: it is told in one line, and training goes on.
 """
 
 import atexit
+import hashlib
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import numpy as np
+
+from fashion_ddp import panels
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.errors import Stopped
 from fashion_ddp.private import redact
-from fashion_ddp.provenance import identity
-from fashion_ddp.rundir import RunFolder, plain
+from fashion_ddp.rundir import read_run
 
 INIT = 20.0  # seconds that W&B's server gets to answer at the start
 START = 30.0  # seconds that training waits for W&B at the start; then it begins, and W&B may join later
 FINISH, FINISH_EARLY = 90.0, 15.0  # seconds that W&B gets at the end; less where the run ended early, or W&B did
+UPLOAD = 600.0  # the same, where there is nothing else to do
 BEHIND = 1000  # things told and not taken (about one comes a second) after which W&B is left
 
 Rows = list[dict[str, Any]]
@@ -36,9 +42,15 @@ class Wandb:
     be missing. Exceptions of every kind are caught, because after the service dies its calls raise plain OSErrors.
     """
 
-    def __init__(self, folder: RunFolder, cfg: Config, id: str):
-        """`id` is the run's name to W&B, the same at every start."""
-        self.path, self.cfg, self.id = folder.path, cfg, id
+    def __init__(
+        self, path: Path, cfg: Config, id: str, config: dict[str, Any], job: str = "train", upload: bool = False
+    ):
+        """`id` is the run's name to W&B, the same at every start; in a sweep W&B's agent gives another. `config` and
+        `job` (its type) are shown there.
+
+        To `upload` is all that is wanted: nothing else waits, and offline is no way out unless the user chose it.
+        """
+        self.path, self.cfg, self.id, self.config, self.job, self.upload = path, cfg, id, config, job, upload
         self.module: Any = None
         self.run: Any = None
         self.mode: str | None = None  # that W&B works in; None before, and as soon as it is left
@@ -69,8 +81,19 @@ class Wandb:
             self._tell("log", lambda run: [run.log(row) for row in rows if row["epoch"] > self.epochs_known])
 
     def summarise(self, figures: dict[str, Any]) -> None:
-        flat = {k: plain(v) for k, v in figures.items() if isinstance(v, int | float | str | bool)}
+        flat = panels.single_values(figures)
         self._tell("summary", lambda run: run.summary.update(flat))
+
+    def show(self, images: "np.ndarray | None") -> None:
+        """Tables and figures of the finished run, and its weights where they are asked for. `images`: of the test set,
+        uint8 [n, C, H, W]."""
+        self._tell("show", lambda run: self._show(run, images))
+
+    def show_report(self, runs: Rows) -> None:
+        """A report's table, figures and page. `runs`: report.json's."""
+        page = self.path / "report.html"
+        mark = hashlib.sha256(page.read_bytes()).hexdigest()
+        self._tell("show", lambda run: panels.show_once(run, mark, lambda: panels.of_report(self.module, page, runs)))
 
     def finish(self, error: BaseException | None) -> None:
         """Hand over what is left; `error` ended the run. Bounded in time, as W&B itself is not."""
@@ -79,7 +102,7 @@ class Wandb:
         self._tell("finish", lambda run: run.finish(exit_code=0 if error is None else 1))
         self.calls.put(None)
         early = min(FINISH_EARLY, self.cfg.timeout / 4)  # other ranks may be waiting
-        self.thread.join(FINISH if error is None and self.mode else early)
+        self.thread.join(UPLOAD if self.upload else FINISH if error is None and self.mode else early)
         if self.thread.is_alive():
             self._leave("did not finish in time, and is left; `wandb sync` uploads what it has")
             atexit.unregister(_Farewell())  # it would hang in the same way
@@ -150,6 +173,8 @@ class Wandb:
         said = os.environ.get("WANDB_MODE")
         if said in ("disabled", "dryrun", "offline"):
             return ["disabled" if said == "disabled" else "offline"]
+        if self.upload:
+            return ["online"]
         try:
             logged_in = self.module.login(prompt=False, verify=False)
         except Exception:  # noqa: BLE001 - a malformed key, for one
@@ -157,23 +182,20 @@ class Wandb:
         return ["online", "offline"] if logged_in or said == "online" else ["offline"]
 
     def _init(self, mode: Any) -> None:
-        # An argument wins over the user's variable, so it is given only where there is none.
-        project: dict[str, Any] = {} if "WANDB_PROJECT" in os.environ else {"project": "fashion_ddp"}
         run = self.module.init(
-            **project,
+            **self._said(),
             mode=mode,
             id=self.id,
             resume="allow" if mode == "online" else None,  # offline there is nothing to resume
             name=self.path.name,
             dir=str(self.path.resolve()),
-            config=plain(identity(self.cfg)),
-            settings=self.module.Settings(silent=True, init_timeout=INIT, finish_timeout=60),
+            config=self.config,
+            allow_val_change=True,  # of a run that continues on other ranks
+            settings=self.module.Settings(
+                silent=True, init_timeout=INIT, finish_timeout=UPLOAD - 30 if self.upload else 60
+            ),
         )
-        run.define_metric("epoch")
-        run.define_metric("step")
-        run.define_metric("step/*", step_metric="step")
-        for group in ("train/*", "val/*", "test/*", "time/*", "throughput/*"):
-            run.define_metric(group, step_metric="epoch")
+        panels.define_axes(run)
         if mode == "online":
             # What its server has of earlier starts it says itself: a kill may have lost what had been sent.
             self.points_known, self.epochs_known = (int(run.summary.get(name) or 0) for name in ("step", "epoch"))
@@ -181,7 +203,26 @@ class Wandb:
         elif mode == "offline":
             say(f"W&B: offline, in {self.path}/wandb; `wandb sync {self.path}/wandb/offline-run-*` uploads it")
         if not self.left:
-            self.run, self.mode = run, mode
+            self.run, self.mode, self.id = run, mode, str(run.id)
+
+    def _said(self) -> dict[str, Any]:
+        """What the user said by flag; and where nobody said anything, by variable or in W&B's own settings files, our
+        defaults. An argument wins over both, so no other is given."""
+        known, names = self.module.setup().settings, ("project", "entity", "group", "tags", "notes")
+        said: dict[str, Any] = {n: value for n in names if (value := getattr(self.cfg, f"wandb_{n}")) is not None}
+        if "tags" in said:
+            said["tags"] = [tag.strip() for tag in said["tags"].split(",") if tag.strip()]
+        ours = {} if known.project else {"project": "fashion_ddp"}
+        return ours | ({} if known.run_job_type and self.job == "train" else {"job_type": self.job}) | said
+
+    def _show(self, run: Any, images: "np.ndarray | None") -> None:
+        try:
+            of = read_run(self.path)
+            panels.show_once(run, of.summary["step"], lambda: panels.figures(self.module, of, images))
+            if self.cfg.wandb_weights:
+                run.log_artifact(panels.weights(self.module, of))
+        except Exception as error:  # noqa: BLE001 - it is the least of what W&B has of the run, which must be closed
+            say(f"W&B: tables and figures are left out ({_short(error)})")
 
     def _teardown(self) -> None:
         """End its service, which would otherwise be waited for when the process ends."""

@@ -105,7 +105,7 @@ def train(command: Command) -> None:
             figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock)
             memory = max(world.share(peak_memory_bytes(world.device)))
             flops = models.flops_per_image(model, data.image_shape)
-            recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": memory})
+            recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": memory}, data.test_images)
 
 
 if __name__ == "__main__":

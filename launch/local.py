@@ -31,6 +31,7 @@ from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, nearest
 from fashion_ddp.private import keep_others_out
 from launch.announce import announce_apart
+from launch.runs import shared_group
 
 STOPPED = 75  # exit code of what was told to stop, and continues with the same command
 PATIENCE = 30.0  # seconds that ranks get to end, once one has
@@ -67,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
         _check(comparison, flags)
         flags += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], flags).cfg)
-        jobs = [_job(comparison, model, seed, flags) for model in comparison.models for seed in comparison.seeds]
+        runs = [(model, seed) for model in comparison.models for seed in comparison.seeds]
+        group = shared_group([_job(comparison, *run, flags).cfg for run in runs])
+        flags += ["--wandb-group", group] if group else []
+        jobs = [_job(comparison, *run, flags) for run in runs]
         first = jobs[0].cfg
         dataset = data.load(first.dataset, first.data_dir)
         jobs = [_reuse_or_retrain(job, provenance.made_by(job.cfg, dataset.md5)) for job in jobs]

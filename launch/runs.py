@@ -2,14 +2,15 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from fashion_ddp import claim, cli
+from fashion_ddp import claim, cli, settings
 from fashion_ddp.config import Config, field_types
 from fashion_ddp.errors import UserError, nearest
 
@@ -125,7 +126,19 @@ def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[c
             raise UserError(f"--device cpu with gpus_per_node={asked.gpus_per_node}: leave one out")
         if cfg.reduction_shards % ranks:
             raise UserError(f"reduction_shards={cfg.reduction_shards} must be a multiple of the {ranks} ranks")
+    if group := shared_group(configs):
+        found = [replace(one, run=replace(one.run, wandb_group=group)) for one in found]
     return found
+
+
+def shared_group(configs: list[Config]) -> str | None:
+    """W&B's group for runs that are to be compared, by what they have in common: the recipe, and changes to it. The
+    same at every start; None where the user said one, or W&B's own variable does."""
+    if any(cfg.wandb_group for cfg in configs) or "WANDB_RUN_GROUP" in os.environ:
+        return None
+    changes = [settings.changed(cfg) for cfg in configs]
+    common = [f"{k}{v}" for k, v in changes[0].items() if all(k in other and other[k] == v for other in changes)]
+    return "-".join([Path(configs[0].recipe).stem, *common])
 
 
 def check_flags(kind: type, flags: list[str], refused: Mapping[str, str]) -> None:

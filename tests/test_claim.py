@@ -102,8 +102,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 def test_runs_with_other_results_have_other_names(tmp_path: Path) -> None:
-    changes_nothing = {"data_dir", "device", "threads", "micro_batch", "runs_dir", "run_dir", "tracker"}
-    changes_nothing |= {"checkpoint_every", "timeout"}
+    changes_nothing = set(MAY_CHANGE) | {"run_dir"}
     assert {*OTHER_VALUES, "model_args"} == {field.name for field in dataclasses.fields(Config)} - changes_nothing
     settings: list[dict[str, Any]] = [{}, {"lr": 0.3}, {"model": "my.net:Net"}, {"model": "my.net:Net2"}]
     settings += [{"model": "my.net:Net", "model_args": args} for args in (["a=1"], ["a=2"], ["b=1"], ["a=1", "b=1"])]
@@ -238,7 +237,8 @@ def test_check_changes_nothing(cfg: Config) -> None:
 
 MAY_CHANGE: dict[str, Any] = {
     "data_dir": Path("elsewhere"), "device": "cpu", "threads": 3, "micro_batch": 5, "checkpoint_every": 1.0,
-    "timeout": 5.0, "runs_dir": Path("elsewhere"), "tracker": "none",
+    "timeout": 5.0, "runs_dir": Path("elsewhere"), "tracker": "none", "wandb_project": "p", "wandb_entity": "e",
+    "wandb_group": "g", "wandb_tags": "t", "wandb_notes": "n", "wandb_weights": True,
 }  # fmt: skip
 UNFINISHED, FINISHED = "stopped", "finished"
 

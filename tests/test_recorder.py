@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from fashion_ddp.step import Trained
 
 pytestmark = pytest.mark.quick
 
+NO_IMAGES = np.empty((0, 1, 28, 28), np.uint8)
 TIMINGS = {"time/train_s": 2.0, "time/eval_s": 0.5, "throughput/images_per_s": 30_000.0}
 SCORES = {"test": Scores(0.5, 0.75, torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))}
 
@@ -134,7 +136,7 @@ def test_summary_while_running_and_at_the_end(folder: Path, capsys: pytest.Captu
             read_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460} | row
         )
         assert row["val/accuracy"] == 0.75
-        record.finish(figures)
+        record.finish(figures, NO_IMAGES)
     summary = read_run(folder).summary
     assert summary == {"format": 1, "status": "finished", "model": "cnn", "parameters": 29_460} | row | figures | {
         "time/step_p50_ms": None
@@ -202,5 +204,5 @@ def test_the_name_that_wandb_knows_is_kept_also_by_a_start_without_it(folder: Pa
 def test_only_rank_0_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with recorder(folder, rank=1) as record:
         record_an_epoch(record)
-        record.finish({})
+        record.finish({}, NO_IMAGES)
     assert {p.name for p in folder.iterdir()} == {"config.yaml"} and capsys.readouterr().out == ""

@@ -6,6 +6,7 @@ others do their worst.
 
 import atexit
 import json
+import math
 import os
 import pty
 import select
@@ -149,8 +150,10 @@ def told_of(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def sorted_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows that W&B was told, as points and epochs in their order, without W&B's own entries."""
+    """Rows that W&B was told, as points and epochs in their order, without W&B's own entries and without what is shown
+    at the end."""
     rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    rows = [row for row in rows if "step" in row]
     points, epochs = ([row for row in rows if ("epoch" in row) == of_epoch] for of_epoch in (False, True))
     return sorted(points, key=lambda row: row["step"]), sorted(epochs, key=lambda row: row["epoch"])
 
@@ -175,8 +178,85 @@ def test_without_an_account_wandb_mirrors_the_run_offline(tmp_path: Path, untrac
     [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
     overview = check_whole(run, fragment)
     assert (overview["project"], overview["name"]) == ("mine", "run")
-    assert overview["config"] == overview["config"] | {"model": "cnn", "lr": 0.01, "batch_size": 250, "seed": 42}
+    settings = {"model": "cnn", "recipe": "blog", "lr": 0.01, "batch_size": 250, "seed": 42, "world_size": 1}
+    settings |= {"gpu": "cpu", "git_commit": run.environment[0]["git_commit"]}
+    assert overview["config"] == overview["config"] | settings
+    assert not any(isinstance(value, dict | list) for value in overview["config"].values())
     assert run.summary["wandb_mode"] == "offline" and weights(tmp_path) == untracked
+
+    records = records_of(fragment)
+    assert records["run"][0]["job_type"] == "train"
+    assert "run_group" not in records["run"][0] and "tags" not in records["run"][0]
+    assert "memory_percent" in records["stats"][0]["item"]  # system metrics
+    kinds = {artifact["type"]: artifact["name"] for artifact in records["artifact"]}
+    assert set(kinds) == {"run_table"}  # and no weights
+
+
+def records_of(fragment: Path) -> dict[str, list[dict[str, Any]]]:
+    """All that W&B has in a folder that it wrote offline, by type."""
+    told = command("wandb", "leet", "inspect", "--json", str(fragment), cwd=fragment)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in told.stdout.splitlines():
+        record = json.loads(line)
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
+    words = ["--wandb-project", "flagged", "--wandb-group", "a group", "--wandb-tags", "one, two", "--wandb-weights"]
+    run, _ = whole(tmp_path, [*words, "--wandb-notes", "why"], WANDB_PROJECT="variable", WANDB_TAGS="three")
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    records = records_of(fragment)
+    [told] = records["run"]
+    said = {name: told[name] for name in ("project", "run_group", "tags", "notes")}
+    assert said == {"project": "flagged", "run_group": "a group", "tags": ["one", "two"], "notes": "why"}
+
+    def table(key: str) -> dict[str, Any]:
+        [path] = (fragment / "files" / "media" / "table").glob(f"{key}_[0-9]*.table.json")
+        return json.loads(path.read_text())
+
+    predictions, labels = run.predictions["predicted"].tolist(), run.predictions["labels"].tolist()
+    shown = table("predictions")
+    assert shown["columns"] == ["id", "label", "predicted", "right", "confidence", "image"]
+    places = [row[0] for row in shown["data"]]
+    assert len(places) == 200 and places == sorted(set(places)) and places[-1] > 300  # of 333, in every run the same
+    name = run.summary["classes"].__getitem__
+    for at, label, predicted, right, confidence, _ in shown["data"]:
+        assert (label, predicted, right) == (name(labels[at]), name(predictions[at]), labels[at] == predictions[at])
+        logits = run.predictions["logits"][at].astype(float)
+        assert confidence == pytest.approx(math.exp(logits.max()) / sum(map(math.exp, logits)))
+    counted = {(true, found): count for true, found, count in table("confusion_matrix_table")["data"]}
+    assert counted == {
+        (name(i), name(j)): list(zip(labels, predictions, strict=True)).count((i, j))
+        for i in range(10)
+        for j in range(10)
+    }
+    seconds = dict(table("timings_table")["data"])
+    assert sum(seconds.values()) == pytest.approx(run.summary["time/total_s"])
+    assert seconds["training"] == run.summary["time/train_total_s"]
+    [row] = [row["item"] for row in records["history"] if "prediction_grid.count" in row["item"]]
+    assert row["prediction_grid.count"] == 9
+    assert {(a["type"], a["name"]) for a in records["artifact"]} >= {
+        ("model", "run"),
+        ("run_table", f"run-{told['run_id']}-predictions"),
+    }
+    staged = tmp_path / "run" / "wandb" / "artifacts" / "staging"
+    assert weights(tmp_path) in [path.read_bytes() for path in staged.iterdir()]
+
+
+def test_the_id_that_a_sweep_gave_is_read_back(tmp_path: Path) -> None:
+    run, _ = whole(tmp_path, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="of-agent")
+    assert run.summary["wandb_id"] == "of-agent"
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*-of-agent")
+    check_whole(run, fragment)
+
+
+def test_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
+    whole(tmp_path, ["--wandb-group", "of the flag"], WANDB_CONFIG_DIR=str(tmp_path))
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    [told] = records_of(fragment)["run"]
+    assert (told["project"], told["run_group"]) == ("of the file", "of the flag")
 
 
 def child_named(parent: int, name: str) -> int | None:
@@ -272,7 +352,7 @@ def test_a_server_that_falls_silent_holds_nothing_up(tmp_path: Path, untracked: 
 # --- Over many starts, told to a W&B that writes it down ---------------------------------------------------------
 
 SCRIBE = """
-import json, os
+import json, os, types
 def told(*what):
     with open("told.jsonl", "a") as file:
         file.write(json.dumps(what) + "\\n")
@@ -281,7 +361,7 @@ class Summary:
     def get(self, name):  # what the server has
         return json.load(open("server.json")).get(name) if os.path.exists("server.json") else None
 class Run:
-    url, summary = "https://somewhere", Summary()
+    url, id, summary = "https://somewhere", None, Summary()
     def define_metric(self, *names, **axis): pass
     def log(self, row):
         told("log", row)
@@ -289,14 +369,24 @@ class Run:
             row = {name: max(row.get(name, 0), self.summary.get(name) or 0) for name in ("step", "epoch")}
             with open("server.json", "w") as file:
                 json.dump(row, file)
+    def log_artifact(self, artifact): told("artifact", artifact)
     def mark_preempting(self): told("mark_preempting", None)
     def finish(self, exit_code): told("finish", exit_code)
 def Settings(**settings): return settings
 def login(prompt, verify): return os.environ["ACCOUNT"] == "yes"
 def teardown(): pass
+def setup():
+    known = types.SimpleNamespace(project=os.environ.get("WANDB_PROJECT"), run_job_type=None)
+    return types.SimpleNamespace(settings=known)
 def init(**settings):
     told("init", settings)
+    Run.id = settings["id"]
     return Run()
+def Table(columns, data): return [columns, *data]
+def Image(pixels, caption=None): return str(pixels.shape)
+class plot:
+    def confusion_matrix(**of): return of["class_names"]
+    def bar(table, *columns, title): return table
 told("import", os.environ["RANK"])
 """
 
@@ -364,6 +454,9 @@ def test_an_online_run_is_told_each_point_once_over_all_starts(tmp_path: Path, u
     assert {init["id"] for init in inits} == {finished(tmp_path).summary["wandb_id"]}
     assert [init["mode"] for init in inits] == ["online", "online", "online", "offline", "online", "online"]
     assert {init["resume"] for init in inits if init["mode"] == "online"} == {"allow"}
+    # Nothing that nobody said, so that W&B's own settings hold.
+    ours = {"project", "job_type", "mode", "id", "resume", "name", "dir", "config", "allow_val_change", "settings"}
+    assert [set(init) for init in inits] == [ours] * 6
     assert weights(tmp_path) == untracked
 
     assert started(0).lines == []  # it is finished: W&B is not even imported
@@ -381,14 +474,19 @@ class Summary:
     update = nothing
     def get(self, name): pass
 class Run:
-    url, summary = 'nowhere', Summary()
+    url, id, summary = 'nowhere', 'x', Summary()
     define_metric = log = mark_preempting = finish = nothing
-login = Settings = teardown = nothing
+class Setup:
+    class settings: project = run_job_type = None
+class plot: confusion_matrix = bar = nothing
+login = Settings = teardown = Table = Image = nothing
+def setup(): return Setup
 def init(**settings): return Run()
 """
 WORST = {
     "missing": "raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')",
     "broken": "raise SyntaxError('two versions of protobuf')",
+    "the tables raise": GOES_WRONG + "Table = fail",
     "everything raises": "def __getattr__(name): raise RuntimeError(f'{name}: no such luck')",
     "every call raises": GOES_WRONG + "login = Settings = init = teardown = fail",
     "log raises": GOES_WRONG + "Run.log = fail",

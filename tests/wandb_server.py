@@ -17,6 +17,9 @@ class WandbServer:
         self.summaries: dict[str, str] = {}  # of each run, as JSON
         self.exits: list[int] = []  # codes that runs ended with
         self.preempting: list[bool] = []  # whether they were marked so
+        self.told: dict[str, dict[str, Any]] = defaultdict(dict)  # of each run: what it said of itself
+        self.reports: list[dict[str, Any]] = []  # each that was saved, as often as it was
+        self.artifacts: list[tuple[str, str]] = []  # type and name of each; their files are not asked for
         self.silent = threading.Event()  # from when on nothing is answered
 
     def __enter__(self) -> Self:
@@ -42,7 +45,30 @@ class WandbServer:
         """What a query or mutation is answered."""
         project = {"id": "project", "name": given.get("project"), "entity": {"id": "entity", "name": "me"}}
         bucket = {"id": "run", "name": given.get("name"), "displayName": given.get("displayName")}
+        if name == "Viewer":
+            return {"viewer": {"id": "user", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        if name == "ProjectInternalId":
+            return {"project": {"id": "project", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ=="}}
+        if name == "GetProjects":
+            node = {"__typename": "Project", "id": "project", "name": "fashion_ddp", "entityName": "me", "user": None}
+            node |= {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False}
+            page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+            return {"models": {"pageInfo": page, "edges": [{"node": node}]}}
+        if name == "upsertView":
+            self.reports.append(given)
+            view = {k: given[k] for k in ("type", "name", "displayName", "description", "spec")}
+            view |= {"id": "Vmlldzox", "updatedAt": "2026-01-01T00:00:00"}
+            view["project"] = {"id": "project", "name": given["projectName"], "entityName": given["entityName"]}
+            return {"upsertView": {"view": view, "inserted": True}}
+        if name == "ArtifactType":
+            return {"project": None}
+        if name == "CreateArtifact":
+            artifact = given["input"]
+            self.artifacts.append((artifact["artifactTypeName"], artifact["artifactCollectionName"]))
+            there = {"id": "artifact", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
+            return {"createArtifact": {"artifact": there}}
         if name == "UpsertBucket":
+            self.told[given["name"]].update({k: v for k, v in given.items() if v is not None})
             bucket |= {
                 "description": None,
                 "config": "{}",

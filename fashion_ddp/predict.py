@@ -1,0 +1,164 @@
+"""What a trained model takes pictures for, and whether its weights give the figures that its run recorded.
+
+    python -m fashion_ddp.predict runs/cnn-blog-seed42 boot.jpg shirt.png
+    python -m fashion_ddp.predict runs/cnn-blog-seed42 --verify
+
+For each picture the three likeliest classes are printed, and a picture of what the model saw is saved. Exit code 1: the
+weights do not give what was recorded. 2: nothing was done, because something must be mended first.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from fashion_ddp.console import fail, say
+from fashion_ddp.errors import UserError, counted
+from fashion_ddp.load import LoadedRun, load_run
+from fashion_ddp.pictures import Seen, card, is_light_on_dark, save_beside, see
+from fashion_ddp.private import keep_others_out
+
+T = TypeVar("T")
+
+TOP = 3
+# How far a logit may be from the recorded one, as a share of the largest: rounding, in another order of additions. Half
+# precision has 8 or 11 bits; so has float32 in a card's convolutions by default (TF32: 11).
+ROUNDING = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+ON_A_CARD = 1e-2
+
+
+class Mismatch(RuntimeError):
+    """A run's weights do not give what it recorded. Exit code 1."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Classify pictures with a trained model, or check that its weights give what its run recorded."""
+
+    run: tyro.conf.Positional[Path]
+    """A finished run's folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Pictures of any size and colour."""
+    out: Path = Path("predictions")
+    """Folder for pictures of what the model saw; none that is there is replaced."""
+    model: str | None = None
+    """The model of a run with one of your own, named again: package.module:Name."""
+    verify: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Evaluate the test set again, and compare with what the run recorded."""
+    data_dir: Path | None = None
+    """Where the data is looked for, for --verify; by default as for training."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    keep_others_out()
+    command = tyro.cli(Command, prog="python -m fashion_ddp.predict", args=argv)
+    try:
+        if not command.images and not command.verify:
+            raise UserError("nothing to do: name pictures, or give --verify")
+        run = load_run(command.run)
+        if command.verify:
+            say(verify(run, command.model, command.data_dir))
+        if command.images:
+            classify(run, command)
+    except UserError as error:
+        fail(error, 2)
+    except Mismatch as error:
+        fail(error, 1)
+
+
+def classify(run: LoadedRun, command: Command) -> None:
+    """Print what each picture is taken for, and save what the model saw. Nothing is done where one cannot be read."""
+    light_on_dark = is_light_on_dark(run.arrays("examples.safetensors")["samples"])
+    seen, unreadable = list[Seen](), list[str]()
+    for path in _bar(command.images, "reading"):
+        try:
+            seen.append(see(path, run.image_shape, light_on_dark))
+        except UserError as error:
+            unreadable.append(str(error))
+    if unreadable:
+        more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+        raise UserError("; ".join(unreadable[:5]) + more)
+    logits = answers(run, np.stack([one.pixels for one in seen]), command.model)
+    classes = run.summary["classes"]
+    try:
+        command.out.mkdir(parents=True, exist_ok=True)
+        for one, row in _bar(list(zip(seen, probabilities(logits), strict=True)), "saving"):
+            top = [(classes[c], float(row[c])) for c in np.argsort(-row, kind="stable")[:TOP]]
+            saved = save_beside(card(one, top), command.out / one.path.name)
+            said = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in top)
+            say(f"{one.path}: {said}  ({saved})")
+    except OSError as error:
+        raise UserError(f"{command.out}: cannot be written ({error.strerror or error}): choose another --out") from None
+
+
+def _bar(each: "Sequence[T]", doing: str) -> "tqdm[T]":
+    return tqdm(each, desc=doing, unit="picture", leave=False, disable=len(each) < 2 or not sys.stderr.isatty())
+
+
+def answers(run: LoadedRun, images: np.ndarray, own: str | None) -> np.ndarray:
+    """The model's logits [n, classes] for images uint8 [n, C, H, W], on the CPU, in the run's precision."""
+    model = run.model(own)
+    import torch
+
+    from fashion_ddp.batches import to_unit
+    from fashion_ddp.evaluate import ROWS
+
+    dtype = next(model.parameters()).dtype
+    mixed = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.config["precision"])
+    rows = torch.from_numpy(images).split(ROWS)
+    with torch.no_grad(), torch.autocast("cpu", mixed or torch.bfloat16, enabled=mixed is not None):
+        return torch.cat([model(to_unit(part, dtype)).to(dtype) for part in _bar(rows, "classifying")]).numpy()
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """The softmax of each row."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def verify(run: LoadedRun, own: str | None, data_dir: Path | None) -> str:
+    """Evaluate the test set with the run's weights, and compare: what was found, in a sentence.
+
+    Raises Mismatch where anything is not as recorded; UserError where it cannot be told.
+    """
+    from fashion_ddp import data
+
+    recorded, cfg = run.predictions, run.settings()
+    made_with = run.environment[-1]["made_by"]["data"] if run.environment else {}
+    dataset = data.load(cfg.dataset, data_dir or cfg.data_dir)
+    if dataset.md5 != made_with:
+        raise UserError(
+            f"{run.path} was made with other data than {dataset.source} holds: name its own with --data-dir"
+        )
+    count = len(dataset.test_labels)
+    if not np.array_equal(recorded["labels"], dataset.test_labels):
+        raise Mismatch(f"{run.path}: the labels in predictions.safetensors are not those of the test set")
+    if accuracy(recorded["predicted"], recorded["labels"]) != run.summary["test/accuracy"]:
+        raise Mismatch(f"{run.path}: predictions.safetensors and summary.json give different accuracies")
+    logits = answers(run, dataset.test_images, own)
+    apart = float(np.abs(logits - recorded["logits"]).max())
+    share = max(ROUNDING[cfg.precision], 0 if run.summary["device"] == "cpu" else ON_A_CARD)
+    most = share * max(1.0, float(np.abs(recorded["logits"]).max()))
+    found = f"{count:,} test images: logits at most {apart:.1e} from the recorded ones (rounding: up to {most:.1e})"
+    if not apart <= most:  # nor where it is not a number
+        raise Mismatch(f"{run.path}: its weights do not give its record. {found}")
+    # Within rounding of the logits a class can change only where two were level.
+    changed = int((logits.argmax(axis=1) != recorded["predicted"]).sum())
+    again = accuracy(logits.argmax(axis=1), dataset.test_labels)
+    exactly = (
+        "exactly as recorded" if not changed else f"with {counted(changed, 'tie')} of two classes decided otherwise"
+    )
+    return f"verified: {found}; accuracy {100 * again:.2f} %, {exactly}"
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return int((predicted == labels).sum()) / len(labels)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
