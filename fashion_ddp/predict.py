@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from fashion_ddp import own_code
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import UserError, counted
 from fashion_ddp.load import LoadedRun, load_run
@@ -52,6 +53,8 @@ class Command:
     """Evaluate the test set again, and compare with what the run recorded."""
     data_dir: Path | None = None
     """Where the data is looked for, for --verify; by default as for training."""
+    dataset: str | None = None
+    """The data of a run with a function of your own, named again for --verify: package.module:function."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,8 +64,11 @@ def main(argv: list[str] | None = None) -> None:
         if not command.images and not command.verify:
             raise UserError("nothing to do: name pictures, or give --verify")
         run = load_run(command.run)
+        kept = run.path / "model.py"
+        if command.model and kept.is_file() and own_code.differs(command.model, kept):
+            say(f"note: the source of {command.model} is not that of the run, which {kept} keeps")
         if command.verify:
-            say(verify(run, command.model, command.data_dir))
+            say(verify(run, command.model, command.data_dir, command.dataset))
         if command.images:
             classify(run, command)
     except UserError as error:
@@ -121,8 +127,10 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def verify(run: LoadedRun, own: str | None, data_dir: Path | None) -> str:
+def verify(run: LoadedRun, own: str | None, data_dir: Path | None, named: str | None = None) -> str:
     """Evaluate the test set with the run's weights, and compare: what was found, in a sentence.
+
+    `own` and `named`: the user's own model and data, if they are, named again.
 
     Raises Mismatch where anything is not as recorded; UserError where it cannot be told.
     """
@@ -130,7 +138,9 @@ def verify(run: LoadedRun, own: str | None, data_dir: Path | None) -> str:
 
     recorded, cfg = run.predictions, run.settings()
     made_with = run.environment[-1]["made_by"]["data"] if run.environment else {}
-    dataset = data.load(cfg.dataset, data_dir or cfg.data_dir)
+    if ":" in cfg.dataset and named is None:  # a run folder never decides which code is imported
+        raise UserError(f"{run.path} has data of your own: name it again, as --dataset {cfg.dataset}")
+    dataset = data.load(named or cfg.dataset, data_dir or cfg.data_dir)
     if dataset.md5 != made_with:
         raise UserError(
             f"{run.path} was made with other data than {dataset.source} holds: name its own with --data-dir"

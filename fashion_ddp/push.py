@@ -213,8 +213,11 @@ def _dataset(name: str, data_dir: Path | None) -> data.Dataset | None:
 
 
 def _test_images(run: Run) -> np.ndarray | None:
-    """The test set's, uint8 [n, C, H, W]; None where the run's own data is not here."""
+    """The test set's, uint8 [n, C, H, W]; None where the run's own data is not here, or a function of the user's makes
+    it: a run folder never decides which code is imported."""
     cfg, start = run.settings(), run.environment[-1] if run.environment else {}
+    if ":" in cfg.dataset:
+        return None
     dataset = _dataset(cfg.dataset, cfg.data_dir)
     return dataset.test_images if dataset and dataset.md5 == start.get("made_by", {}).get("data") else None
 

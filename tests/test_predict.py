@@ -19,7 +19,7 @@ from faults import Fault
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from fashion_ddp import data, load_run, pictures, predict, synthetic
+from fashion_ddp import data, load_run, pictures, predict, push, synthetic
 from fashion_ddp.errors import UserError
 from fashion_ddp.load import LoadedRun
 
@@ -277,3 +277,36 @@ def test_a_tie_within_rounding_is_told(
 def test_a_users_model_is_named(run: LoadedRun) -> None:
     with pytest.raises(UserError, match="model nobody:Net"):
         predict.answers(run, np.zeros((1, *SHAPE), np.uint8), "nobody:Net")
+
+
+def test_a_run_does_not_decide_which_code_makes_its_data(
+    run: LoadedRun, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = copy(run, tmp_path)
+    config = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(config.replace("dataset: synthetic", "dataset: its_data_7:make"))
+    (tmp_path / "its_data_7.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert "name it again, as --dataset its_data_7:make" in refused(path, "--verify", code=2, capsys=capsys)
+    assert push._test_images(load_run(path)) is None
+    call(path, "--verify", "--dataset", "synthetic")
+    assert capsys.readouterr().out.endswith("exactly as recorded\n")
+
+
+def test_a_model_whose_source_has_changed_is_told(
+    run: LoadedRun, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = copy(run, tmp_path)
+    config = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(config.replace("model: cnn", "model: its_model_7:make"))
+    code = "from fashion_ddp.models import cnn\n\ndef make(shape, classes, hidden_units=4):\n"
+    code += "    return cnn(shape, classes, 4)\n"
+    for source in (tmp_path / "its_model_7.py", path / "model.py"):
+        source.write_text(code)
+    monkeypatch.chdir(tmp_path)
+    call(path, "--verify", "--model", "its_model_7:make")
+    assert capsys.readouterr().out.startswith("verified: ")
+    (path / "model.py").write_text(code.replace("4", "5"))
+    call(path, "--verify", "--model", "its_model_7:make")
+    said = capsys.readouterr().out
+    assert said.startswith("note: the source of its_model_7:make is not that of the run") and "\nverified: " in said
