@@ -95,6 +95,8 @@ class Config:
     """Seconds between checkpoints; a run that is stopped, or ends, leaves one in any case."""
     timeout: float = 600.0
     """Seconds that ranks wait for one that hangs before they give up."""
+    trace: bool = False
+    """Write a trace of a few steps of each rank into the run's logs/."""
 
     runs_dir: Path = Path("runs")
     """Folder that run folders are made in ($FASHION_DDP_RUNS_DIR)."""
@@ -187,7 +189,7 @@ class Config:
     def result_settings(self) -> dict[str, Any]:
         """The settings, beyond model, recipe and seed, that change what is computed."""
         identity, machine = {"model", "recipe", "seed"}, {"device", "threads", "micro_batch", "data_dir", "tracker"}
-        others = identity | machine | {"runs_dir", "run_dir", "checkpoint_every", "timeout"}
+        others = identity | machine | {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
         others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
         settings["dataset"] = of_dataset(self.dataset)

@@ -157,7 +157,7 @@ def files() -> tuple[File, ...]:
         File("model.safetensors", "Of a finished run: the weights after the last epoch, under the model's own names."),
         File("model.txt", "The model's layers, as printed at the start. Beside it model.py: the source of your own."),
         File("checkpoints/", "What a run that was interrupted continues from; the newest two. For the trainer alone."),
-        File("logs/", "One file per rank: errors, and the stack of a rank that hung."),
+        File("logs/", "One per rank: errors, the stack of a rank that hung; with --trace its trace of a few steps."),
         File("wandb/", "What W&B writes."),
         File("job.json, starts.jsonl", "Of a submitted run: its job, and its starts."),
     )

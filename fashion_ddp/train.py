@@ -66,6 +66,7 @@ def train(command: Command) -> None:
     from fashion_ddp.ranks import open_world
     from fashion_ddp.recorder import open_recorder
     from fashion_ddp.step import Step
+    from fashion_ddp.trace import Trace
     from fashion_ddp.watch import Watch
 
     cfg = command.run
@@ -87,7 +88,11 @@ def train(command: Command) -> None:
             return
         saved = Checkpoints(cfg, world, folder, step, timings)
         known = start.announce(cfg, world, folder, environment, model, data, step, prepared)
-        with Watch(world, folder, cfg.timeout), open_recorder(folder, cfg, world, known, saved.recorder) as recorder:
+        with (
+            Watch(world, folder, cfg.timeout),
+            open_recorder(folder, cfg, world, known, saved.recorder) as recorder,
+            Trace(cfg, world, folder, step.done) as trace,
+        ):
             for epoch in saved.epochs():
                 recorder.begin_epoch(epoch, batches.steps)
                 with timings.measure("train"):
@@ -95,6 +100,7 @@ def train(command: Command) -> None:
                     for window in step.sync.windows(batches.steps, saved.steps_of(epoch)):
                         for k in window:
                             step(k)
+                            trace.step()
                         recorder.steps(step.read(window))
                         saved.keep(recorder)
                 with timings.measure("eval"):

@@ -17,7 +17,7 @@ FLOORS = [
     {"initial"},
     {"settings", "provenance", "machine", "memory", "optim", "published", "synthetic", "download", "idx", "contents"},
     {"cli", "rundir", "ranks", "data", "own_data", "image_folder"},
-    {"claim", "report", "batches", "panels", "watch", "pictures", "norm"},
+    {"claim", "report", "batches", "panels", "watch", "trace", "pictures", "norm"},
     {"transfer"},
     {"models"},
     {"compare", "step", "evaluate", "load", "tracking"},
