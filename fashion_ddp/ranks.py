@@ -150,6 +150,7 @@ class World:
         _arrivals = -1
         if dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(0.05)  # gloo's thread has yet to drop the last call's tensors; at Python's end it would abort
 
 
 LOST = "another rank ended before its time; its own words, or its launcher's, tell why"
@@ -208,10 +209,8 @@ def open_world(cfg: Config) -> Iterator[World]:
 
 
 class SyncPoint:
-    """Where all ranks meet, about once a second, and the host reads what the device has recorded.
-
-    There they also agree whether to stop, and whether a checkpoint is due.
-    """
+    """Where all ranks meet, about once a second: the host reads what the device has recorded, and they agree whether to
+    stop, and whether a checkpoint is due."""
 
     def __init__(self, world: World, save_every: float, seconds: float = 1.0):
         self.world, self.save_every, self.seconds = world, save_every, seconds

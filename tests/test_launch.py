@@ -92,8 +92,12 @@ def test_a_mistake_is_told_once_before_the_launcher_s_own_lines(tmp_path: Path) 
 def test_missing_data_is_told_once_by_all_ranks_together(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     words = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fashion_ddp.train", "--model", "mlp")
-    done = command(*words, cwd=tmp_path, FASHION_DDP_DATA_DIR=str(tmp_path / "empty"))
-    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+    for _ in range(3):  # ranks that end at once after a collective: gloo's thread is still at it
+        done = command(*words, cwd=tmp_path, FASHION_DDP_DATA_DIR=str(tmp_path / "empty"))
+        assert done.returncode == 1 and done.stderr.count("error: ") == 1
+        assert "terminate called" not in done.stderr and "exitcode: 2" in done.stderr.replace(
+            "exitcode  : 2", "exitcode: 2"
+        )
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         assert f"{name}-ubyte.gz" in done.stderr
     assert "python -m fashion_ddp.data" in done.stderr and str(tmp_path / "empty") in done.stderr
