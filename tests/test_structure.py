@@ -20,8 +20,8 @@ FLOORS = [
     {"claim", "report", "batches", "panels", "watch", "trace", "pictures", "norm"},
     {"transfer"},
     {"models"},
-    {"compare", "step", "evaluate", "load", "tracking"},
-    {"start", "recorder", "results", "predict", "push"},
+    {"compare", "step", "evaluate", "load", "tracking", "probe"},
+    {"start", "recorder", "results", "predict", "push", "check"},
     {"checkpoint"},
     {"train"},
 ]

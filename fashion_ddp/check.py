@@ -1,0 +1,207 @@
+"""What this machine has, and whether training can start on it: for a doubt, and for a bug report.
+
+    python -m fashion_ddp.check                    everything, in a few seconds; starts nothing
+    accelerate launch -m fashion_ddp.check         a probe of the ranks: cards, memory, a timed all-reduce (probe.py)
+
+Exit code 0: training can start. 1: it cannot, and the lines with PROBLEM say why.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fashion_ddp import machine, memory, provenance
+from fashion_ddp.config import Config
+from fashion_ddp.console import fail, say
+from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.private import redact
+from fashion_ddp.published import PUBLISHED, absent, cache, locate
+
+PACKAGES = ("torchvision", "wandb", "submitit", "torchmetrics", "tyro", "safetensors")
+# Beginnings of libraries that torch brings along, and that another copy on the search path comes before.
+SHADOWED = ("libcudart", "libcublas", "libcudnn", "libnccl", "libnvrtc", "libcusparse", "libcufft", "libtorch")
+SLURM = ("sbatch", "srun", "squeue", "scontrol", "sacct")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One line of the answer."""
+
+    what: str
+    text: str
+    problem: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what:<12}{'PROBLEM: ' * self.problem}{self.text}"
+
+
+def check() -> list[Found]:
+    """All that is found, in the order in which it is printed."""
+    return [*system(), *packages(), *cards(), *precisions(), *accelerate(), *datasets(), *wandb(), *slurm(), *disk()]
+
+
+def system() -> Iterator[Found]:
+    yield Found("system", f"{platform.platform()}; Python {platform.python_version()} in {sys.prefix}")
+    free = memory.free()
+    told = f", {free / 1e9:.1f} GB of memory free" if free is not None else ""
+    yield Found("processor", f"{machine.cpu_name()}, {counted(machine.usable_cores(), 'usable core')}{told}")
+
+
+def packages() -> Iterator[Found]:
+    ours = provenance.versions()
+    others = {name: _version(name) for name in PACKAGES}
+    text = ", ".join(f"{name} {version or '(not installed)'}" for name, version in (ours | others).items())
+    commit = provenance.git_commit() or "unknown"
+    yield Found("versions", f"{text}; source {provenance.code_hash()[:12]}, commit {commit}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cards() -> Iterator[Found]:
+    """NVIDIA's cards and driver beside this build of torch, and whether a run would take them."""
+    import torch
+
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}"
+    driver = machine.ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    yield Found("driver", f"NVIDIA {driver[0]}; {built}" if driver else f"no NVIDIA driver answers; {built}")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+        yield Found(f"card {index}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+    for held in machine.ask("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"):
+        yield Found("card in use", held)
+    try:
+        device = machine.choose_device(Config(), machine.Place())
+        yield Found("device", f"a run takes {'the cards' if device == 'cuda' else 'the CPU: there is no NVIDIA card'}")
+    except UserError as error:
+        yield Found("device", str(error), problem=True)
+    for folder in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")):
+        if shadows := sorted(p.name for p in _files(Path(folder)) if p.name.startswith(SHADOWED)):
+            text = f"{folder} on LD_LIBRARY_PATH comes before torch's own {', '.join(shadows[:5])}"
+            yield Found("libraries", f"{text}: unset it where CUDA fails to start")
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def precisions() -> Iterator[Found]:
+    able, unable = [], []
+    for precision in ("fp32", "fp16", "bf16", "fp64"):
+        try:
+            machine.choose_device(Config(precision=precision), machine.Place())
+            able.append(precision)
+        except UserError:
+            unable.append(precision)
+    yield Found("precision", ", ".join(able) + (f"; not {', '.join(unable)}" if unable else ""))
+
+
+def accelerate() -> Iterator[Found]:
+    """The file that `accelerate launch` reads without being told."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    path = Path(default_config_file)
+    if path.is_file():
+        text = f"`accelerate launch` reads {path}; `--config_file accelerate_config.yaml` goes by ours instead"
+    else:
+        text = f"`accelerate launch` finds no file of its own at {path}, and takes all cards"
+    yield Found("accelerate", text)
+
+
+def datasets() -> Iterator[Found]:
+    for name in PUBLISHED:
+        folder = locate(name, None)
+        if folder is not None:
+            yield Found("data", f"{name} in {folder}")
+        elif name == Config.dataset:
+            yield Found("data", f"a run would download it: {absent(name, None)}")
+
+
+def wandb() -> Iterator[Found]:
+    version, said = _version("wandb"), {k: v for k, v in sorted(os.environ.items()) if k.startswith("WANDB_")}
+    if version is None:
+        yield Found("W&B", "not installed: runs are recorded in their folders alone")
+        return
+    mode = said.get("WANDB_MODE") or ("online" if _has_key() else "offline: there is no key, `wandb login` keeps one")
+    variables = ", ".join(redact(f"{name}={value}") for name, value in said.items() if "KEY" not in name)
+    yield Found("W&B", f"{version}, {mode}{f' ({variables})' if variables else ''}")
+
+
+def _has_key() -> bool:
+    """Whether W&B's key is in its variable, or in the file that `wandb login` writes."""
+    import netrc
+
+    try:
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].partition("/")[0]
+        stored = netrc.netrc(os.environ.get("NETRC") or os.path.expanduser("~/.netrc")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        stored = None
+    return bool(os.environ.get("WANDB_API_KEY") or stored)
+
+
+def slurm() -> Iterator[Found]:
+    there = [name for name in SLURM if shutil.which(name)]
+    inside = f"; this is inside job {job}" if (job := os.environ.get("SLURM_JOB_ID")) else ""
+    if there:
+        missing = [name for name in SLURM if name not in there]
+        yield Found("SLURM", ", ".join(there) + (f"; without {', '.join(missing)}" if missing else "") + inside)
+    else:
+        yield Found("SLURM", "no command of it here")
+
+
+def disk() -> Iterator[Found]:
+    runs = Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")).absolute()
+    own = sys.prefix != sys.base_prefix  # else it is the system's Python, and not ours to count
+    folders = {"environment": Path(sys.prefix)} if own else {}
+    for what, folder in (folders | {"data cache": cache(), "runs": runs}).items():
+        if folder.is_dir():
+            size, count = _size(folder)
+            yield Found("disk", f"{what}: {size / 1e9:.2f} GB in {counted(count, 'file')}, {folder}")
+    there = next(folder for folder in (runs, *runs.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    yield Found("disk", f"{free / 1e9:.1f} GB free where runs are written", problem=free < 50e6)
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    """Bytes and files below a folder, of what can be read."""
+    size = count = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += os.lstat(os.path.join(at, name)).st_size
+                count += 1
+            except OSError:
+                continue
+    return size, count
+
+
+def main() -> None:
+    if "WORLD_SIZE" in os.environ:
+        from fashion_ddp import probe  # imports torch.distributed
+
+        probe.main()
+        return
+    found = check()
+    for one in found:
+        say(redact(str(one)))
+    if problems := [one for one in found if one.problem]:
+        fail(TrainingFailed(f"training cannot start here: {counted(len(problems), 'problem')}, see above"), 1)
+    say("training can start here")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a doubtful user is told about the machine, and the probe of ranks."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import command
+
+from fashion_ddp import check, machine, probe
+
+quick = pytest.mark.quick
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
+    """The exit code, what was found by its name, and everything printed."""
+    code = 0
+    try:
+        check.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    printed = "".join(capsys.readouterr())
+    return code, {line[:12].strip(): line[12:] for line in printed.splitlines()}, printed
+
+
+@quick
+def test_a_machine_without_cards_can_train(data_dir: Path, hostile_home: Path, tmp_path: Path) -> None:
+    done = command("python", "-m", "fashion_ddp.check", cwd=tmp_path, FASHION_DDP_DATA_DIR=str(data_dir))
+    found = {line[:12].strip(): line[12:] for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and done.stdout.endswith("training can start here\n") and not list(tmp_path.iterdir())
+    assert found["device"] == "a run takes the CPU: there is no NVIDIA card"
+    assert "fp32" in found["precision"] and found["precision"].endswith("not fp16")
+    assert f"reads {hostile_home}/.cache/huggingface/accelerate/default_config.yaml" in found["accelerate"]
+    assert found["data"].startswith(f"fashion_mnist in {data_dir}")
+    assert "torch 2." in found["versions"] and ", commit " in found["versions"]
+
+
+@quick
+def test_cards_that_torch_cannot_use_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "_cards_present", lambda: True)
+    code, found, printed = told(capsys)
+    assert code == 1 and found["device"].startswith("PROBLEM: ") and "the driver is probably older" in found["device"]
+    assert "error: training cannot start here: 1 problem, see above" in printed
+
+
+@quick
+def test_what_is_missing_or_in_the_way_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "libcudart.so.12").touch()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+    variables = {"LD_LIBRARY_PATH": f":{tmp_path}:/nowhere", "FASHION_DDP_DATA_DIR": "/nowhere", "PATH": "/nowhere"}
+    variables |= {"WANDB_API_KEY": "5ecre7", "WANDB_PROJECT": "mine", "SLURM_JOB_ID": "7"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, found, printed = told(capsys)
+    assert code == 0 and "5ecre7" not in printed
+    assert found["libraries"].startswith(f"{tmp_path} on LD_LIBRARY_PATH comes before torch's own libcudart.so.12")
+    assert "train-images-idx3-ubyte.gz" in found["data"] and "python -m fashion_ddp.data" in found["data"]
+    assert ", online (WANDB_PROJECT=mine)" in found["W&B"] and found["SLURM"] == "no command of it here"
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert ", offline: there is no key" in told(capsys)[1]["W&B"]
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert ", online (" in told(capsys)[1]["W&B"]
+
+
+def test_ranks_that_can_talk_say_how_fast(tmp_path: Path) -> None:
+    done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fashion_ddp.check", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(" on ")[0] for line in lines[:2]] == ["rank 0 of 2", "rank 1 of 2"]
+    assert [line.partition(":")[0] for line in lines[2:4]] == [f"all-reduce of {name}" for name in probe.SIZES]
+    assert lines[4:] == ["the 2 ranks can train together"] and not list(tmp_path.iterdir())
+
+
+@quick
+def test_ranks_that_hang_end_with_advice() -> None:
+    code = "import time; from fashion_ddp import probe\nwith probe.limit(0, 'an all-reduce', 0.2): time.sleep(60)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and time.monotonic() - start < 50
+    assert "error: rank 0 on " in done.stdout and ": an all-reduce did not end within 0 s; " in done.stdout
+    assert "NCCL_P2P_DISABLE=1" in done.stdout and "IOMMU" in done.stdout and "a firewall" in done.stdout
