@@ -238,7 +238,7 @@ def test_check_changes_nothing(cfg: Config) -> None:
 MAY_CHANGE: dict[str, Any] = {
     "data_dir": Path("elsewhere"), "device": "cpu", "threads": 3, "micro_batch": 5, "checkpoint_every": 1.0,
     "timeout": 5.0, "runs_dir": Path("elsewhere"), "tracker": "none", "wandb_project": "p", "wandb_entity": "e",
-    "wandb_group": "g", "wandb_tags": "t", "wandb_notes": "n", "wandb_weights": True,
+    "wandb_group": "g", "wandb_tags": "t", "wandb_notes": "n", "wandb_weights": True, "trace": True,
 }  # fmt: skip
 UNFINISHED, FINISHED = "stopped", "finished"
 
