@@ -18,6 +18,7 @@
 ##   MODELS="linear relu mlp cnn"  RECIPE=blog  SEEDS=42      what compare trains
 ##   GPUS=            which cards, as 1,2 (all)               RANKS=  how many processes (one per card)
 ##   FRESH=           1: train anew, keep old runs as .1      ARGS=   any other flag, as ARGS="--epochs 10"
+##   FORCE=           1: train on a login node of a SLURM cluster all the same
 ## Targets that need the environment make it first.
 
 VENV ?= .venv
@@ -30,6 +31,7 @@ SEEDS ?= 42
 GPUS ?=
 RANKS ?=
 FRESH ?=
+FORCE ?=
 ARGS ?=
 N ?= 100
 SEED ?= 1
@@ -51,7 +53,7 @@ compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock:
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
-FLAGS = $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(ARGS)
+FLAGS = $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(if $(FORCE),--force) $(ARGS)
 compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 

@@ -8,9 +8,9 @@ and the report says which; 2: nothing was started, because something must be men
 command continues.
 """
 
-import dataclasses
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,10 +28,11 @@ if __name__ == "__main__":
 from fashion_ddp import claim, cli, compare, data, machine, provenance
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
-from fashion_ddp.errors import TrainingFailed, UserError, nearest
+from fashion_ddp.errors import TrainingFailed, UserError
 from fashion_ddp.private import keep_others_out
+from launch import slurm
 from launch.announce import announce_apart
-from launch.runs import shared_group
+from launch.runs import check_flags, shared_group
 
 STOPPED = 75  # exit code of what was told to stop, and continues with the same command
 PATIENCE = 30.0  # seconds that ranks get to end, once one has
@@ -51,6 +52,8 @@ class Comparison:
     """Ranks of each run; 0 takes one per card, or on a CPU one per core up to four."""
     out: Path = Path("report")
     """Folder of the report."""
+    force: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Train on a login node of a SLURM cluster all the same."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,14 @@ def _check(comparison: Comparison, flags: list[str]) -> None:
         raise UserError(f"ranks must be at least 0, got {comparison.ranks}")
     if not comparison.models or not comparison.seeds:
         raise UserError("models and seeds need at least one value each")
-    known = [field.name for kind in (Comparison, cli.Command, Config) for field in dataclasses.fields(kind)]
-    for flag in (word.partition("=")[0] for word in flags if word.startswith("--")):
-        name = flag.removeprefix("--").replace("-", "_")
-        if name.removeprefix("no_") not in known:
-            raise UserError(f"unknown flag {flag}; {nearest(name, known)}")
+    check_flags(Comparison, flags, {})
+    if not comparison.force and slurm.is_outside_of_a_job():
+        words = ["--models", *comparison.models, "--recipe", comparison.recipe, "--seeds", *map(str, comparison.seeds)]
+        raise UserError(
+            "this is a machine of a SLURM cluster, and no job of it: submit these runs with "
+            f"`python -m launch.submit {shlex.join([*words, *flags])}` (with cards: --gpus-per-node N), or train here "
+            "all the same with --force (FORCE=1)"
+        )
 
 
 def _job(comparison: Comparison, model: str, seed: int, flags: list[str]) -> Job:

@@ -24,16 +24,18 @@ class Queued:
     script: str  # the file that sbatch was given
 
 
-def call(*words: str) -> str:
+def call(*words: str, patience: float = PATIENCE) -> str:
     """A SLURM command's output. Raises UserError with what it says where it fails."""
     try:
         done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience, check=False
         )
     except FileNotFoundError:
         raise UserError(f"{words[0]} is not here: give the command on a machine of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{words[0]} did not answer for a minute: the cluster's controller may be down") from None
+        raise UserError(
+            f"{words[0]} did not answer for {patience:.0f} s: the cluster's controller may be down"
+        ) from None
     if done.returncode:
         raise UserError(f"{words[0]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
@@ -67,6 +69,17 @@ def machines() -> str:
     """What the partitions have."""
     text = call("sinfo", "--noheader", "--format=%R: %D x %c cores, %m MB, GPUs %G")
     return "; ".join(dict.fromkeys(text.replace("GPUs (null)", "no GPUs").splitlines()))
+
+
+def is_outside_of_a_job() -> bool:
+    """Whether this is a machine of a cluster, and no job: a login node, most likely."""
+    if "SLURM_JOB_ID" in os.environ or shutil.which("sinfo") is None:
+        return False
+    try:
+        call("sinfo", "--noheader", patience=10)
+    except UserError:  # installed, and no cluster answers
+        return False
+    return True
 
 
 def own_id() -> str | None:

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from conftest import CHECKOUT
 from torch import nn
 
 from fashion_ddp import cli, models
 from fashion_ddp.settings import recipe_settings
+from launch import runs
+from launch.runs import Submission
 
 pytestmark = pytest.mark.quick
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/data.md", "docs/models.md"]
+DOCS = sorted(str(page.relative_to(CHECKOUT)) for page in (CHECKOUT / "docs").glob("*.md"))
+EVERY = ["README.md", "CONTRIBUTING.md", *DOCS]
+# The commands of docs/change.md are test_change.py's.
+PAGES = [page for page in EVERY if page not in ("docs/change.md", "docs/slurm.md")]
 TEXT = "\n".join((CHECKOUT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
 TYPED = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
@@ -26,6 +32,9 @@ TYPED = sorted({line for line in TYPED if not any(name in line for name in NAMES
 TRAIN = [line for line in TYPED if "-m fashion_ddp.train " in line]
 FLAGS = [line for line in TYPED if re.match(r"--[\w-]+ ", line)]
 MAKE = [line for line in TYPED if line.startswith("make ")]
+SUBMIT = sorted(
+    set(re.findall(r"python -m launch\.submit( --[^`\n]*)", "\n".join((CHECKOUT / p).read_text() for p in EVERY)))
+)
 
 
 def block(kind: str) -> str:
@@ -52,10 +61,21 @@ def test_a_make_target_and_its_variables_exist(line: str) -> None:
         assert re.search(pattern, makefile, flags=re.MULTILINE), word
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page: str) -> None:
-    links = re.findall(r"\]\((?!http)([^)]+)\)", (CHECKOUT / page).read_text())
-    assert [link for link in links if not (CHECKOUT / page).parent.joinpath(link).exists()] == []
+@pytest.mark.parametrize("line", SUBMIT)
+def test_a_submission_is_valid(line: str) -> None:
+    words = shlex.split(line.partition("#")[0])
+    asked, flags = tyro.cli(Submission, args=words, return_unknown_args=True)
+    assert runs.commands(asked, flags, [])
+
+
+@pytest.mark.parametrize("page", EVERY)
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", (CHECKOUT / page).read_text()):
+        file, _, heading = link.partition("#")
+        target = (CHECKOUT / page).parent / file if file else CHECKOUT / page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def test_the_table_on_scaling_is_what_its_program_prints() -> None:

@@ -292,6 +292,16 @@ def test_what_slurm_would_not_take_is_told_before_anything_is_written(
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_login_node_is_not_trained_on_unless_that_is_meant(cluster: Cluster, tmp_path: Path) -> None:
+    line = ("python", "-m", "launch.local", "--models", "linear", *TRAIN, "--check-only")
+    done = command(*line, cwd=tmp_path)
+    told = "submit these runs with `python -m launch.submit --models linear --recipe blog --seeds 42 --batch-size 1000"
+    assert done.returncode == 2 and told in done.stderr and "--force (FORCE=1)" in done.stderr
+    assert command(*line, "--force", cwd=tmp_path).returncode == 0
+    assert command(*line, cwd=tmp_path, SLURM_JOB_ID="1").returncode == 0  # a job's own machine
+    assert command(*line, cwd=tmp_path, SLURM_CONF="/nowhere").returncode == 0  # installed, and no cluster
+
+
 def test_nodes_that_do_not_find_each_other_say_so(cluster: Cluster, tmp_path: Path) -> None:
     cluster.name_nodes(False)
     try:
