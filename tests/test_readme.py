@@ -78,10 +78,11 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
         assert not heading or heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-def test_the_table_on_scaling_is_what_its_program_prints() -> None:
-    program = [sys.executable, str(CHECKOUT / "benchmarks" / "scaling_model.py")]
-    printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    assert printed in (CHECKOUT / "docs" / "scaling.md").read_text()
+@pytest.mark.parametrize(("program", "page"), [("scaling_model", "scaling"), ("page", "performance")])
+def test_what_a_program_prints_stands_in_its_page(program: str, page: str) -> None:
+    line = [sys.executable, str(CHECKOUT / "benchmarks" / f"{program}.py")]
+    printed = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    assert printed in (CHECKOUT / "docs" / f"{page}.md").read_text()
 
 
 def test_the_tree_names_every_file() -> None:

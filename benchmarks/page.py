@@ -1,0 +1,112 @@
+"""The page on speed, docs/performance.md, made of benchmarks/results/*.json and nothing else.
+
+python benchmarks/page.py > docs/performance.md
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = """\
+# How fast, and where the time goes
+
+Made by [benchmarks/page.py](../benchmarks/page.py) from [benchmarks/results](../benchmarks/results). `make bench` and
+`make bench-scaling` measure it on your machine. Ratios are of runs made in turn in one sitting: medians, and in
+brackets the smallest and the largest. Nothing here comes from a GPU.
+
+## Against the tutorials' loop
+
+The same model, batch, optimizer and epochs. `plain` is the tutorials' loop (torchvision's dataset, `ToTensor`,
+DataLoader, one process), `accelerate` the same with Accelerate's prepared DataLoader
+([both](../benchmarks/tutorial.py)), `ours` one process of ours, and a rank of one thread per core. T_train is the
+tutorials' clock, the epochs with a test pass each; T_cold a whole process, from the shell to its exit.
+
+{bench}
+
+## Where a step goes
+
+Microseconds of a step in one process of {threads} thread, and beside them what its matrix products and convolutions
+would take at the rate of this machine's best matrix product ({gflops:.0f} GFLOP/s; convolutions may be faster than
+that).
+
+{parts}
+
+## More ranks
+
+One thread each; strong: the same batch of 128, weak: 128 images per rank.
+
+{scaling}
+"""
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ratio(values: list[float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+
+def origin(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "accelerate", "python"))
+    return (
+        f"{result['date']}, {about['cores']} cores of {about['processor']}, {versions}, commit {result['commit'][:8]}."
+    )
+
+
+def bench(*names: str) -> str:
+    parts = []
+    for result in map(read, names):
+        rows = []
+        for case, ways in result["cases"].items():
+            for way, one in ways.items():
+                clocks = [f"{one['train_s']:.2f}", ratio(one["train_s_ratio"]), f"{one['cold_s']:.2f}"]
+                rows.append([f"{case}, {way}", *clocks, ratio(one["cold_s_ratio"]), str(len(one["runs"]))])
+        titles = [
+            f"{result['epochs']} epoch{'s' * (result['epochs'] > 1)}",
+            "T_train s",
+            "times faster",
+            "T_cold s",
+            "times faster",
+            "n",
+        ]
+        parts.append(table(titles, rows) + "\n\n" + origin(result))
+    return "\n\n".join(parts)
+
+
+def step_parts(result: dict[str, Any]) -> str:
+    names = list(next(iter(result["cases"].values()))["parts_s"])
+    rows = [
+        [case, *(f"{1e6 * one['parts_s'][name]:,.0f}" for name in names)]
+        + [f"{1e6 * one['step_s']:,.0f}", f"{1e6 * one['arithmetic_s']:,.0f}"]
+        for case, one in result["cases"].items()
+    ]
+    return table(["model and recipe", *names, "whole", "its arithmetic"], rows) + "\n\n" + origin(result)
+
+
+def scaling(result: dict[str, Any]) -> str:
+    rows = [
+        [f"{case} ranks", f"{one['images_per_s']:,.0f}", ratio(one["speed_up"]), f"{one['efficiency']:.0%}"]
+        + [f"{one['all_reduce_share']:.0%}" if "all_reduce_share" in one else "not measured", str(len(one["runs"]))]
+        for case, one in result["cases"].items()
+    ]
+    titles = ["", "images/s", "times one rank", "efficiency", "all-reduce, of a step", "n"]
+    return table(titles, rows) + "\n\n" + origin(result)
+
+
+def page() -> str:
+    parts = read("step_parts")
+    gflops = max(one["flops_per_s"] for one in parts["cases"].values()) / 1e9
+    found = {"bench": bench("bench", "bench_cnn"), "parts": step_parts(parts), "scaling": scaling(read("scaling"))}
+    return PAGE.format(threads=parts["threads"], gflops=gflops, **found)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
