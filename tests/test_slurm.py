@@ -222,8 +222,9 @@ def test_a_disturbed_run_continues_to_the_same_bits(
 
 
 def test_a_run_longer_than_its_job_is_continued_by_the_next(
-    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
+    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PAUSE", "0.6")  # 5 minutes in all; the job is told after half a minute to one and a half
     run = Submitted(tmp_path).submit("--time", "3")
     run.started(2, patience=240)
     assert run.reported()

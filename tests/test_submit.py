@@ -650,7 +650,7 @@ def test_a_job_that_is_told_to_end_does_not_begin_again(tmp_path: Path) -> None:
     assert [text.count("\n") for text in printed()] == [1, 1]
 
 
-# A model whose steps take a tenth of a second, until a file says otherwise: time enough to be disturbed.
+# A model whose steps take a tenth of a second or $PAUSE, until a file says otherwise: time enough to be disturbed.
 SLOW_MODEL = """
 import os, time
 from torch import nn
@@ -661,7 +661,7 @@ class Net(nn.Sequential):
 
     def forward(self, images):
         if self.training and not os.path.exists("fast"):
-            time.sleep(0.1)
+            time.sleep(float(os.environ.get("PAUSE", "0.1")))
         return super().forward(images)
 """
 SLOW = (*SUBMIT, "--models", "slow:Net", *SMALL, "--batch-size", "1000", "--epochs", "40")
