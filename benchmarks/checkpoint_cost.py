@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fashion_ddp import machine, provenance
+from bench import made
 
 
 def timed_run(argv: list[str]) -> None:
@@ -80,9 +80,7 @@ def main() -> None:
             f"{name}: {statistics.median(shares):.2f} % of {of[0]['train_s']:.1f} s of training "
             f"({min(shares):.2f} to {max(shares):.2f}, n={len(of)}); {of[0]['saves']:.0f} saves of {each:.1f} ms"
         )
-    made: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": provenance.git_commit()}
-    made |= {"machine": {"processor": machine.cpu_name(), "cores": os.cpu_count(), **provenance.versions()}}
-    args.out.write_text(json.dumps({**made, "cases": results}, indent=1) + "\n")
+    args.out.write_text(json.dumps(made() | {"cases": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from fashion_ddp.clock import Timings
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.errors import Stopped, TrainingFailed
+from fashion_ddp.names import is_code
 from fashion_ddp.provenance import identity
 from fashion_ddp.ranks import World
 from fashion_ddp.recorder import Silent
@@ -180,7 +181,7 @@ class Checkpoints:
         optimizer.step()
         state = optimizer.state_dict()["state"]
         # A user's own model may have parameters that the loss does not reach: they have no entry.
-        return {at: entry for at, entry in state.items() if at in saved or ":" not in self.cfg.model}
+        return {at: entry for at, entry in state.items() if at in saved or not is_code(self.cfg.model)}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.recorder = state["recorder"]

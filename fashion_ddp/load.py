@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 from fashion_ddp.errors import UserError
+from fashion_ddp.names import is_code
 from fashion_ddp.rundir import Run, read_run
 
 
@@ -47,7 +48,7 @@ class LoadedRun(Run):
         from fashion_ddp import models
 
         cfg = self.settings()
-        if own is None and ":" in cfg.model:
+        if own is None and is_code(cfg.model):
             raise UserError(
                 f"{self.path} has a model of your own: name it again, as .model({cfg.model.partition(':')[2]}) or "
                 f"--model {cfg.model}"

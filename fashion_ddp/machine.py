@@ -20,7 +20,7 @@ from typing import Literal
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, counted
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt; older ones refuse the latter above 32 MB
 RENDEZVOUS = 120.0  # seconds within which rank 0 must answer
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
@@ -192,7 +192,7 @@ def keep_freed_memory() -> None:
     to the system at once, and each step pays for getting them again, page by page: a fifth of a small cnn's step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library does as it does
         libc = ctypes.CDLL(None)
-        for parameter, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
             libc.mallopt(parameter, size)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from fashion_ddp.config import Config
 from fashion_ddp.provenance import identity
+from fashion_ddp.report.statistics import softmax
 from fashion_ddp.rundir import Run, plain
 
 TABLE, GRID = 200, 9  # test images in the table, and in the grid: the same in every run on the same data
@@ -60,8 +61,7 @@ def figures(wandb: Any, run: Run, images: np.ndarray | None) -> dict[str, Any]:
     shown."""
     logits, predicted, labels = (run.predictions[name] for name in ("logits", "predicted", "labels"))
     names = [str(name) for name in run.summary["classes"]]
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    confidence = powers.max(axis=1) / powers.sum(axis=1)
+    confidence = softmax(logits).max(axis=1)
     columns = ["id", "label", "predicted", "right", "confidence"]
     rows = []
     for at in evenly(TABLE, len(labels)).tolist():

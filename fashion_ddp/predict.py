@@ -21,8 +21,10 @@ from fashion_ddp import own_code
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import UserError, counted
 from fashion_ddp.load import LoadedRun, load_run
+from fashion_ddp.names import is_code
 from fashion_ddp.pictures import Seen, card, is_light_on_dark, save_beside, see
 from fashion_ddp.private import keep_others_out
+from fashion_ddp.report.statistics import softmax
 
 T = TypeVar("T")
 
@@ -93,7 +95,7 @@ def classify(run: LoadedRun, command: Command) -> None:
     classes = run.summary["classes"]
     try:
         command.out.mkdir(parents=True, exist_ok=True)
-        for one, row in _bar(list(zip(seen, probabilities(logits), strict=True)), "saving"):
+        for one, row in _bar(list(zip(seen, softmax(logits), strict=True)), "saving"):
             top = [(classes[c], float(row[c])) for c in np.argsort(-row, kind="stable")[:TOP]]
             saved = save_beside(card(one, top), command.out / one.path.name)
             said = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in top)
@@ -121,12 +123,6 @@ def answers(run: LoadedRun, images: np.ndarray, own: str | None) -> np.ndarray:
         return torch.cat([model(to_unit(part, dtype)).to(dtype) for part in _bar(rows, "classifying")]).numpy()
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """The softmax of each row."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
 def verify(run: LoadedRun, own: str | None, data_dir: Path | None, named: str | None = None) -> str:
     """Evaluate the test set with the run's weights, and compare: what was found, in a sentence.
 
@@ -138,7 +134,7 @@ def verify(run: LoadedRun, own: str | None, data_dir: Path | None, named: str | 
 
     recorded, cfg = run.predictions, run.settings()
     made_with = run.environment[-1]["made_by"]["data"] if run.environment else {}
-    if ":" in cfg.dataset and named is None:  # a run folder never decides which code is imported
+    if is_code(cfg.dataset) and named is None:  # a run folder never decides which code is imported
         raise UserError(f"{run.path} has data of your own: name it again, as --dataset {cfg.dataset}")
     dataset = data.load(named or cfg.dataset, data_dir or cfg.data_dir)
     if dataset.md5 != made_with:

@@ -27,6 +27,7 @@ from fashion_ddp import data, lock, panels
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.names import is_code
 from fashion_ddp.private import keep_others_out, refuse_secrets
 from fashion_ddp.rundir import Run, RunFolder, find_runs, read_run, write_whole
 from fashion_ddp.tracking import Wandb
@@ -216,7 +217,7 @@ def _test_images(run: Run) -> np.ndarray | None:
     """The test set's, uint8 [n, C, H, W]; None where the run's own data is not here, or a function of the user's makes
     it: a run folder never decides which code is imported."""
     cfg, start = run.settings(), run.environment[-1] if run.environment else {}
-    if ":" in cfg.dataset:
+    if is_code(cfg.dataset):
         return None
     dataset = _dataset(cfg.dataset, cfg.data_dir)
     return dataset.test_images if dataset and dataset.md5 == start.get("made_by", {}).get("data") else None

@@ -8,10 +8,10 @@ from fashion_ddp import models
 from fashion_ddp.batches import to_unit
 from fashion_ddp.data import Dataset
 from fashion_ddp.evaluate import Scores
+from fashion_ddp.panels import GRID, evenly
 from fashion_ddp.rundir import RunFolder
 
 SAMPLES = 25  # training images kept for a grid of samples
-GRID = 9  # test images kept for a grid of predictions: the same in every run on the same data
 WRONG = 16  # the most confidently wrong test images
 PAIRS, EACH = 10, 4  # the most confused pairs (true, predicted), and test images of each
 
@@ -41,7 +41,7 @@ def _examples(model: nn.Module, data: Dataset, scores: Scores) -> dict[str, Tens
     maps = models.feature_maps(model, to_unit(image.to(parameter.device), parameter.dtype))
     model.train()
     labels = torch.from_numpy(data.test_labels)
-    grid = torch.arange(min(GRID, len(labels))) * len(labels) // min(GRID, len(labels))
+    grid = torch.from_numpy(evenly(GRID, len(labels)))
     shown = torch.cat([grid, *telling(scores.logits.cpu(), scores.predicted.cpu(), labels)]).unique()
     samples = {
         "samples": torch.from_numpy(data.train_images[:SAMPLES].copy()),

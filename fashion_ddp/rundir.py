@@ -162,16 +162,9 @@ class Run:
 
     def arrays(self, name: str) -> "dict[str, np.ndarray]":
         """The arrays of one of the files that a finished run leaves. Raises UserError where it has none."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file  # not at the top: most readers need neither it nor numpy
-
-        path = self.path / name
         if self.status != "finished":
             raise UserError(f"{self.path} has no {name}: the run is {self.status}, not finished; train it to its end")
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}): restore it or remove the run") from None
+        return read_arrays(self.path / name)
 
     def settings(self) -> Config:
         """config.yaml as a Config. Raises UserError where it is no longer one."""
@@ -180,6 +173,17 @@ class Run:
             return Config(**known)
         except UserError as error:
             raise UserError(f"{self.path / 'config.yaml'}: {error}: restore it, or remove the run") from None
+
+
+def read_arrays(path: Path) -> "dict[str, np.ndarray]":
+    """The arrays of a safetensors file. Raises UserError for one that is not there, or cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file  # not at the top: most readers need neither it nor numpy
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it or remove the run") from None
 
 
 def read_run(path: Path) -> Run:

@@ -214,8 +214,12 @@ def test_many_pictures_show_how_far_it_is(run: LoadedRun, tmp_path: Path) -> Non
 # --- Whether the weights give what was recorded -----------------------------------------------------------------
 
 
-def copy(run: LoadedRun, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run.path, tmp_path / "copy"))
+def copy(run: LoadedRun, tmp_path: Path, was: str = "", now: str = "") -> Path:
+    """A copy of the run's folder; in its config.yaml `now` stands for `was`."""
+    folder = Path(shutil.copytree(run.path, tmp_path / "copy"))
+    if was:
+        (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(was, now))
+    return folder
 
 
 def test_weights_give_the_recorded_figures(
@@ -282,9 +286,7 @@ def test_a_users_model_is_named(run: LoadedRun) -> None:
 def test_a_run_does_not_decide_which_code_makes_its_data(
     run: LoadedRun, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    path = copy(run, tmp_path)
-    config = (path / "config.yaml").read_text()
-    (path / "config.yaml").write_text(config.replace("dataset: synthetic", "dataset: its_data_7:make"))
+    path = copy(run, tmp_path, "dataset: synthetic", "dataset: its_data_7:make")
     (tmp_path / "its_data_7.py").write_text("raise RuntimeError('imported')")
     monkeypatch.chdir(tmp_path)
     assert "name it again, as --dataset its_data_7:make" in refused(path, "--verify", code=2, capsys=capsys)
@@ -296,9 +298,7 @@ def test_a_run_does_not_decide_which_code_makes_its_data(
 def test_a_model_whose_source_has_changed_is_told(
     run: LoadedRun, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    path = copy(run, tmp_path)
-    config = (path / "config.yaml").read_text()
-    (path / "config.yaml").write_text(config.replace("model: cnn", "model: its_model_7:make"))
+    path = copy(run, tmp_path, "model: cnn", "model: its_model_7:make")
     code = "from fashion_ddp.models import cnn\n\ndef make(shape, classes, hidden_units=4):\n"
     code += "    return cnn(shape, classes, 4)\n"
     for source in (tmp_path / "its_model_7.py", path / "model.py"):

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from fashion_ddp.errors import UserError
 from fashion_ddp.report import published, statistics
-from fashion_ddp.rundir import Run, read_run
+from fashion_ddp.rundir import Run, read_arrays, read_run
 
 ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_per_s"
 SECONDS = "time/train_and_test_s"  # the tutorials' clock: training, and the pass over the test set after each epoch
@@ -139,12 +136,7 @@ def _result(run: Run, unique: bool) -> Result:
 
 def load_tensors(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file; empty where there is none. Raises UserError for one that cannot be read."""
-    if not path.exists():
-        return {}
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it or remove the run") from None
+    return read_arrays(path) if path.exists() else {}
 
 
 def _derived(record: dict[str, Any], logits: np.ndarray, answers: Answers) -> dict[str, Any]:

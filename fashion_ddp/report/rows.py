@@ -68,15 +68,9 @@ class Row:
         def each(figure: Callable[[str], float | None]) -> dict[str, float | None]:
             return {name: figure(name) for name in FIGURES}
 
-        of_row = {"label": self.label, "runs": [r.name for r in self.results], "n": len(self.results)}
-        return (
-            of_row
-            | {"mean": each(self.mean), "std": each(self.std)}
-            | {
-                "interval": self.interval(),
-                "f1_by_class": self.f1_by_class(),
-            }
-        )
+        of_row: dict[str, Any] = {"label": self.label, "runs": [r.name for r in self.results], "n": len(self.results)}
+        of_row |= {"mean": each(self.mean), "std": each(self.std), "interval": self.interval()}
+        return of_row | {"f1_by_class": self.f1_by_class()}
 
 
 @dataclass(frozen=True)

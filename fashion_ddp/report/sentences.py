@@ -4,9 +4,7 @@ from fashion_ddp.errors import counted
 from fashion_ddp.report.pairs import Pair
 from fashion_ddp.report.results import ACCURACY, Result
 from fashion_ddp.report.rows import Comparison, Row, Section
-from fashion_ddp.report.text import percent, span
-
-P_SMALLEST = 0.0001
+from fashion_ddp.report.text import percent, probability, span
 
 
 def title(comparison: Comparison) -> str:
@@ -101,7 +99,8 @@ def _seeds(rows: list[Row]) -> str:
 
 
 def p_text(p: float) -> str:
-    return f"p < {P_SMALLEST:.4f}" if p < P_SMALLEST else f"p = {p:.4f}"
+    shown = probability(p)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
 
 
 # --- Notes ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 from fashion_ddp.errors import counted
 from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS
 from fashion_ddp.report.rows import Comparison, Row, Section
-from fashion_ddp.report.text import Table, percent, span
+from fashion_ddp.report.text import Table, percent, probability, span
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 BEST = "\N{BLACK STAR} "  # before the model of the row that is significantly better than all others
@@ -108,16 +108,12 @@ def pairs_table(section: Section) -> Table | None:
     everything = len(section.rows) <= ALL_PAIRS
     lines = [
         [section.rows[a].label, section.rows[b].label, percent(pair.difference), span(pair.interval)]
-        + [f"{pair.only_first:,}", f"{pair.only_second:,}", _p(pair.p), _p(pair.p_holm)]
+        + [f"{pair.only_first:,}", f"{pair.only_second:,}", probability(pair.p), probability(pair.p_holm)]
         for (a, b), pair in section.pairs.items()
         if everything or a == 0
     ]
     titles = ["higher", "lower", "points", "95 % interval", "only higher right", "only lower right", "p", "p, Holm"]
     return Table(titles, [False, False, *[True] * 6], lines) if lines else None
-
-
-def _p(p: float) -> str:
-    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def settings_table(section: Section) -> Table | None:

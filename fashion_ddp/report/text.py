@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from fashion_ddp.report.statistics import Interval
 
+P_SMALLEST = 0.0001  # of p values that are shown with their digits
+
 
 class Table(NamedTuple):
     """Column titles, which columns hold numbers (set flush right), and rows of text."""
@@ -22,6 +24,11 @@ def percent(value: float) -> str:
 def span(interval: Interval) -> str:
     """An interval of fractions, in percent or points."""
     return f"{percent(interval.low)} to {percent(interval.high)}"
+
+
+def probability(p: float) -> str:
+    """A p value, as it stands in a table."""
+    return f"< {P_SMALLEST:.4f}" if p < P_SMALLEST else f"{p:.4f}"
 
 
 def markdown_text(text: str) -> str:
