@@ -13,7 +13,7 @@ PAGE = """\
 
 Made by [benchmarks/page.py](../benchmarks/page.py) from [benchmarks/results](../benchmarks/results). `make bench` and
 `make bench-scaling` measure it on your machine. Ratios are of runs made in turn in one sitting: medians, and in
-brackets the smallest and the largest. Nothing here comes from a GPU.
+brackets the smallest and the largest. Nothing comes from a GPU unless it says so.
 
 ## Against the tutorials' loop
 
@@ -23,6 +23,18 @@ DataLoader, one process), `accelerate` the same with Accelerate's prepared DataL
 tutorials' clock, the epochs with a test pass each; T_cold a whole process, from the shell to its exit.
 
 {bench}
+
+## On a card
+
+A step of these networks is some fifty kernels of a few microseconds, and the host takes longer to launch them one by
+one than the card to run them. So on an NVIDIA card the whole step (batch, augmentation, forward and backward pass,
+all-reduce, update, record) is recorded once as a CUDA graph and launched as one ([graph.py](../fashion_ddp/graph.py)).
+Before it is used it must repeat two ordinary steps of the run; where it cannot be recorded, does not do the same, or
+is not proven (batch norm, dropout and other random numbers), steps are launched kernel by kernel, and the run's first
+lines say why. `--no-cuda-graph` asks for that. Where there is a card, `python -m pytest tests/test_gpu.py` proves all
+this and `python benchmarks/bench.py --device cuda` measures it.
+
+{on_card}
 
 ## Where a step goes
 
@@ -38,6 +50,7 @@ One thread each; strong: the same batch of 128, weak: 128 images per rank.
 
 {scaling}
 """
+UNSEEN = "Neither its speed nor its proofs were seen on a card so far: not measured."
 
 
 def read(name: str) -> dict[str, Any]:
@@ -56,9 +69,13 @@ def ratio(values: list[float]) -> str:
 def origin(result: dict[str, Any]) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "accelerate", "python"))
-    return (
-        f"{result['date']}, {about['cores']} cores of {about['processor']}, {versions}, commit {result['commit'][:8]}."
-    )
+    where = about.get("card") or f"{about['cores']} cores of {about['processor']}"
+    return f"{result['date']}, {where}, {versions}, commit {result['commit'][:8]}."
+
+
+def on_card() -> str:
+    """What was measured on a card, or that nothing was."""
+    return bench("bench_cuda") if (RESULTS / "bench_cuda.json").exists() else UNSEEN
 
 
 def bench(*names: str) -> str:
@@ -105,6 +122,7 @@ def page() -> str:
     parts = read("step_parts")
     gflops = max(one["flops_per_s"] for one in parts["cases"].values()) / 1e9
     found = {"bench": bench("bench", "bench_cnn"), "parts": step_parts(parts), "scaling": scaling(read("scaling"))}
+    found |= {"on_card": on_card()}
     return PAGE.format(threads=parts["threads"], gflops=gflops, **found)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fashion_ddp.config import Config
 from fashion_ddp.data import Dataset
 from fashion_ddp.errors import UserError
+from fashion_ddp.position import Position, at
 from fashion_ddp.ranks import World
 
 DTYPES = {"fp64": torch.float64}  # of the images; mixed precision casts inside the model
@@ -52,7 +53,11 @@ class Batches:
     A batch is cut among `groups` (the ranks, or the reduction shards): group g takes rows g, g + groups, ... of it.
     A rank's rows of a step form `pieces` forward passes of `rows` rows each: micro-batches, or its shards. Shapes
     never change: where rows are missing (a short last batch, a count that does not divide) the batch's first image
-    stands in with weight 0.
+    stands in with weight 0. Nor do the tables' places in memory, which a captured step reads:
+
+        index, targets       [steps, pieces, rows] int64: which images, and their labels
+        weights              [steps, pieces, rows]: 1, or 0 where an image stands in
+        loss_weights         the same, divided by the rows of the global batch
     """
 
     def __init__(self, cfg: Config, world: World, images: np.ndarray, labels: np.ndarray):
@@ -75,9 +80,16 @@ class Batches:
         self.shares = [sum(rows[r * per_rank : (r + 1) * per_rank]) for r in range(world.size)]
         # DDP takes the mean of the ranks' gradients, of which the sum is wanted; shards are added up as they are.
         self.ranks_averaged = 1 if cfg.reduction_shards else world.size
+        shape = self.steps, self.pieces, self.rows
+        self.index = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.targets = torch.zeros_like(self.index)
+        self.weights = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.loss_weights = torch.zeros_like(self.weights)
+        augmented = cfg.shift or cfg.flip or cfg.erase
+        self.noise = self.index.new_zeros(self.count, 7) if augmented else None  # as `_augment` takes it, by image
 
     def draw(self, epoch: int) -> None:
-        """Draw epoch `epoch` (from 1): fills index, weights and loss_weights, each [steps, pieces, rows]."""
+        """Draw epoch `epoch` (from 1): fills the tables."""
         draws = generator(self.cfg.seed, "epoch", epoch)
         order = torch.randperm(self.count, generator=draws) if self.cfg.shuffle else torch.arange(self.count)
         batches = _padded(order, self.steps * self.batch).view(self.steps, self.batch)
@@ -87,27 +99,26 @@ class Batches:
         per_group = self.rows * math.ceil(mine.shape[2] / self.rows)
         mine = _padded(mine, per_group).reshape(self.steps, self.pieces, self.rows)
         real = mine >= 0
-        index = torch.where(real, mine, batches[:, :1, None])
         weights = real.to(self.dtype)
-        self.index = index.to(self.device)
-        self.weights = weights.to(self.device)
-        self.loss_weights = (weights * (self.ranks_averaged / in_batch.to(self.dtype))[:, None, None]).to(self.device)
+        self.index.copy_(torch.where(real, mine, batches[:, :1, None]))
+        self.targets.copy_(self.labels[self.index])
+        self.weights.copy_(weights)
+        self.loss_weights.copy_(weights * (self.ranks_averaged / in_batch.to(self.dtype))[:, None, None])
         self.in_batch: list[int] = in_batch.tolist()
-        self.noise = self._draw_noise(draws)
+        if self.noise is not None:
+            self.noise.copy_(self._draw_noise(draws))
 
-    def piece(self, step: int, piece: int) -> tuple[Tensor, Tensor]:
+    def piece(self, step: Position, piece: int) -> tuple[Tensor, Tensor]:
         """Images [rows, C, H, W] in [0, 1], augmented, and labels [rows] of one forward pass."""
-        index = self.index[step, piece]
+        index = at(self.index, step, piece)
         images = self.images.index_select(0, index)
         if self.noise is not None:
             images = _augment(images, self.noise.index_select(0, index))
-        return to_unit(images, self.dtype), self.labels.index_select(0, index)
+        return to_unit(images, self.dtype), at(self.targets, step, piece)
 
-    def _draw_noise(self, draws: torch.Generator) -> Tensor | None:
-        """An augmentation for each image of the set: [N, 7] int64, as `_augment` takes it; None for none."""
+    def _draw_noise(self, draws: torch.Generator) -> Tensor:
+        """An augmentation for each image of the set: [N, 7] int64."""
         cfg, (height, width) = self.cfg, self.images.shape[2:]
-        if not (cfg.shift or cfg.flip or cfg.erase):
-            return None
         uniform = torch.rand(self.count, 8, generator=draws, dtype=torch.float64)
         shift = torch.randint(-cfg.shift, cfg.shift + 1, (self.count, 2), generator=draws)
         flip = uniform[:, 0] < cfg.flip
@@ -119,7 +130,7 @@ class Batches:
         top = (uniform[:, 4] * (height - tall + 1)).floor()
         left = (uniform[:, 5] * (width - wide + 1)).floor()
         columns = [shift[:, 0], shift[:, 1], flip, top, top + tall, left, left + wide]
-        return torch.stack([c.long() for c in columns], dim=1).to(self.device)
+        return torch.stack([c.long() for c in columns], dim=1)
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

@@ -17,9 +17,15 @@ def build(cfg: Config, parameters: Iterable[nn.Parameter], device: torch.device)
     lr, decay = cfg.scaled_lr(), cfg.weight_decay
     if cfg.optimizer in ("sgd", "momentum"):
         momentum = 0.9 if cfg.optimizer == "momentum" else 0.0
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=fused)
+        sgd = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=fused)
+        if momentum and fused:
+            # torch leaves them unwritten where fp16 skips the first update, as it often does, and goes on from that.
+            for parameter in sgd.param_groups[0]["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    return kind(parameters, lr=lr, weight_decay=decay, fused=True)
+    # Capturable: its count of updates stays on the card.
+    return kind(parameters, lr=lr, weight_decay=decay, fused=True, capturable=device.type == "cuda")
 
 
 def schedule(cfg: Config, steps_per_epoch: int) -> list[float]:

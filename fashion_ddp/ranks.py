@@ -25,8 +25,7 @@ from fashion_ddp.errors import Stopped, TrainingFailed, UserError
 
 T = TypeVar("T")
 
-# Seconds after a run's own watch at which torch gives up waiting: the watch knows what to say.
-LATER = 30.0
+LATER = 30.0  # seconds after a run's own watch at which torch gives up waiting: the watch knows what to say
 
 _arrivals = 0
 
@@ -188,6 +187,8 @@ def open_world(cfg: Config) -> Iterator[World]:
         ],
     )
     torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be recorded as a graph
     if dist.is_initialized():
         _groups.append(dist.group.WORLD)
     if accelerator.num_processes != here.world_size:

@@ -10,7 +10,6 @@ from torch import nn
 
 from fashion_ddp import claim as claims
 from fashion_ddp import data, machine, memory, models, own_code, provenance, rundir, settings
-from fashion_ddp.batches import Batches
 from fashion_ddp.cli import Command
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
@@ -101,7 +100,7 @@ def announce(
         starts = rundir.read_run(folder.path).environment
         mixed = bool(step.done) and any(_hardware(start) != _hardware(env) for start in starts)
         notes = [*_continued(step, mixed), *_notes(cfg, dataset, dependent)]
-        for line in (_facts(cfg, world, env, dataset, batches), layers, *prepared, *notes):
+        for line in (_facts(cfg, world, env, dataset, step), layers, *prepared, *notes):
             say(line)
         folder.write_json("environment.json", [*starts, env])
         folder.write("model.txt", redact(layers) + "\n")
@@ -122,6 +121,7 @@ def announce(
         "device": world.device_name,
         "threads": world.threads,
         "precision": cfg.precision,
+        "cuda_graph": step.eager is None,
         "batch_size": cfg.batch_size,
         "lr": cfg.scaled_lr(),
         "epochs": cfg.epochs,
@@ -144,8 +144,8 @@ def _continued(step: Step, mixed: bool) -> list[str]:
     return [position + ("; on other hardware than before, so its timings are mixed" if mixed else "")]
 
 
-def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, batches: Batches) -> str:
-    machines = dict.fromkeys(rank["host"] for rank in env["ranks"])
+def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, step: Step) -> str:
+    batches, machines = step.batches, dict.fromkeys(rank["host"] for rank in env["ranks"])
     devices = dict.fromkeys(rank["device"] for rank in env["ranks"])
     last = batches.count - (batches.steps - 1) * batches.batch
     shape = "x".join(map(str, dataset.image_shape))
@@ -160,6 +160,8 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
         f"{batches.steps} steps an epoch, the last of {last}",
         "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {counted(cfg.epochs, 'epoch')}",
     }
+    if world.device.type == "cuda":
+        lines["step"] = f"launched kernel by kernel: {step.eager}" if step.eager else "launched as one CUDA graph"
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 

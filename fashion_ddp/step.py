@@ -5,7 +5,7 @@ global batch: a rank's loss is the weighted sum over its rows, divided by the ro
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from fashion_ddp.clock import StepClock
 from fashion_ddp.config import Config
 from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.models import GlobalBatchNorm2d
+from fashion_ddp.position import Counters, Position, at, put
 from fashion_ddp.ranks import SyncPoint, World, arrive
 
 
@@ -30,10 +31,17 @@ class Trained(NamedTuple):
     lr: float
 
 
+def random_numbers_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers may be drawn within; what follows draws as if none had been."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 class Step:
     """`step(k)` trains on global batch k of the epoch that `batches` drew; `step.read(window)` says how it went.
 
-    Nothing is read from the device between two reads: each step leaves its rows' losses and hits in a table.
+    Nothing is read from the device between two reads: each step leaves its rows' losses and predictions in a table.
+    On a CPU the host tells each step which batch and learning rate are next; a card counts for itself, so that its
+    step may be recorded (position.py, graph.py).
     """
 
     def __init__(self, cfg: Config, world: World, model: nn.Module, batches: Batches):
@@ -48,15 +56,42 @@ class Step:
         self.clock = StepClock(world.device)
         self.lrs = optim.schedule(cfg, batches.steps)
         self.done = 0  # updates since the run began
-        shape = batches.steps, batches.pieces, batches.rows
-        self.losses = torch.zeros(shape, dtype=batches.dtype, device=world.device)
-        self.hits = torch.zeros(shape, dtype=torch.bool, device=world.device)
+        self.losses = torch.zeros_like(batches.weights)
+        self.predicted = torch.zeros_like(batches.targets)
+        self.counters: Counters | None = None
+        self.eager: str | None = None  # why it is launched kernel by kernel, where it could be one graph
         self._warm_up()
+        if world.device.type == "cuda":
+            self.count_on_device()
 
     def __call__(self, k: int) -> None:
         self.clock.start()
+        if self.counters is None:
+            self._set_lr(self.lrs[self.done])
+            self._update(k)
+        else:
+            self.counters.stand_at(k, self.done)
+            self.launch()
+        self.done += 1
+        self.clock.stop()
+
+    def count_on_device(self) -> None:
+        """From now on the device's own counters say which batch and learning rate are next."""
+        self.counters = Counters(self.lrs, self.batches.weights)
+        self.launch = self.take
+
+    def take(self) -> None:
+        """The step at which the device's counters stand. Nothing in it comes from the host."""
+        assert self.counters is not None
+        self._set_lr(self.counters.next_lr())
+        self._update(self.counters.batch)
+        self.counters.count()
+
+    def _set_lr(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lrs[self.done]
+            group["lr"] = lr
+
+    def _update(self, k: Position) -> None:
         self.leave_gradient(k)
         if self.cfg.clip_norm:
             if self.scaler is not None:
@@ -68,8 +103,6 @@ class Step:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.done += 1
-        self.clock.stop()
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on, the same on every rank."""
@@ -103,14 +136,14 @@ class Step:
         for buffer, saved in zip(self.module.buffers(), state["buffers"], strict=True):
             buffer.copy_(saved)
 
-    def leave_gradient(self, k: int) -> None:
+    def leave_gradient(self, k: Position) -> None:
         """Leave the gradient of global batch k's mean loss in .grad, the same on every rank."""
         if self.cfg.reduction_shards:
             self._gradient_by_shards(k)
         else:
             self._gradient_by_ddp(k)
 
-    def _gradient_by_ddp(self, k: int) -> None:
+    def _gradient_by_ddp(self, k: Position) -> None:
         """DDP adds up over the ranks during the last piece's backward pass."""
         last = self.batches.pieces - 1
         for piece in range(last + 1):
@@ -119,7 +152,7 @@ class Step:
                 arrive()
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def _gradient_by_shards(self, k: int) -> None:
+    def _gradient_by_shards(self, k: Position) -> None:
         """Every shard's gradient, gathered and added in the order of the shards."""
         mine = []
         for piece in range(self.batches.pieces):
@@ -129,16 +162,16 @@ class Step:
         for parameter, grad in zip(self.trained, total.split([p.numel() for p in self.trained]), strict=True):
             parameter.grad = grad.view_as(parameter)
 
-    def _loss(self, k: int, piece: int) -> Tensor:
+    def _loss(self, k: Position, piece: int) -> Tensor:
         """This rank's part of the mean loss over global batch k, for one piece of its rows."""
         images, labels = self.batches.piece(k, piece)
         for norm in self.norms:
-            norm.row_weights = self.batches.weights[k, piece]
+            norm.row_weights = at(self.batches.weights, k, piece)
         logits = self.model(images)
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.cfg.label_smoothing)
-        self.losses[k, piece] = losses.detach()
-        torch.eq(logits.detach().argmax(1), labels, out=self.hits[k, piece])
-        return losses @ self.batches.loss_weights[k, piece]
+        put(self.losses, k, piece, losses.detach())
+        put(self.predicted, k, piece, logits.detach().argmax(1))
+        return losses @ at(self.batches.loss_weights, k, piece)
 
     def _warm_up(self) -> None:
         """Throw-away backward passes whose effect is undone.
@@ -148,7 +181,7 @@ class Step:
         """
         self.batches.draw(1)
         state = [b.clone() for b in self.module.buffers()]
-        with torch.random.fork_rng(devices=[self.world.device] if self.world.device.type == "cuda" else []):
+        with random_numbers_kept(self.world.device):
             for _ in range(2):
                 self._loss(0, 0).backward()
         for buffer, before in zip(self.module.buffers(), state, strict=True):
@@ -160,17 +193,18 @@ class Step:
         finite."""
         steps = slice(window.start, window.stop)
         weights = self.batches.weights[steps].double()
-        rows = [(table[steps] * weights).sum((1, 2)) for table in (self.losses, self.hits)]
+        right = self.predicted[steps] == self.batches.targets[steps]
+        rows = [(table * weights).sum((1, 2)) for table in (self.losses[steps], right)]
         sums = self.sync(torch.stack(rows, dim=1))
         self.clock.read()
         first = self.done - len(window)
-        for at, (loss, _) in enumerate(sums, start=first):
+        for update, (loss, _) in enumerate(sums, start=first):
             if not math.isfinite(loss):
                 raise TrainingFailed(
-                    f"the loss is {loss} at step {at + 1}, where lr is {self.lrs[at]:g}: "
+                    f"the loss is {loss} at step {update + 1}, where lr is {self.lrs[update]:g}: "
                     "training went off; try a smaller --lr, a warm-up or --clip-norm 1"
                 )
         return [
-            Trained(loss, hits, self.batches.in_batch[k], self.lrs[at])
-            for at, (k, (loss, hits)) in enumerate(zip(window, sums, strict=True), start=first)
+            Trained(loss, hits, self.batches.in_batch[k], self.lrs[update])
+            for update, (k, (loss, hits)) in enumerate(zip(window, sums, strict=True), start=first)
         ]

@@ -58,7 +58,7 @@ def run(argv: list[str] | None = None) -> None:
 def train(command: Command) -> None:
     """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
     # Not at the top: these import torch, and a mistake in the command is answered before that.
-    from fashion_ddp import models, results, start, transfer
+    from fashion_ddp import graph, models, results, start, transfer
     from fashion_ddp.batches import Batches, split
     from fashion_ddp.checkpoint import Checkpoints
     from fashion_ddp.clock import Timings, peak_memory_bytes
@@ -87,6 +87,7 @@ def train(command: Command) -> None:
         if folder is None:
             return
         saved = Checkpoints(cfg, world, folder, step, timings)
+        graph.capture(cfg, world, step)
         known = start.announce(cfg, world, folder, environment, model, data, step, prepared)
         with (
             Watch(world, folder, cfg.timeout),

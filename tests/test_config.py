@@ -209,7 +209,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
 def test_the_table_of_mistakes_is_whole() -> None:
     any_text, switches = (
         {"data_dir", "runs_dir", "init_from", "freeze"},
-        {"shuffle", "batch_norm", "wandb_weights", "trace"},
+        {"shuffle", "batch_norm", "wandb_weights", "trace", "cuda_graph"},
     )
     any_text |= {f"wandb_{name}" for name in ("project", "entity", "group", "tags", "notes")}
     assert set(BAD) == set(FIELDS) - any_text - switches

@@ -67,7 +67,7 @@ def kernels(count: Counter[str]) -> int:
     return sum(times for name, times in count.items() if name not in VIEWS)
 
 
-# Of these, gathering the batch takes 4 (two index_selects, a conversion, a division), the record of losses and hits 3,
+# Of these, gathering the batch takes 3 (index_select, a conversion, a division), recording losses and predictions 3,
 # and DDP one per parameter; the rest is the model's, the loss's and the optimizer's own. A higher number is a slower
 # step: raise it knowingly.
 @pytest.mark.quick

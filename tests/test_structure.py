@@ -11,7 +11,7 @@ pytestmark = pytest.mark.quick
 # A module imports from floors below its own, or from its own room. Top floor last.
 FLOORS = [
     {"errors"},
-    {"private", "names"},
+    {"private", "names", "position"},
     {"console", "clock", "stop", "own_code"},
     {"config", "lock"},
     {"initial"},
@@ -21,7 +21,7 @@ FLOORS = [
     {"transfer", "panels"},
     {"models"},
     {"compare", "step", "evaluate", "load", "tracking", "probe"},
-    {"start", "recorder", "results", "predict", "push", "check"},
+    {"start", "graph", "recorder", "results", "predict", "push", "check"},
     {"checkpoint"},
     {"train"},
 ]

@@ -1,0 +1,118 @@
+"""What only an NVIDIA card shows: steps as CUDA graphs, NCCL with one rank, half precision, no waiting for the card."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, ranks
+from faults import SMALL, Fault, start
+from safetensors.torch import load_file
+
+from fashion_ddp import graph, models
+from fashion_ddp.batches import Batches
+from fashion_ddp.ranks import open_world
+from fashion_ddp.settings import make_config
+from fashion_ddp.step import Step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (700, 1, 28, 28), dtype=np.uint8)
+LABELS = np.random.default_rng(1).integers(0, 10, 700)
+ALONE, DDP = ["-m"], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"]
+CASES: list[dict[str, Any]] = [
+    {"model": "linear"},
+    {"model": "relu", "optimizer": "momentum", "lr": 0.02, "schedule": "one_cycle"},
+    {"model": "cnn", "hidden_units": 25},
+    {"model": "cnn", "micro_batch": 40, "shift": 2, "flip": 0.5, "erase": 0.5, "clip_norm": 1.0},
+    {"model": "mlp", "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.1, "precision": "bf16"},
+    {"model": "cnn", "optimizer": "momentum", "lr": 0.02, "precision": "fp16"},
+]
+
+
+def train(
+    tmp_path: Path, name: str, launcher: list[str], *flags: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The summary and the weights of a short run on the card."""
+    words = ["--dataset", "synthetic", "--epochs", "2", "--tracker", "none", "--device", "cuda"]
+    done = command(sys.executable, *launcher, "fashion_ddp.train", *words, "--run-dir", name, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / name / "summary.json").read_text())
+    return summary, load_file(tmp_path / name / "model.safetensors")
+
+
+@pytest.mark.parametrize("launcher", [ALONE, DDP], ids=["alone", "ddp"])
+@pytest.mark.parametrize("model", ["linear", "relu", "mlp", "cnn"])
+def test_a_run_of_graphs_is_a_run_of_kernels(tmp_path: Path, launcher: list[str], model: str) -> None:
+    (graphs, weights), (kernels, weights_too) = (
+        train(tmp_path, name, launcher, "--model", model, *flags)
+        for name, flags in {"graphs": [], "kernels": ["--no-cuda-graph"]}.items()
+    )
+    assert graphs["cuda_graph"] and not kernels["cuda_graph"]
+    for name in weights:
+        torch.testing.assert_close(weights[name], weights_too[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("flags", [["--batch-norm"], ["--reduction-shards", "4"]], ids=str)
+def test_what_is_not_proven_in_a_graph_is_launched_kernel_by_kernel(tmp_path: Path, flags: list[str]) -> None:
+    summary, _ = train(tmp_path, "run", ALONE, "--model", "cnn", *flags)
+    assert not summary["cuda_graph"]
+
+
+def captured(given: dict[str, Any]) -> tuple[str | None, float]:
+    """Why a step is not captured, and how far its losses are from those of steps that are not."""
+    cfg = make_config({"batch_size": 128, "epochs": 2} | given)
+    with open_world(cfg) as world:
+        losses = []
+        for capture in (False, True):
+            step = Step(cfg, world, models.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+            if capture:
+                graph.capture(cfg, world, step)
+            step.batches.draw(1)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")  # from here to the read, nothing may wait for the card
+            for k in range(step.batches.steps):
+                step(k)
+            torch.cuda.set_sync_debug_mode("default")
+            losses.append(torch.tensor([one.loss / one.rows for one in step.read(range(step.batches.steps))]))
+        return step.eager, float((losses[0] - losses[1]).abs().max())
+
+
+@pytest.mark.parametrize("given", CASES, ids=str)
+def test_a_captured_step_does_what_kernels_do_and_the_host_never_waits(given: dict[str, Any]) -> None:
+    [(eager, apart)] = ranks(1, captured, given)
+    assert eager is None
+    assert apart < (1e-4 if "precision" not in given else 2e-2)
+
+
+def gradient(precision: str) -> torch.Tensor:
+    cfg = make_config({"model": "cnn", "precision": precision, "batch_size": 128})
+    with open_world(cfg) as world:
+        step = Step(cfg, world, models.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step.batches.draw(1)
+        step.leave_gradient(0)
+        scale = step.scaler.get_scale() if step.scaler else 1.0
+        return torch.cat([p.grad.flatten() for p in step.trained if p.grad is not None]).cpu() / scale
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precisions_gradient_is_near(precision: str) -> None:
+    [half], [full] = ranks(1, gradient, precision), ranks(1, gradient, "fp32")
+    assert float((half - full).norm() / full.norm()) < 2e-2
+
+
+def test_a_run_that_was_stopped_continues_its_graphs(tmp_path: Path) -> None:
+    words = [*SMALL, "--device", "cuda"]  # the last of two counts
+    weights = {}
+    for name, faults in {"whole": [], "stopped": [Fault("step", "TERM", count=30)]}.items():
+        (folder := tmp_path / name).mkdir()
+        ends = [start(1, folder, words, faults).wait()]
+        if faults:
+            ends.append(start(1, folder, words, []).wait())
+        assert ends == ([[75], [0]] if faults else [[0]])
+        weights[name] = load_file(folder / "run" / "model.safetensors")
+    for layer in weights["whole"]:
+        torch.testing.assert_close(weights["stopped"][layer], weights["whole"][layer], rtol=1e-3, atol=1e-3)
