@@ -32,7 +32,7 @@ def capture(cfg: Config, world: World, step: Step) -> None:
     """
     step.eager = _unfit(cfg, world, step)
     if step.eager is None:
-        step.eager = prove(world, step, _record)
+        step.eager = prove(world, step, lambda take: _record(world, take))
 
 
 def _unfit(cfg: Config, world: World, step: Step) -> str | None:
@@ -93,7 +93,7 @@ def _of_any(world: World, problem: str | None) -> str | None:
 @contextmanager
 def undone(step: Step) -> Iterator[None]:
     """Steps may be taken within; then everything is as it was, at the same places in memory, which a graph knows."""
-    before = {tensor: tensor.clone() for tensor in _state(step)}
+    before = {tensor: tensor.detach().clone() for tensor in _state(step)}
     scaler = step.scaler.state_dict() if step.scaler else {}
     yield
     with torch.no_grad():
@@ -129,9 +129,10 @@ def _generator(world: World) -> Tensor:
     return torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else torch.get_rng_state()
 
 
-def _record(take: Launch) -> Launch:
+def _record(world: World, take: Launch) -> Launch:
     """A step as a CUDA graph. Recording runs nothing."""
     graph = torch.cuda.CUDAGraph()
+    world.recorded.append(graph)
     # Thread by thread: what other threads of the process do with the card, as NCCL's watchdog does, is their own.
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         take()

@@ -1,10 +1,27 @@
 """Batch normalisation over the global batch."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fashion_ddp.ranks import differentiable_sum
+from fashion_ddp.ranks import sum_
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return sum_(grads[0].clone())
+
+
+def differentiable_sum(tensor: Tensor) -> Tensor:
+    """The sum over the ranks, through which gradients flow: each rank's gets the sum of all ranks' gradients."""
+    return _Sum.apply(tensor)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -49,21 +49,6 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return sum_(grads[0].clone())
-
-
-def differentiable_sum(tensor: Tensor) -> Tensor:
-    """The sum over the ranks, through which gradients flow: each rank's gets the sum of all ranks' gradients."""
-    return _Sum.apply(tensor)
-
-
 @dataclass(frozen=True)
 class World:
     """All ranks of the run, as one of them sees it."""
@@ -71,6 +56,7 @@ class World:
     accelerator: Accelerator
     place: machine.Place
     threads: int
+    recorded: list[torch.cuda.CUDAGraph] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -143,10 +129,16 @@ class World:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             return self.accelerator.prepare_model(model, evaluation_mode=not ddp)
 
+    def release(self) -> None:
+        """Let recorded graphs go: NCCL waits for them when it ends, and would wait forever."""
+        while self.recorded:
+            self.recorded.pop().reset()
+
     def leave(self) -> None:
         """Take leave of the other ranks: what follows cannot hold them up."""
         global _arrivals
         _arrivals = -1
+        self.release()
         if dist.is_initialized():
             dist.destroy_process_group()
             time.sleep(0.05)  # gloo's thread has yet to drop the last call's tensors; at Python's end it would abort
@@ -206,6 +198,8 @@ def open_world(cfg: Config) -> Iterator[World]:
         if lost(error):
             raise TrainingFailed(f"{LOST}; the same command continues from the last checkpoint") from error
         raise
+    finally:
+        world.release()
     world.leave()
 
 

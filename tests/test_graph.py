@@ -3,6 +3,7 @@
 A CPU has no graphs: here, ordinary steps stand in for recorded ones, right and wrong. Real ones: tests/test_gpu.py.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ranks
 from torch import nn
 
@@ -225,3 +227,31 @@ def with_dropout() -> tuple[str | None, bool]:
 def test_a_model_that_draws_random_numbers_is_not_recorded() -> None:
     [(problem, untouched)] = ranks(1, with_dropout)
     assert problem is not None and "draws random numbers" in problem and untouched
+
+
+# --- Release ----------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """Stands for a graph; notes whether the ranks are still connected when it is let go."""
+
+    def __init__(self) -> None:
+        self.released: list[bool] = []
+
+    def reset(self) -> None:
+        self.released.append(dist.is_initialized())
+
+
+def released(failing: bool) -> list[bool]:
+    graph = Recorded()
+    with contextlib.suppress(ZeroDivisionError), open_world(make_config({"device": "cpu", "threads": 1})) as world:
+        world.recorded.append(graph)  # type: ignore[arg-type]
+        if failing:
+            raise ZeroDivisionError
+    return graph.released
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_graphs_are_let_go_before_the_ranks_part(failing: bool) -> None:
+    # NCCL would wait for them forever: https://github.com/pytorch/pytorch/issues/115388
+    assert ranks(2, released, failing) == [[True], [True]]
