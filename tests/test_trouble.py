@@ -259,7 +259,7 @@ def missing(code: Code, headings: dict[str, str]) -> list[str]:
     lines = []
     for one in (one for one, heading in found if heading is None):
         [(group, _)] = groups[one.file].most_common(1) or [("the group that fits", 0)]
-        cut = re.sub(r"((?:\S+ ){3}.*?)[:;] .*", r"\1", opening(one.text))
+        cut = re.sub(r"((?:\S+ ){3}.*?)(?:[:;,]|(?<!\.)\.) .*", r"\1", opening(one.text))
         lines.append(f"{one.file}:{one.node.lineno}: below ## {group}, add: ### {cut}")
     return lines
 
