@@ -129,7 +129,8 @@ class Code:
 
     def enclosing(self, node: ast.AST) -> Iterator[ast.AST]:
         """What a node stands in, innermost first."""
-        while node := self.above.get(node):  # type: ignore[assignment]
+        while node in self.above:
+            node = self.above[node]
             yield node
 
     # --- Whose words they are ---------------------------------------------------------------------------------------
