@@ -39,7 +39,7 @@ def fail(error: Exception, code: int) -> NoReturn:
 
 def crash() -> NoReturn:
     """End with exit code 1 and the stack of the exception that is being handled, as Python does, without secrets."""
-    _complain(traceback.format_exc())
+    _complain(f"{traceback.format_exc()}docs/trouble-shooting.md says what may be wrong, and what a bug report needs\n")
     sys.exit(1)
 
 

@@ -219,8 +219,8 @@ def choose_device(cfg: Config, here: Place, env: Mapping[str, str] = os.environ)
         if _cards_present():
             raise MachineError(
                 f"there are NVIDIA cards, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them: "
-                "the driver is probably older than this build needs. `make setup` picks a build that fits the driver; "
-                "--device cpu goes on without the cards"
+                "the driver is probably older than this build needs. `make setup LOCK=cuda12` takes one for drivers "
+                "from 525 to 579; --device cpu goes on without the cards"
             )
         if cfg.device == "cuda":
             raise MachineError("--device cuda, but torch finds no NVIDIA card: check nvidia-smi, or use --device cpu")

@@ -172,7 +172,7 @@ class Run:
         try:
             return Config(**known)
         except UserError as error:
-            raise UserError(f"{self.path / 'config.yaml'}: {error}: restore it, or remove the run") from None
+            raise UserError(f"{self.path / 'config.yaml'}: {error}: restore it or remove the run") from None
 
 
 def read_arrays(path: Path) -> "dict[str, np.ndarray]":

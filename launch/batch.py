@@ -145,7 +145,9 @@ def _test(text: str) -> str:
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=slurm.PATIENCE, check=False)
         except subprocess.TimeoutExpired:
-            raise UserError("sbatch did not answer for a minute: the cluster's controller may be down") from None
+            raise UserError(
+                f"sbatch did not answer for {slurm.PATIENCE:.0f} s: the cluster's controller may be down"
+            ) from None
     said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
     if done.returncode == 0:
         return said

@@ -37,7 +37,7 @@ def call(*words: str, patience: float = PATIENCE) -> str:
             f"{words[0]} did not answer for {patience:.0f} s: the cluster's controller may be down"
         ) from None
     if done.returncode:
-        raise UserError(f"{words[0]}: {(done.stderr or done.stdout).strip()}")
+        raise UserError(f"SLURM's {words[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 
 pytestmark = pytest.mark.quick
 
@@ -56,6 +57,14 @@ def test_the_exit_code_of_a_failure_does_not_depend_on_who_reads(line: str, unbu
     # The program waits for the reader to have gone.
     code, printed = shell(line, f"import time; time.sleep(0.2); {FAILS}", PYTHONUNBUFFERED=unbuffered)
     assert code == 2 and printed == ("error: the reason\n" if line == '"$@"' else "")
+
+
+def test_an_error_without_a_plain_explanation_is_told_with_its_stack_and_where_to_look() -> None:
+    code = "from fashion_ddp.console import crash\ntry: 1 / 0\nexcept ZeroDivisionError: crash()"
+    exit_code, printed = shell('"$@"', code)
+    *stack, error, where = printed.splitlines()
+    assert exit_code == 1 and stack[0].startswith("Traceback") and error.startswith("ZeroDivisionError")
+    assert (CHECKOUT / where.split()[0]).is_file()
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"caf\xe9 \udce9"), ("utf-8", "caf\u00e9 \\udce9")])

@@ -603,8 +603,8 @@ RANK = """
 import os, signal, sys, time
 rank, start = os.environ["SUBMITIT_LOCAL_GLOBALID"], os.environ["SLURM_RESTART_COUNT"]
 print(rank, start, os.environ["SUBMITIT_LOCAL_JOB_ID"], flush=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
-signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(7))  # at once: at Python's end a second signal would kill it
+signal.signal(signal.SIGUSR2, lambda *_: os._exit(75))
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 if sys.argv[1] == "fails" and rank == "1":
     sys.exit(3)
