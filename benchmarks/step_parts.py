@@ -66,7 +66,7 @@ def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) ->
 def parts(step: Step, steps: range) -> list[dict[str, float]]:
     """Seconds of each part, for each of these steps."""
     spent: dict[str, float] = defaultdict(float)
-    where = [(step.batches, "piece"), (step, "_loss"), (step, "leave_gradient")]
+    where = [(step.batches, "piece"), (step, "_losses"), (step, "leave_gradient")]
     where += [(step.optimizer, "step"), (step.optimizer, "zero_grad")]
     for owner, name in where:
         setattr(owner, name, clocked(spent, name, getattr(owner, name)))
@@ -77,7 +77,7 @@ def parts(step: Step, steps: range) -> list[dict[str, float]]:
         step(k)
         whole = time.perf_counter() - start
         optimizer = spent["step"] + spent["zero_grad"]
-        row = [spent["piece"], spent["_loss"] - spent["piece"], spent["leave_gradient"] - spent["_loss"], optimizer]
+        row = [spent["piece"], spent["_losses"] - spent["piece"], spent["leave_gradient"] - spent["_losses"], optimizer]
         found.append(dict(zip(PARTS, [*row, whole - spent["leave_gradient"] - optimizer], strict=True)))
     return found
 

@@ -148,22 +148,23 @@ class Step:
         last = self.batches.pieces - 1
         for piece in range(last + 1):
             with nullcontext() if piece == last else self.world.accelerator.no_sync(self.model):
-                loss = self._loss(k, piece)
+                losses, weights = self._losses(k, piece)
                 arrive()
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                losses.backward(weights if self.scaler is None else self.scaler.scale(weights))
 
     def _gradient_by_shards(self, k: Position) -> None:
         """Every shard's gradient, gathered and added in the order of the shards."""
         mine = []
         for piece in range(self.batches.pieces):
-            grads = torch.autograd.grad(self._loss(k, piece), self.trained, materialize_grads=True)
+            losses, weights = self._losses(k, piece)
+            grads = torch.autograd.grad(losses, self.trained, weights, materialize_grads=True)
             mine.append(torch.cat([g.flatten() for g in grads]))
         total = self.world.gather(torch.stack(mine)).flatten(0, 1).sum(0)
         for parameter, grad in zip(self.trained, total.split([p.numel() for p in self.trained]), strict=True):
             parameter.grad = grad.view_as(parameter)
 
-    def _loss(self, k: Position, piece: int) -> Tensor:
-        """This rank's part of the mean loss over global batch k, for one piece of its rows."""
+    def _losses(self, k: Position, piece: int) -> tuple[Tensor, Tensor]:
+        """The losses of one piece of this rank's rows, and how much each counts in the mean over global batch k."""
         images, labels = self.batches.piece(k, piece)
         for norm in self.norms:
             norm.row_weights = at(self.batches.weights, k, piece)
@@ -171,7 +172,7 @@ class Step:
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.cfg.label_smoothing)
         put(self.losses, k, piece, losses.detach())
         put(self.predicted, k, piece, logits.detach().argmax(1))
-        return losses @ at(self.batches.loss_weights, k, piece)
+        return losses, at(self.batches.loss_weights, k, piece)
 
     def _warm_up(self) -> None:
         """Throw-away backward passes whose effect is undone.
@@ -183,7 +184,8 @@ class Step:
         state = [b.clone() for b in self.module.buffers()]
         with random_numbers_kept(self.world.device):
             for _ in range(2):
-                self._loss(0, 0).backward()
+                losses, weights = self._losses(0, 0)
+                losses.backward(weights)
         for buffer, before in zip(self.module.buffers(), state, strict=True):
             buffer.copy_(before)
         self.optimizer.zero_grad()

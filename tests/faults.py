@@ -111,7 +111,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "load": ("fashion_ddp.data", "load", "before"),
     "claim": ("fashion_ddp.start", "claim", "after"),
     "step": ("fashion_ddp.step", "Step.__call__", "before"),
-    "forward": ("fashion_ddp.step", "Step._loss", "after"),
+    "forward": ("fashion_ddp.step", "Step._losses", "after"),
     "all-reduce": ("torch.distributed", "all_reduce", "before"),
     "sync point": ("fashion_ddp.ranks", "SyncPoint.__call__", "before"),
     "after the sync point": ("fashion_ddp.ranks", "SyncPoint.__call__", "after"),
