@@ -53,7 +53,7 @@ def train(todo: list[Job], share: Share) -> int:
     STOPPED."""
     waiting = deque(enumerate(todo, start=1))
     active: dict[int, Active] = {}  # by slot
-    ended: dict[str, int] = {}  # exit codes
+    codes: list[tuple[str, int]] = []  # by name, in the order of their ends
     at_once = min(len(share.cards), len(todo))
     while active or (waiting and not stop.heard()):
         free = [slot for slot in range(len(share.cards)) if slot not in active]
@@ -64,20 +64,20 @@ def train(todo: list[Job], share: Share) -> int:
             try:
                 active[slot] = _begin(job, label, share, slot, at_once)
             except OSError as error:
-                say(f"{label} FAILED: {log_of(job.folder)} cannot be written ({error.strerror})")
-                ended[job.folder.name] = 1
+                say(f"{label} FAILED: it could not be begun: {error}")
+                codes.append((job.folder.name, 1))
         time.sleep(LOOK)
         for slot, one in list(active.items()):
             if (code := one.running.poll()) is not None:
                 del active[slot]
                 one.end(code)
-                ended[one.folder.name] = code
-    if waiting or STOPPED in ended.values():
+                codes.append((one.folder.name, code))
+    if waiting or any(code == STOPPED for _, code in codes):
         why = "".join(f" ({one.name})" for one in stop.heard()[:1])
         say(f"stopped{why}: the same command continues")
         return STOPPED
-    if failed := [name for name, code in ended.items() if code]:
-        say(f"{len(failed)} of {len(ended)} runs failed: {', '.join(failed)}")
+    if failed := [name for name, code in codes if code]:
+        say(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
     return int(bool(failed))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from test_local import EX_TEMPFAIL, SMALL, report, until_gone
 from fashion_ddp import machine
 from fashion_ddp.errors import UserError
 from fashion_ddp.settings import make_config
-from launch.announce import announce, deal, visible_cards
-from launch.running import Running
+from launch.announce import Share, announce, deal, visible_cards
+from launch.running import Job, Running
+from launch.side_by_side import train
 
 TWO_AT_ONCE = [*LOCAL, *SMALL, "--jobs", "2"]
 UUIDS = ["GPU-5a1c", "GPU-0b7f", "GPU-9d3e"]
@@ -118,32 +120,66 @@ def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(monkeyp
     assert own.threads == 7
 
 
-@pytest.mark.quick
-def test_the_ranks_of_a_run_see_its_cards_alone_and_how_many_runs_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[str | None, ...]]]:
+    """The cards, the runs at once and the rank that each process started since the last call saw."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import json, os\nwith open(f\"{os.environ.get('RANK', 'alone')}.json\", 'w') as file:\n"
-        "    json.dump(dict(os.environ), file)\n"
+        "import json, os\nwith open(f'{os.getpid()}.json', 'w') as file:\n    json.dump(dict(os.environ), file)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{CHECKOUT}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-b")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-b,0")
     monkeypatch.setenv("FASHION_DDP_SIDE_BY_SIDE", "9")  # of another launcher, above this one
 
-    def surroundings(ranks: int, *at_once_and_cards: Any) -> list[tuple[str | None, ...]]:
-        with open("log", "ab") as log:
-            running = Running(("--no-such-flag",), ranks, *at_once_and_cards, output=log)
-            while (code := running.poll()) is None:
-                time.sleep(0.01)
-        assert code == 2 and "no-such-flag" in Path("log").read_text()
-        seen = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
-        for path in tmp_path.glob("*.json"):
+    def seen() -> list[tuple[str | None, ...]]:
+        files = list(tmp_path.glob("*.json"))
+        every = [json.loads(path.read_text()) for path in files]
+        for path in files:
             path.unlink()
-        return [tuple(map(one.get, ("CUDA_VISIBLE_DEVICES", "FASHION_DDP_SIDE_BY_SIDE", "LOCAL_RANK"))) for one in seen]
+        names = ("CUDA_VISIBLE_DEVICES", "FASHION_DDP_SIDE_BY_SIDE", "LOCAL_RANK")
+        return sorted(tuple(map(one.get, names)) for one in every)
 
-    assert surroundings(2, 4, "3,GPU-b") == [("3,GPU-b", "4", "0"), ("3,GPU-b", "4", "1")]
-    assert surroundings(1) == [("1,3,GPU-b", "1", None)]
+    return seen
+
+
+@pytest.mark.quick
+def test_runs_at_once_see_cards_of_their_own_and_how_many_they_are(
+    surroundings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = ("--no-such-flag",)
+    jobs = [Job(make_config({"seed": seed}), refused) for seed in (1, 2)]
+    assert train(jobs, Share(2, 1, ("1,3", "GPU-b,0", "2,4"))) == 1
+    assert surroundings() == [*(("1,3", "2", rank) for rank in "01"), *(("GPU-b,0", "2", rank) for rank in "01")]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in said if "begins" in line] == [
+        "[1/2] cnn-blog-seed1 begins on card 1,3",
+        "[2/2] cnn-blog-seed2 begins on card GPU-b,0",
+    ]
+    assert said[-1] == "2 of 2 runs failed: cnn-blog-seed1, cnn-blog-seed2"
+    assert train([*jobs, Job(make_config({"seed": 3}), refused)], Share(1, 1, ("3",))) == 1
+    assert surroundings() == [("3", "1", None)] * 3
+
+
+@pytest.mark.quick
+def test_a_run_that_is_alone_sees_what_its_launcher_sees(surroundings: Any) -> None:
+    running = Running(("--no-such-flag",), 1)
+    while (code := running.poll()) is None:
+        time.sleep(0.01)
+    assert code == 2 and surroundings() == [("1,3,GPU-b,0", "1", None)]
+
+
+@pytest.mark.quick
+def test_a_log_that_cannot_be_written_fails_its_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    jobs = [
+        Job(make_config({"runs_dir": tmp_path / "file"}), ("--no-such-flag",)),
+        Job(make_config({"runs_dir": tmp_path / "runs"}), ("--no-such-flag",)),
+    ]
+    assert train(jobs, Share(1, 1, (None,))) == 1
+    said = capsys.readouterr().out
+    assert "[1/2] cnn-blog-seed42 FAILED: it could not be begun: " in said and f"{tmp_path / 'file'}" in said
+    assert "2 of 2 runs failed" in said
+    assert "--no-such-flag" in (tmp_path / "runs" / "cnn-blog-seed42.log").read_text()
 
 
 # --- Real runs --------------------------------------------------------------------------------------------------
@@ -253,6 +289,7 @@ def test_a_second_ctrl_c_ends_all_runs_at_once(tmp_path: Path) -> None:
             run.type(b"\x03")
             run.read_terminal()
             time.sleep(0.5)
+        run.until(lambda: "interrupted twice" in run.printed())
         until_gone(run, pids)
         assert run.process.returncode == 128 + signal.SIGINT
     assert run.printed().count("interrupted twice") == 1
