@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -9,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHECKOUT
+import tyro
+from conftest import CHECKOUT, command
 from faults import Fault, start_tiny
 from gates import LOCAL, Started, gate
 from reports import Report
@@ -20,6 +23,7 @@ from fashion_ddp.errors import UserError
 from fashion_ddp.settings import make_config
 from launch.announce import Share, announce, deal, visible_cards
 from launch.running import Job, Running
+from launch.runs import Submission
 from launch.side_by_side import train
 
 TWO_AT_ONCE = [*LOCAL, *SMALL, "--jobs", "2"]
@@ -180,6 +184,17 @@ def test_a_log_that_cannot_be_written_fails_its_run_alone(tmp_path: Path, capsys
     assert "[1/2] cnn-blog-seed42 FAILED: it could not be begun: " in said and f"{tmp_path / 'file'}" in said
     assert "2 of 2 runs failed" in said
     assert "--no-such-flag" in (tmp_path / "runs" / "cnn-blog-seed42.log").read_text()
+
+
+def test_a_login_node_is_told_the_same_for_the_cluster(tmp_path: Path) -> None:
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    words = ("--models", "linear", "--jobs", "3", "--dataset", "synthetic")
+    done = command("python", "-m", "launch.local", *words, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    [line] = re.findall(r"`python -m launch.submit (.*?)`", done.stderr)
+    asked, flags = tyro.cli(Submission, args=shlex.split(line), return_unknown_args=True)
+    assert asked.at_once == 3 and flags == ["--dataset", "synthetic"]
 
 
 # --- Real runs --------------------------------------------------------------------------------------------------
