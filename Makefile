@@ -1,5 +1,5 @@
 ## make setup         make the environment in VENV, or bring it up to date; says what it downloads first
-## make compare       train MODELS one after another and compare them
+## make compare       train MODELS, one after another or JOBS at once, and compare them
 ## make test          every test but the slow ones
 ## make test-quick    the tests of a minute
 ## make test-slow     the slow tests: real launches, real installations
@@ -16,7 +16,8 @@
 ##   PYTHON=python3   makes it, 3.11 or newer
 ##   LOCK=            newest or cuda12; by itself it is chosen by the NVIDIA driver
 ##   MODELS="linear relu mlp cnn"  RECIPE=blog  SEEDS=42      what compare trains
-##   GPUS=            which cards, as 1,2 (all)               RANKS=  how many processes (one per card)
+##   GPUS=            which cards, as 1,2 (all)               RANKS=  processes of each run (one per card)
+##   JOBS=1           how many runs at once, each on a card of its own or a share of the cores, and its times marked so
 ##   FRESH=           1: train anew, keep old runs as .1      ARGS=   any other flag, as ARGS="--epochs 10"
 ##   FORCE=           1: train on a login node of a SLURM cluster all the same
 ## Targets that need the environment make it first.
@@ -30,6 +31,7 @@ RECIPE ?= blog
 SEEDS ?= 42
 GPUS ?=
 RANKS ?=
+JOBS ?=
 FRESH ?=
 FORCE ?=
 ARGS ?=
@@ -53,7 +55,7 @@ compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock:
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
-FLAGS = $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(if $(FORCE),--force) $(ARGS)
+FLAGS = $(if $(JOBS),--jobs $(JOBS)) $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(if $(FORCE),--force) $(ARGS)
 compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 

@@ -64,7 +64,8 @@ def terminal_text(comparison: Comparison) -> str:
     parts = []
     for section in comparison.sections:
         table = terminal_table(tables.main_table(section, tables.BRIEF))
-        parts.append(f"{section.title}\n{table}\n\n{' '.join(sentences.verdict(section))}")
+        said = " ".join(part for part in (*sentences.verdict(section), sentences.shared_times(section)) if part)
+        parts.append(f"{section.title}\n{table}\n\n{said}")
     if unfinished := tables.unfinished_table(comparison):
         parts.append(f"not finished, not ranked\n{terminal_table(unfinished)}")
     return "\n\n".join(parts)

@@ -75,7 +75,8 @@ SUMMARY = (
     Key("parameters", "count", "of the model"),
     Key("parameters_trained", "count", "of the model, but for what --freeze names"),
     Key("starts", "count", "processes that worked at the run, one after another"),
-    Key("timings_mixed", "true, false", "whether they did so on different hardware"),
+    Key("timings_mixed", "true, false", "whether they did so on different hardware, or beside other runs"),
+    Key("side_by_side", "count", "runs that were trained at once on its machine, at most: above 1, times are shared"),
     Key("wandb_id", "text", "the run's name to W&B", "W&B"),
     Key("wandb_mode", "text", "online, offline or disabled; null where W&B was left", "W&B"),
     *(key for key in EPOCH if key.name != "throughput/images_per_s"),  # of the last epoch
@@ -107,6 +108,7 @@ ENVIRONMENT = (
     Key("ranks[].device", "text", "its card, or cpu"),
     Key("ranks[].cpu", "text", "its processor"),
     Key("ranks[].threads", "count", "its CPU threads"),
+    Key("side_by_side", "count", "runs that the launcher trained at once, at most, this one among them"),
     Key("data_source", "text", "the folder that the data was read from"),
     Key("precision", "text", "as in config.yaml"),
 )

@@ -24,7 +24,8 @@ SHOWN = "shown"  # in the summary that W&B keeps: of which step of a run, or of 
 def config(cfg: Config, summary: dict[str, Any], environment: list[dict[str, Any]]) -> dict[str, Any]:
     """A run's settings, flat, and what else one filters runs by. `summary`: what is known of the run so far."""
     start = environment[-1] if environment else {}
-    also = {name: summary.get(name) for name in ("world_size", "threads", "parameters", "rank_invariant")}
+    kept = ("world_size", "threads", "side_by_side", "parameters", "rank_invariant")
+    also = {name: summary.get(name) for name in kept}
     also |= {"gpu": summary.get("device"), "git_commit": start.get("git_commit")}
     return plain(identity(cfg) | also | {"torch": start.get("made_by", {}).get("torch")})
 

@@ -1,6 +1,7 @@
 """What a run finds, records and says before it trains."""
 
 import datetime
+import os
 import socket
 import sys
 from typing import Any
@@ -77,6 +78,8 @@ def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, A
         "cuda": torch.version.cuda,
         "world_size": world.size,
         "ranks": ranks,
+        # No setting: the run is the same whatever is trained beside it. Its launcher alone knows.
+        "side_by_side": int(os.environ.get("FASHION_DDP_SIDE_BY_SIDE", "1")),
         "data_source": dataset.source,
         "precision": cfg.precision,
     }
@@ -93,13 +96,16 @@ def announce(
     prepared: list[str],
 ) -> dict[str, Any]:
     """Print and record how the run starts. Returns what its summary says from the start."""
-    batches, mixed = step.batches, False
+    batches, mixed, at_once = step.batches, False, env["side_by_side"]
     layers = models.summary(model, dataset.image_shape)
     dependent = models.rank_dependent(model)
     if world.rank == 0:
         starts = rundir.read_run(folder.path).environment
-        mixed = bool(step.done) and any(_hardware(start) != _hardware(env) for start in starts)
+        went_before = starts if step.done else []  # of others nothing is left
+        mixed = any(_conditions(start) != _conditions(env) for start in went_before)
+        at_once = max(_at_once(start) for start in [*went_before, env])
         notes = [*_continued(step, mixed), *_notes(cfg, dataset, dependent)]
+        notes += [f"note: up to {at_once} runs are trained at once on this machine: times are shared"] * (at_once > 1)
         for line in (_facts(cfg, world, env, dataset, step), layers, *prepared, *notes):
             say(line)
         folder.write_json("environment.json", [*starts, env])
@@ -129,19 +135,26 @@ def announce(
         "parameters_trained": sum(p.numel() for p in step.trained),
         "starts": len(starts) + 1 if world.rank == 0 else 1,
         "timings_mixed": mixed,
+        "side_by_side": at_once,
     }
 
 
-def _hardware(env: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """What the timings of a start stand for: each rank's device, processor and threads."""
-    return sorted((rank["device"], rank.get("cpu"), rank["threads"]) for rank in env["ranks"])
+def _conditions(env: dict[str, Any]) -> tuple[Any, ...]:
+    """What the timings of a start stand for: each rank's device, processor and threads, and how many runs shared."""
+    return sorted((rank["device"], rank.get("cpu"), rank["threads"]) for rank in env["ranks"]), _at_once(env)
+
+
+def _at_once(env: dict[str, Any]) -> int:
+    """Runs that were trained at once, at most, this one among them."""
+    return env.get("side_by_side", 1)  # older folders do not say, and their runs were alone
 
 
 def _continued(step: Step, mixed: bool) -> list[str]:
     if not step.done:
         return []
     position = f"continued after step {step.done:,}, in epoch {-(-step.done // step.batches.steps)}"
-    return [position + ("; on other hardware than before, so its timings are mixed" if mixed else "")]
+    marked = "; on other hardware or beside other runs than before, so its timings are mixed"
+    return [position + (marked if mixed else "")]
 
 
 def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, step: Step) -> str:

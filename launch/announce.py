@@ -2,7 +2,10 @@
 
 import contextlib
 import multiprocessing
+import os
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
@@ -14,11 +17,20 @@ from fashion_ddp.errors import TrainingFailed, UserError, counted
 Sizes = tuple[tuple[int, int, int], int, int]  # of the data: (C, H, W), classes, training images
 
 
-def announce_apart(asked: int, cfg: Config, todo: list[Config], sizes: Sizes) -> int:
+@dataclass(frozen=True)
+class Share:
+    """What of this machine each run has, of those that are trained at once."""
+
+    ranks: int
+    threads: int  # CPU threads of each rank
+    cards: tuple[str | None, ...]  # by slot: CUDA_VISIBLE_DEVICES of the run that is in it; None: as it is for us
+
+
+def announce_apart(jobs: int, asked: int, cfg: Config, todo: list[Config], sizes: Sizes) -> Share:
     """`announce`, in a process of its own: torch in this one would hold memory of a card while the runs need it."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe(duplex=False)
-    child = spawn.Process(target=_answer, args=(there, asked, cfg, todo, sizes))
+    child = spawn.Process(target=_answer, args=(there, jobs, asked, cfg, todo, sizes))
     resource_tracker.ensure_running()  # it comes with the first process, and would let go of what is held
     with stop.held():  # for good: it does not listen; the terminal's Ctrl-C is for this process, which remembers it
         child.start()
@@ -35,35 +47,61 @@ def announce_apart(asked: int, cfg: Config, todo: list[Config], sizes: Sizes) ->
     return answer
 
 
-def _answer(asker: Connection, asked: int, cfg: Config, todo: list[Config], sizes: Sizes) -> None:
+def _answer(asker: Connection, jobs: int, asked: int, cfg: Config, todo: list[Config], sizes: Sizes) -> None:
     try:
-        answer: int | UserError = announce(asked, cfg, todo, sizes)
+        answer: Share | UserError = announce(jobs, asked, cfg, todo, sizes)
     except UserError as error:
         answer = error
     with contextlib.suppress(OSError):  # the asker was killed
         asker.send(answer)
 
 
-def announce(asked: int, cfg: Config, todo: list[Config], sizes: Sizes) -> int:
-    """Say what will run on what, and about how long. Returns the ranks of each run.
+def announce(jobs: int, asked: int, cfg: Config, todo: list[Config], sizes: Sizes) -> Share:
+    """Say what will run on what, and about how long. Returns what each run has of the machine.
 
-    `asked`: ranks, 0 for as many as fit the machine; `cfg`: any of the runs, for their device and threads.
+    `jobs`: runs at once. `asked`: ranks of each, 0 for as many as fit the machine, or one where several runs share it.
+    `cfg`: any of the runs, for their device and threads.
     """
     import torch
 
     kind = machine.choose_device(cfg, machine.Place())
     cards, cores = torch.cuda.device_count() if kind == "cuda" else 0, machine.usable_cores()
-    ranks = asked or cards or min(4, cores)
+    ranks = asked or (1 if jobs > 1 else cards or min(4, cores))
     machine.choose_device(cfg, machine.Place(world_size=ranks, local_world_size=ranks))
-    threads = machine.threads_per_rank(cfg, ranks)
+    dealt = deal(visible_cards(cards), jobs, ranks) if cards and jobs > 1 else [None] * jobs
+    # By `jobs`, however many runs there are or are left: a run's bits depend on its threads, and a run that continues
+    # alone must end in those that it would have had among the others. More ranks than cores are not refused: with one
+    # thread each they take turns, and of 3 runs on 2 cores none is idle, where 2 and then 1 would leave one so.
+    share = Share(ranks, machine.threads_per_rank(cfg, ranks * jobs), tuple(dealt))
     if not todo:
-        return ranks
+        return share
     on = f"{cards} x {torch.cuda.get_device_name(0)}" if cards else f"CPU, {cores} cores"
-    each = f"{counted(ranks, 'rank')} with {counted(threads, 'CPU thread')} each"
-    seconds = sum(_estimate(cfg, kind, ranks, threads, sizes) for cfg in todo)
-    took = f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s"
-    say(f"{counted(len(todo), 'run')} of {each}, on {on}; {took}")
-    return ranks
+    each = f"{counted(ranks, 'rank')} with {counted(share.threads, 'CPU thread')} each"
+    seconds = [_estimate(cfg, kind, ranks, share.threads, sizes) for cfg in todo]
+    at_once = jobs if cards else min(jobs, max(1, cores // (ranks * share.threads)))
+    whole = max(sum(seconds) / at_once, *seconds)
+    took = f"about {whole / 60:.0f} min" if whole > 90 else f"about {whole:.0f} s"
+    beside = f", {jobs} at once," if jobs > 1 else ""
+    say(f"{counted(len(todo), 'run')}{beside} of {each}, on {on}; {took}")
+    return share
+
+
+def visible_cards(count: int, env: Mapping[str, str] = os.environ) -> list[str]:
+    """The cards that torch counts, by the names that CUDA_VISIBLE_DEVICES has for them: numbers, or UUIDs."""
+    named = env.get("CUDA_VISIBLE_DEVICES")
+    # Of a list CUDA takes what stands before the first name that is none of a card.
+    return [name.strip() for name in named.split(",")][:count] if named else [str(n) for n in range(count)]
+
+
+def deal(cards: Sequence[str], jobs: int, ranks: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES for each of so many runs at once: cards of its own, one per rank, in the order given."""
+    if jobs * ranks > len(cards):
+        fit = len(cards) // ranks
+        raise UserError(
+            f"jobs={jobs} of {counted(ranks, 'rank')} each need {counted(jobs * ranks, 'NVIDIA card')}, and there are "
+            f"{len(cards)}: give --jobs {fit} (JOBS={fit}), or --device cpu to train without them"
+        )
+    return [",".join(cards[at : at + ranks]) for at in range(0, jobs * ranks, ranks)]
 
 
 def _estimate(cfg: Config, kind: str, ranks: int, threads: int, sizes: Sizes) -> float:

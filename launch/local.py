@@ -1,18 +1,18 @@
-"""Train many runs on this machine, one after another on all that it has, and compare them. What `make compare` does.
+"""Train many runs on this machine, and compare them: one after another on all that it has, or several at once. What
+`make compare` does.
 
     python -m launch.local --models linear relu mlp cnn --recipe blog --seeds 42
     python -m launch.local --models cnn --seeds 0 1 2 --epochs 10       further flags are those of fashion_ddp.train
+    python -m launch.local --seeds 0 1 2 --jobs 4                       four at once, each on a card of its own
 
 A finished run of the same settings, code and versions is taken as it is. Exit code 0: all finished; 1: some failed,
 and the report says which; 2: nothing was started, because something must be mended first; 75: stopped, and the same
 command continues.
 """
 
-import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -25,17 +25,15 @@ from fashion_ddp import stop
 if __name__ == "__main__":
     stop.listen()  # before slow imports
 
-from fashion_ddp import claim, cli, compare, data, machine, provenance
+from fashion_ddp import claim, cli, compare, data, provenance
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError
 from fashion_ddp.private import keep_others_out
-from launch import slurm
+from launch import side_by_side, slurm
 from launch.announce import announce_apart
-from launch.runs import check_flags, shared_group
-
-STOPPED = 75  # exit code of what was told to stop, and continues with the same command
-PATIENCE = 30.0  # seconds that ranks get to end, once one has
+from launch.running import LOOK, STOPPED, Job, Running
+from launch.runs import check_flags, refuse_twins, shared_group
 
 
 @dataclass(frozen=True)
@@ -49,20 +47,14 @@ class Comparison:
     seeds: tuple[int, ...] = (42,)
     """Each architecture is trained once per seed."""
     ranks: int = 0
-    """Ranks of each run; 0 takes one per card, or on a CPU one per core up to four."""
+    """Ranks of each run; 0 takes one per card, or on a CPU one per core up to four; with --jobs, one."""
+    jobs: int = 1
+    """Runs at once. Each has a card of its own (with --ranks R: R cards), or on a CPU its share of the cores; their
+    times are shared, and marked so."""
     out: Path = Path("report")
     """Folder of the report."""
     force: tyro.conf.FlagCreatePairsOff[bool] = False
     """Train on a login node of a SLURM cluster all the same."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to be made: its settings, and the command line that gives them."""
-
-    cfg: Config
-    argv: tuple[str, ...]
-    reused: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,49 +64,46 @@ def main(argv: list[str] | None = None) -> int:
         _check(comparison, flags)
         flags += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], flags).cfg)
         runs = [(model, seed) for model in comparison.models for seed in comparison.seeds]
-        group = shared_group([_job(comparison, *run, flags).cfg for run in runs])
+        configs = [_job(comparison, *run, flags).cfg for run in runs]
+        refuse_twins(configs)
+        group = shared_group(configs)
         flags += ["--wandb-group", group] if group else []
         jobs = [_job(comparison, *run, flags) for run in runs]
         first = jobs[0].cfg
         dataset = data.load(first.dataset, first.data_dir)
         jobs = [_reuse_or_retrain(job, provenance.made_by(job.cfg, dataset.md5)) for job in jobs]
-        for folder in (claim.folder_of(job.cfg) for job in jobs if job.reused):
+        for folder in (job.folder for job in jobs if job.reused):
             say(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
         todo = [job for job in jobs if not job.reused]
         sizes = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
-        ranks = announce_apart(comparison.ranks, first, [job.cfg for job in todo], sizes)
+        share = announce_apart(comparison.jobs, comparison.ranks, first, [job.cfg for job in todo], sizes)
         if "--check-only" in flags:
             return 0
     except UserError as error:
         fail(error, 2)
     except TrainingFailed as error:
         fail(error, 1)
-    failed = 0
-    for number, job in enumerate(todo, start=1):
-        if told := stop.heard():
-            say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
-            return STOPPED
-        say(f"\n--- run {number} of {len(todo)}")
-        code = run(job.argv, ranks)
-        if code in (2, STOPPED, 128 + signal.SIGINT):
-            return code
-        failed += code != 0
+    code = side_by_side.train(todo, share) if comparison.jobs > 1 else one_after_another(todo, share.ranks)
+    if code not in (0, 1):
+        return code
     say("")
-    folders = [str(folder) for job in jobs if (folder := claim.folder_of(job.cfg)).exists()]
-    if folders:  # compare would look elsewhere
+    if folders := [str(job.folder) for job in jobs if job.folder.exists()]:  # of none, compare would look elsewhere
         compare.main([*folders, "--out", str(comparison.out)])
-    return int(failed > 0)
+    return code
 
 
 def _check(comparison: Comparison, flags: list[str]) -> None:
     """What tyro leaves to us: ranges, and flags that neither we nor fashion_ddp.train know."""
     if comparison.ranks < 0:
         raise UserError(f"ranks must be at least 0, got {comparison.ranks}")
+    if comparison.jobs < 1:
+        raise UserError(f"jobs must be at least 1, got {comparison.jobs}")
     if not comparison.models or not comparison.seeds:
         raise UserError("models and seeds need at least one value each")
     check_flags(Comparison, flags, {})
     if not comparison.force and slurm.is_outside_of_a_job():
         words = ["--models", *comparison.models, "--recipe", comparison.recipe, "--seeds", *map(str, comparison.seeds)]
+        words += ["--at-once", str(comparison.jobs)] if comparison.jobs > 1 else []
         raise UserError(
             "this is a machine of a SLURM cluster, and no job of it: submit these runs with "
             f"`python -m launch.submit {shlex.join([*words, *flags])}` (with cards: --gpus-per-node N), or train here "
@@ -153,41 +142,22 @@ def _reuse_or_retrain(job: Job, made_by: dict) -> Job:
         return Job(job.cfg, (*job.argv, "--fresh"))
 
 
-def run(argv: tuple[str, ...], ranks: int) -> int:
-    """Train one run on so many ranks of this machine. Returns the exit code of the first rank that failed, else 0;
-    128 + the number of the signal that killed it.
-
-    A rank that ends in any other way than finished ends the others. What this process hears is handed on to every rank.
-    """
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    env["FASHION_DDP_LAUNCHER"] = str(os.getpid())
-    if ranks > 1:
-        env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(machine.free_port())}
-    stop.children = children = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        command = [sys.executable, "-m", "fashion_ddp.train", *argv]
-        # In sessions of their own, so that Ctrl-C on the terminal reaches them through us and only once.
-        with stop.held():
-            children.append(subprocess.Popen(command, env=env | place, start_new_session=True))
-    first, handed_on, patience = 0, set[signal.Signals](), math.inf
-    while None in [child.poll() for child in children]:  # each is asked, or one that failed would go unseen
-        for number in set(stop.heard()) - handed_on:
-            for child in children:
-                child.send_signal(number)
-            handed_on.add(number)
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and not first:
-            first, patience = codes[0], time.monotonic() + PATIENCE
-            for child in children:
-                child.terminate()  # asked first: they save, unless the lost rank already ended them
-        if time.monotonic() > patience:
-            for child in children:
-                child.kill()
-        time.sleep(0.05)
-    first = first or next((child.returncode for child in children if child.returncode), 0)
-    return first if first >= 0 else 128 - first
+def one_after_another(todo: list[Job], ranks: int) -> int:
+    """Train runs, each on all that this machine has. Returns 0: all finished; 1: some failed, and the others went on;
+    or what ended it before the last."""
+    failed = 0
+    for number, job in enumerate(todo, start=1):
+        if told := stop.heard():
+            say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
+            return STOPPED
+        say(f"\n--- run {number} of {len(todo)}")
+        running = Running(job.argv, ranks)
+        while (code := running.poll()) is None:
+            time.sleep(LOOK)
+        if code in (2, STOPPED, 128 + signal.SIGINT):
+            return code
+        failed += code != 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

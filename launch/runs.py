@@ -110,11 +110,7 @@ def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[c
         for point in points
     ]
     configs = [command.run for command in found]
-    if len(found) > 1 and configs[0].run_dir is not None:
-        raise UserError(f"--run-dir names one folder, and these are {len(found)} runs: give --runs-dir")
-    names = [claim.folder_of(cfg) for cfg in configs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two of the runs would be one, {twice}: name each model, seed and value once")
+    refuse_twins(configs)
     if asked.sweep and not all(cfg.validation for cfg in configs):
         raise UserError(
             "--sweep chooses among runs, and must not do so by the test set: hold out training images, as with "
@@ -129,6 +125,15 @@ def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[c
     if group := shared_group(configs):
         found = [replace(one, run=replace(one.run, wandb_group=group)) for one in found]
     return found
+
+
+def refuse_twins(configs: list[Config]) -> None:
+    """Raises UserError where two runs would have one folder."""
+    if len(configs) > 1 and configs[0].run_dir is not None:
+        raise UserError(f"--run-dir names one folder, and these are {len(configs)} runs: give --runs-dir")
+    names = [claim.folder_of(cfg) for cfg in configs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two of the runs would be one, {twice}: name each model, seed and value once")
 
 
 def shared_group(configs: list[Config]) -> str | None:

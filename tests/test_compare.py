@@ -339,6 +339,38 @@ def test_mistakes_end_with_2_and_one_message(
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.quick
+def test_times_that_runs_shared_are_marked_wherever_they_stand(tmp_path: Path, report: Any) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs / "cnn", model="cnn", skill=5.0, summary={"side_by_side": 1})
+    make_run(runs / "linear-1", model="linear", seed=1, summary={"side_by_side": 4})
+    make_run(runs / "linear-2", model="linear", seed=2)  # of a folder that does not say: it was alone
+    make_run(runs / "mlp", model="mlp", skill=1.0, summary={"side_by_side": 2})
+    r = report()
+    assert r.column("times shared by") == ["-", "1 or 4 runs", "2 runs"]
+    single = r.table_of("run")
+    assert [(line[0], line[single[0].index("times shared by")]) for line in single[1:]] == [
+        *(("cnn", "-"), ("linear-1", "4 runs"), ("linear-2", "-"), ("mlp", "2 runs"))
+    ]
+    said = "Times shared by up to 4 runs at once: linear-1 and mlp. Their training time and images/s are no measure of"
+    for text in (r.text, r.markdown, r.printed):
+        assert text.count(said) == 1
+    assert "1 or 4 runs" in r.printed
+    ours = [line[-1] for line in r.table_of("hardware") if line[2].startswith("this report")]
+    assert ours == ["1 x cpu", "1 x cpu, times shared by 1 or 4 runs"]  # mlp is none of the tutorials'
+    axes = {text for figure in r.page.drawn for text in figure if text.startswith("training time")}
+    assert axes == {"training time, s (shared by runs at once)"}
+    assert {row["label"]: row["side_by_side"] for row in r.json["rows"]} == {"cnn": 1, "linear": 4, "mlp": 2}
+
+
+@pytest.mark.quick
+def test_times_of_runs_that_were_alone_are_not_marked(tmp_path: Path, report: Any) -> None:
+    four_models(tmp_path / "runs")
+    r = report()
+    for text in (r.text, r.markdown, r.printed):
+        assert "shared" not in text and "at once" not in text
+
+
 def test_unreadable_predictions_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_run(tmp_path / "one", model="linear") / "predictions.safetensors"
     path.write_bytes(path.read_bytes()[:100])

@@ -176,7 +176,9 @@ def against(section: Section, figure: str, title: str) -> Markup | None:
 
 
 def costs(section: Section) -> list[Markup]:
-    found = [against(section, SECONDS, "training time, s"), against(section, "parameters", "parameters")]
+    shared = any(row.shared for row in section.rows)
+    time = f"training time, s{' (shared by runs at once)' if shared else ''}"
+    found = [against(section, SECONDS, time), against(section, "parameters", "parameters")]
     return [figure for figure in found if figure is not None]
 
 

@@ -72,6 +72,11 @@ class Result:
         return f"{self.record.get('world_size', '?')} x {self.record.get('device', '?')}"
 
     @property
+    def at_once(self) -> int:
+        """Runs that were trained at once on its machine, at most, itself among them: its times are its own where 1."""
+        return self.record.get("side_by_side", 1)
+
+    @property
     def device(self) -> str:
         """The kind of card, or of processor: what times may be compared on."""
         device = self.record.get("device", "?")

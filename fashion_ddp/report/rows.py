@@ -54,6 +54,16 @@ class Row:
             return wilson(int(answers.correct.sum()), len(answers.labels))
         return None
 
+    @property
+    def at_once(self) -> list[int]:
+        """How many runs were trained at once when its own were: [1] where each had the machine to itself."""
+        return sorted({r.at_once for r in self.results})
+
+    @property
+    def shared(self) -> bool:
+        """Whether its times are no measure of speed."""
+        return self.at_once != [1]
+
     def confusion(self) -> np.ndarray | None:
         """Counts [true, predicted], added over the runs that have predictions; None without any."""
         counts = [np.array(r.record["confusion"]) for r in self.results if "confusion" in r.record]
@@ -70,6 +80,7 @@ class Row:
 
         of_row: dict[str, Any] = {"label": self.label, "runs": [r.name for r in self.results], "n": len(self.results)}
         of_row |= {"mean": each(self.mean), "std": each(self.std), "interval": self.interval()}
+        of_row |= {"side_by_side": max(self.at_once)}
         return of_row | {"f1_by_class": self.f1_by_class()}
 
 

@@ -56,6 +56,20 @@ def verdict(section: Section) -> tuple[str, str]:
     return first, f"{second} {_seeds(section.ranked)}"
 
 
+def shared_times(section: Section) -> str:
+    """Whose times were shared by runs at once, so that nobody reads speed or cost from them; empty for none."""
+    results = [r for row in section.rows for r in row.results]
+    names = [r.name for r in results if r.at_once > 1]
+    if not names:
+        return ""
+    whose = "all runs" if len(names) == len(results) else _listed(names)
+    most = max(r.at_once for r in results)
+    return (
+        f"Times shared by up to {most} runs at once: {whose}. Their training time and images/s are no measure of speed "
+        "or cost, and not to be compared with those of a run that had the machine to itself."
+    )
+
+
 def _by(pair: Pair) -> str:
     """By how much, with its interval and p."""
     weakest = f" in the weakest of {pair.tested} pairs of runs" if pair.tested > 1 else ""
@@ -175,7 +189,8 @@ def findings(comparison: Comparison) -> list[str]:
         if r.record.get("rank_invariant") is False
     ]
     said += [
-        f"{r.name}: continued on other hardware than it was begun on, so its times are mixed and stand for neither."
+        f"{r.name}: continued on other hardware or beside other runs than it was begun, so its times are mixed and "
+        "stand for neither."
         for r in comparison.finished
         if r.record.get("timings_mixed")
     ]

@@ -51,6 +51,10 @@ def _seeds(row: Row) -> str:
     return f"{', '.join(str(r.record['seed']) for r in row.results)} ({counted(len(row.results), 'seed')})"
 
 
+def _shared(row: Row) -> str:
+    return f"{' or '.join(map(str, row.at_once))} runs" if row.shared else ABSENT
+
+
 RUN_COLUMN = Column("run", False, lambda row: row.first.name)
 MODEL = Column("model", False, lambda row: row.first.model + (" SYNTHETIC" if row.first.synthetic else ""))
 RECIPE = Column("recipe", False, lambda row: ", ".join(p for p in (row.first.recipe, row.first.changed) if p))
@@ -68,17 +72,21 @@ PARAMETERS = _figure("parameters", "parameters", "{:,.0f}".format)
 FLOPS = _figure("FLOPs per image", "flops_per_image", "{:,.0f}".format)
 TIME = _figure("training time s", SECONDS, "{:.2f}".format, spreads=True)
 SPEED = _figure("images/s", IMAGES_PER_S, "{:,.0f}".format)
+SHARED = Column("times shared by", False, _shared)
 SPACE = _figure("memory MB", MEMORY, lambda value: f"{value / 1e6:,.0f}")
 PLACE = Column("ranks x device", False, lambda row: row.first.place)
 COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], *MORE_QUALITY]
-COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SPACE, PLACE]
-BRIEF = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, PLACE]  # what a terminal has room for
+COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SHARED, SPACE, PLACE]
+# What a terminal has room for.
+BRIEF = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, SHARED, PLACE]
 
 
 def _table(columns: list[Column], rows: list[Row]) -> Table:
-    """A column of standard deviations follows a figure that has any."""
+    """A column of standard deviations follows a figure that has any; that of shared times is there where any are."""
     shown: list[Column] = []
     for column in columns:
+        if column is SHARED and not any(row.shared for row in rows):
+            continue
         shown.append(column)
         if column.spread and any(map(column.spread, rows)):
             shown.append(Column("std", True, column.spread))
@@ -164,6 +172,7 @@ def published_table(section: Section) -> Table | None:
             model, recipe, seeds = (column.text(row) for column in (MODEL, RECIPE, SEED))
             ours = [column.text(row) for column in (*QUALITY, TIME)]
             hardware = f"{row.first.record.get('world_size', '?')} x {row.first.device}"
+            hardware += f", times shared by {SHARED.text(row)}" if row.shared else ""
             lines.append([model, recipe, f"this report, seed {seeds}", *ours, hardware])
             lines.append([model, recipe, theirs["source"], *_published(theirs), theirs["hardware"]])
     titles = ["model", "recipe", "source", *(c.title for c in (*QUALITY, TIME)), "hardware"]
