@@ -55,9 +55,10 @@ class Batches:
     never change: where rows are missing (a short last batch, a count that does not divide) the batch's first image
     stands in with weight 0. Nor do the tables' places in memory, which a captured step reads:
 
-        index, targets       [steps, pieces, rows] int64: which images, and their labels
-        weights              [steps, pieces, rows]: 1, or 0 where an image stands in
-        loss_weights         the same, divided by the rows of the global batch
+        index, targets   [steps, pieces, rows] int64: which images, and their labels
+        weights          [steps, pieces, rows]: 1, or 0 where an image stands in
+        loss_weights     the same, divided by the rows of the global batch
+        noise            [N, 7] int64: how each image of the set is augmented; None for not at all
     """
 
     def __init__(self, cfg: Config, world: World, images: np.ndarray, labels: np.ndarray):
@@ -85,8 +86,7 @@ class Batches:
         self.targets = torch.zeros_like(self.index)
         self.weights = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.loss_weights = torch.zeros_like(self.weights)
-        augmented = cfg.shift or cfg.flip or cfg.erase
-        self.noise = self.index.new_zeros(self.count, 7) if augmented else None  # as `_augment` takes it, by image
+        self.noise: Tensor | None = None
 
     def draw(self, epoch: int) -> None:
         """Draw epoch `epoch` (from 1): fills the tables."""
@@ -105,8 +105,9 @@ class Batches:
         self.weights.copy_(weights)
         self.loss_weights.copy_(weights * (self.ranks_averaged / in_batch.to(self.dtype))[:, None, None])
         self.in_batch: list[int] = in_batch.tolist()
-        if self.noise is not None:
-            self.noise.copy_(self._draw_noise(draws))
+        noise = self._draw_noise(draws)
+        if noise is not None:
+            self.noise = noise.to(self.device) if self.noise is None else self.noise.copy_(noise)
 
     def piece(self, step: Position, piece: int) -> tuple[Tensor, Tensor]:
         """Images [rows, C, H, W] in [0, 1], augmented, and labels [rows] of one forward pass."""
@@ -116,9 +117,11 @@ class Batches:
             images = _augment(images, self.noise.index_select(0, index))
         return to_unit(images, self.dtype), at(self.targets, step, piece)
 
-    def _draw_noise(self, draws: torch.Generator) -> Tensor:
-        """An augmentation for each image of the set: [N, 7] int64."""
+    def _draw_noise(self, draws: torch.Generator) -> Tensor | None:
+        """An augmentation for each image of the set: [N, 7] int64, as `_augment` takes it; None for none."""
         cfg, (height, width) = self.cfg, self.images.shape[2:]
+        if not (cfg.shift or cfg.flip or cfg.erase):
+            return None
         uniform = torch.rand(self.count, 8, generator=draws, dtype=torch.float64)
         shift = torch.randint(-cfg.shift, cfg.shift + 1, (self.count, 2), generator=draws)
         flip = uniform[:, 0] < cfg.flip
