@@ -78,15 +78,26 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
         assert not heading or heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize(("program", "page"), [("scaling_model", "scaling"), ("page", "performance")])
+@pytest.mark.parametrize(
+    ("program", "page"), [("scaling_model.py", "scaling"), ("page.py scaling", "scaling"), ("page.py", "performance")]
+)
 def test_what_a_program_prints_stands_in_its_page(program: str, page: str) -> None:
-    line = [sys.executable, str(CHECKOUT / "benchmarks" / f"{program}.py")]
+    name, *words = program.split()
+    line = [sys.executable, str(CHECKOUT / "benchmarks" / name), *words]
     printed = subprocess.run(line, check=True, capture_output=True, text=True).stdout
     assert printed in (CHECKOUT / "docs" / f"{page}.md").read_text()
 
 
+def test_a_drawing_is_described_by_what_its_runs_said() -> None:
+    drawings = sorted((CHECKOUT / "docs" / "pictures").glob("*.svg"))
+    for drawing in drawings:
+        [title] = re.findall(r"<title>(.*?)</title>", drawing.read_text())
+        assert f"![{title}](docs/pictures/{drawing.name})" in TEXT
+    assert drawings
+
+
 def test_the_tree_names_every_file() -> None:
-    tree = next(code for kind, code in BLOCKS if not kind and "fashion_ddp/\n" in code)
+    tree = next(code for kind, code in BLOCKS if kind == "text" and "fashion_ddp/\n" in code)
     for path in [*(CHECKOUT / "fashion_ddp").glob("*.py"), *(CHECKOUT / "launch").glob("*.py")]:
         assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", tree), path.name
 
