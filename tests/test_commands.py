@@ -68,8 +68,8 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"torchrun .* -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"accelerate launch -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"accelerate launch --config_file .*", Here(f"{TRAIN} --device cpu")),  # four ranks, as on four cards
-    (r'make compare ARGS="--dataset \./mine --shuffle"', Here("--device cpu --epochs 1 --tracker none")),
-    (r'make compare SEEDS="42 0 1"', Here(SHORT, "MODELS=linear")),
+    (r'make compare ARGS="--dataset \./mine --shuffle"', Here("--device cpu --epochs 1 --tracker none", "MODELS=cnn")),
+    (r'make compare (SEEDS="42 0 1"|GPUS=1,2)', Here(SHORT, "MODELS=linear")),
     (r"make compare.*", Here(SHORT)),
     # What a reader does with runs and data
     (r"python -m fashion_ddp\.(data|compare|predict)\b.*", Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"})),
