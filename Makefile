@@ -45,6 +45,9 @@ endif
 
 .PHONY: help setup compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock clean
 
+.DEFAULT:
+	@echo "error: there is no target '$@': make alone lists them" >&2; exit 2
+
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -53,7 +56,8 @@ compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock:
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
-FLAGS = $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(if $(FORCE),--force) $(ARGS)
+# Cards that are named are meant: without one a run would quietly take the CPU.
+FLAGS = $(if $(GPUS),--device cuda) $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(if $(FORCE),--force) $(ARGS)
 compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from fashion_ddp import claim, cli, compare, data, machine, provenance
 from fashion_ddp.config import Config
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError
 from fashion_ddp.private import keep_others_out
 from launch import slurm
@@ -68,7 +68,8 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     keep_others_out()
     try:
-        comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
+        with answering():
+            comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
         _check(comparison, flags)
         flags += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], flags).cfg)
         runs = [(model, seed) for model in comparison.models for seed in comparison.seeds]

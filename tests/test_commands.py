@@ -52,7 +52,8 @@ class Never:
     why: str
 
 
-SMALL = "--dataset synthetic --epochs 1 --tracker none"
+BRIEFLY = "--epochs 1 --tracker none"
+SMALL = f"--dataset ./mine {BRIEFLY}"
 TRAIN = f"{SMALL} --fresh"
 SHORT = f"--device cpu {SMALL}"
 A_CLUSTER = "test_an_array_of_models_on_two_nodes_to_the_report_equals_the_same_runs_here"
@@ -62,14 +63,14 @@ THE_READERS = Never("stands for something of the reader's, or is a program's nam
 COMMANDS: list[tuple[str, Here | There | Never]] = [
     # What a reader trains
     (r"python -m fashion_ddp\.train --help", Here()),
-    (r"python -m fashion_ddp\.train .*--dataset \./mine .*", Here("--epochs 1 --tracker none")),
+    (r"python -m fashion_ddp\.train .*--dataset (synthetic|\./mine .*)", Here(BRIEFLY)),
     (r"python -m fashion_ddp\.train .*--init-from imagenet .*", Here(TRAIN, instead={"imagenet": "theirs.pth"})),
     (r"python -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"torchrun .* -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"accelerate launch -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"accelerate launch --config_file .*", Here(f"{TRAIN} --device cpu")),  # four ranks, as on four cards
-    (r'make compare ARGS="--dataset \./mine --shuffle"', Here("--device cpu --epochs 1 --tracker none", "MODELS=cnn")),
-    (r'make compare (SEEDS="42 0 1"|GPUS=1,2)', Here(SHORT, "MODELS=linear")),
+    (r'make compare ARGS="--dataset \./mine --shuffle"', Here(f"--device cpu {BRIEFLY}")),
+    (r'make compare SEEDS="42 0 1"', Here(SHORT, "MODELS=linear")),
     (r"make compare.*", Here(SHORT)),
     # What a reader does with runs and data
     (r"python -m fashion_ddp\.(data|compare|predict)\b.*", Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"})),
@@ -82,6 +83,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"make setup.*", There("tests/test_setup.py", "test_make_setup_on_a_fresh_machine")),
     (r"source \.venv/bin/activate", Here("&& python -c 'import fashion_ddp'")),
     (r"pip install -e \.", There("tests/test_setup.py", "test_make_setup_on_a_fresh_machine")),  # its last step
+    (r"export FASHION_DDP_DATA_DIR=\.\./shared/data", Here("&& python -m fashion_ddp.data")),
     (r"apt-get install slurmctld .*", There(".ci/run", "slurmctld slurmd slurm-client slurmdbd munge mariadb-server")),
     # A cluster
     (r"python -m launch\.submit --sweep", THE_READERS),
@@ -89,7 +91,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
         r"python -m launch\.submit --models cnn --gpus-per-node 8",
         There("tests/test_slurm.py", '"--gpus-per-node", "8"'),
     ),
-    (r"python -m launch\.submit .*--sweep .*", Here(f"--executor local {SMALL}")),
+    (r"python -m launch\.submit .*--sweep .*", Here(f"--executor local --dataset synthetic {BRIEFLY}")),
     (r"python -m launch\.submit( --models [\w ]+)? --gpus-per-node \d", Here("--dry-run --dataset synthetic")),
     (r"python -m launch\.submit .*", There("tests/test_slurm.py", A_CLUSTER)),
     (r"python -m launch\.status( cancel .*| resubmit)", There("tests/test_slurm.py", "test_a_cancelled_run_is_saved")),
@@ -133,7 +135,7 @@ def commands(page: str) -> Iterator[str]:
         yield from (re.sub(r"\s+#\s.*$", "", line).strip() for line in lines)
     without = re.sub(r"^```.*?^```$", "", text(page), flags=re.DOTALL | re.MULTILINE)
     for typed in re.findall(r"`([^`\n]+)`", without):
-        words = [word for word in typed.split() if not re.match(r"[A-Z_]+=", word)]
+        words = re.sub(r"^([A-Z_]+=\S+ )+", "", typed).split()  # variables before the program
         if len(words) > 1 and words[0] in PROGRAMS:
             yield typed
 
@@ -190,7 +192,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("boot.jpg", "shirt.png"):
         Image.fromarray(random.integers(0, 256, (60, 40, 3), np.uint8)).save(place / name)
     for line in (
-        f"python -m fashion_ddp.train --model cnn --run-dir {RUN} --hidden-units 4 {SMALL}",
+        f"python -m fashion_ddp.train --model cnn --run-dir {RUN} --hidden-units 4 --dataset synthetic {BRIEFLY}",
         "python -m fashion_ddp.compare runs --out report",
         "python -c 'import torch, torchvision as t; torch.save(t.models.resnet18().state_dict(), \"theirs.pth\")'",
     ):
@@ -245,6 +247,4 @@ def test_python_of_a_page_runs(page: str, block: str, checkout: Path) -> None:
     (checkout / "snippet.py").write_text(names + block)
     typed_in(checkout, "python snippet.py")
     if "def stripes" in block:
-        typed_in(
-            checkout, f"python -m fashion_ddp.train --model linear --dataset snippet:stripes {SMALL.split(' ', 2)[2]}"
-        )
+        typed_in(checkout, f"python -m fashion_ddp.train --model linear --dataset snippet:stripes {BRIEFLY}")

@@ -58,6 +58,13 @@ def test_the_exit_code_of_a_failure_does_not_depend_on_who_reads(line: str, unbu
     assert code == 2 and printed == ("error: the reason\n" if line == '"$@"' else "")
 
 
+@pytest.mark.parametrize("command", ["fashion_ddp.train", "fashion_ddp.compare", "launch.local", "launch.status"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_who_asks_for_help_may_leave_before_its_end(command: str, unbuffered: str) -> None:
+    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_module('{command}', run_name='__main__')"
+    assert shell('"$@" 2>&1 | sleep 0', code, PYTHONUNBUFFERED=unbuffered) == (0, "")
+
+
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"caf\xe9 \udce9"), ("utf-8", "caf\u00e9 \\udce9")])
 def test_a_path_that_the_terminal_cannot_show(encoding: str, shown: str) -> None:
     code = r"from fashion_ddp.console import say; say('caf\u00e9 \udce9')"
