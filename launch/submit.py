@@ -33,7 +33,7 @@ from fashion_ddp.names import is_code, is_path
 from fashion_ddp.private import keep_others_out
 from fashion_ddp.published import named
 from fashion_ddp.rundir import read_run, write_whole
-from launch import batch, here, runs, site, snapshot, states
+from launch import batch, here, runs, site, slurm, snapshot, states
 from launch.job import Report
 from launch.runs import Submission
 
@@ -173,7 +173,7 @@ def _show(plan: batch.Plan, configs: list[Config]) -> None:
         return
     say(f"--- sbatch, for {counted(len(configs), 'run')}\n{plan.text(len(configs))}")
     say(f"--- sbatch, for the comparison\n{plan.report_text()}")
-    if shutil.which("sbatch"):
+    if slurm.answers():
         say(f"--- SLURM here would take them: {batch.check(plan, len(configs))}")
 
 

@@ -69,8 +69,8 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"torchrun .* -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"accelerate launch -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"accelerate launch --config_file .*", Here(f"{TRAIN} --device cpu")),  # four ranks, as on four cards
-    (r'make compare ARGS="--dataset \./mine --shuffle"', Here(f"--device cpu {BRIEFLY}")),
-    (r'make compare SEEDS="42 0 1"', Here(SHORT, "MODELS=linear")),
+    (r'make compare ARGS="--dataset \./mine --shuffle"', Here(f"--device cpu {BRIEFLY}", "MODELS=cnn")),
+    (r'make compare (SEEDS="42 0 1"|GPUS=1,2)', Here(SHORT, "MODELS=linear")),
     (r"make compare.*", Here(SHORT)),
     # What a reader does with runs and data
     (r"python -m fashion_ddp\.(data|compare|predict)\b.*", Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"})),
@@ -192,7 +192,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("boot.jpg", "shirt.png"):
         Image.fromarray(random.integers(0, 256, (60, 40, 3), np.uint8)).save(place / name)
     for line in (
-        f"python -m fashion_ddp.train --model cnn --run-dir {RUN} --hidden-units 4 --dataset synthetic {BRIEFLY}",
+        f"python -m fashion_ddp.train --model cnn --run-dir {RUN} {SMALL}",
         "python -m fashion_ddp.compare runs --out report",
         "python -c 'import torch, torchvision as t; torch.save(t.models.resnet18().state_dict(), \"theirs.pth\")'",
     ):
@@ -209,7 +209,7 @@ def typed_in(place: Path, line: str, **env: str) -> str:
     """What a line of shell prints, typed in a folder with its environment active, by someone without settings."""
     (home := place / "home").mkdir(exist_ok=True)
     path = f"{place}/.venv/bin:{os.environ['PATH']}"
-    done = command("bash", "-c", line, cwd=place, PATH=path, PYTHONPATH=str(place), HOME=str(home), **env)
+    done = command("bash", "-c", line, cwd=place, PATH=path, PYTHONPATH=str(place), HOME=str(home), timeout=800, **env)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
 
@@ -224,6 +224,7 @@ def made_short(typed: str, way: Here) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("typed", [typed for typed in SHOWN if isinstance(how(typed), Here)])
 def test_a_command_does_what_it_should(typed: str, checkout: Path, data_dir: Path) -> None:
     way = how(typed)
