@@ -127,7 +127,7 @@ def test_a_dry_run_shows_what_sbatch_would_get_without_slurm_and_writes_nothing(
 def test_a_dry_run_needs_no_cluster_where_its_commands_are_installed(tmp_path: Path) -> None:
     need("sbatch")
     words = ("python", "-m", "launch.submit", *LINEAR, "--gpus-per-node", "4", "--dry-run")
-    done = command(*words, cwd=tmp_path, SLURM_CONF="/nowhere")
+    done = command(*words, cwd=tmp_path, SLURM_CONF="/dev/null")
     assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", []) and "--- sbatch, for" in done.stdout
 
 
