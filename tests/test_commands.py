@@ -57,7 +57,18 @@ SMALL = f"--dataset ./mine {BRIEFLY}"
 TRAIN = f"{SMALL} --fresh"
 SHORT = f"--device cpu {SMALL}"
 A_CLUSTER = "test_an_array_of_models_on_two_nodes_to_the_report_equals_the_same_runs_here"
-THE_READERS = Never("stands for something of the reader's, or is a program's name")
+PROGRAMS_NAMED = [
+    r"accelerate launch( --cpu| --num_processes 2)?",
+    r"torchrun -n2",
+    r"sbatch --test-only",
+    r"wandb sync",
+    r"nohup python -m \.\.\.",
+    r"python -m (fashion_ddp\.(train|push)|launch\.submit( --sweep)?)",
+    r'python -c "import package\..*',
+    r"git pull",
+    r"uv python install \S+",
+    r"export( [A-Z0-9_]+=\S+)+",
+]
 
 # The first that matches the whole command counts.
 COMMANDS: list[tuple[str, Here | There | Never]] = [
@@ -71,14 +82,17 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"accelerate launch --config_file .*", Here(f"{TRAIN} --device cpu")),  # four ranks, as on four cards
     (r'make compare ARGS="--dataset \./mine --shuffle"', Here(f"--device cpu {BRIEFLY}", "MODELS=cnn")),
     (r'make compare (SEEDS="42 0 1"|GPUS=1,2)', Here(SHORT, "MODELS=linear")),
-    (r"make compare.*", Here(SHORT)),
+    (r"(make compare|python -m launch\.local).*", Here(SHORT)),
     # What a reader does with runs and data
-    (r"python -m fashion_ddp\.(data|compare|predict)\b.*", Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"})),
+    (
+        r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict)\b.*",
+        Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"}),
+    ),
+    (r"pip install wandb-workspaces|.* --saved-report", There("tests/test_push.py", "--saved-report")),
     (r"python -m fashion_ddp\.push .*", Here(env={"WANDB_MODE": "offline"})),
     (r"(accelerate launch|python) -m fashion_ddp\.check", Here()),
     (r"wandb leet inspect.*", There("tests/test_tracking.py", '"wandb", "leet", "inspect"')),
     (r"wandb login", Never("needs an account; without one: tests/test_tracking.py")),
-    (r"pip install wandb-workspaces", Never("needs a registry; the report it makes: tests/test_push.py")),
     # Setting up
     (r"make setup.*", There("tests/test_setup.py", "test_make_setup_on_a_fresh_machine")),
     (r"source \.venv/bin/activate", Here("&& python -c 'import fashion_ddp'")),
@@ -86,19 +100,17 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"export FASHION_DDP_DATA_DIR=\.\./shared/data", Here("&& python -m fashion_ddp.data")),
     (r"apt-get install slurmctld .*", There(".ci/run", "slurmctld slurmd slurm-client slurmdbd munge mariadb-server")),
     # A cluster
-    (r"python -m launch\.submit --sweep", THE_READERS),
     (
         r"python -m launch\.submit --models cnn --gpus-per-node 8",
         There("tests/test_slurm.py", '"--gpus-per-node", "8"'),
     ),
     (r"python -m launch\.submit .*--sweep .*", Here(f"--executor local --dataset synthetic {BRIEFLY}")),
     (r"python -m launch\.submit( --models [\w ]+)? --gpus-per-node \d", Here("--dry-run --dataset synthetic")),
-    (r"python -m launch\.submit .*", There("tests/test_slurm.py", A_CLUSTER)),
+    (r"python -m launch\.submit --models .*", There("tests/test_slurm.py", A_CLUSTER)),
     (r"python -m launch\.status( cancel .*| resubmit)", There("tests/test_slurm.py", "test_a_cancelled_run_is_saved")),
     (r"python -m launch\.status", Here()),
     (r"(PYTHON=\S+ )?sbatch .*slurm/train\.sbatch .*", There("tests/test_slurm.py", '"slurm" / "train.sbatch"')),
     (r"sbatch --partition=high .*", There("tests/test_slurm.py", "def preempt(")),
-    (r"sbatch --test-only", THE_READERS),
     (r"tail -n 1 fashion_ddp-19\.log", Never("shows what the command above it printed")),
     (r"python3 slurm/cluster/cluster\.py (up|down) .*", There("tests/test_slurm.py", "def make_cluster(")),
     # Developing
@@ -112,7 +124,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"python -m fashion_ddp\.contents > docs/results\.md", Here()),
     (r"python benchmarks/page\.py scaling", Here()),
     (r"python benchmarks/pictures\.py", Here("--only ranks")),
-    (r"(accelerate launch|torchrun|nohup python|wandb sync)\b.*", THE_READERS),
+    ("|".join(PROGRAMS_NAMED), Never("a program's name, or stands for something of the reader's")),
 ]
 
 
@@ -201,7 +213,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def checkout(prepared: Path, tmp_path: Path) -> Path:
+def checkout(prepared: Path, tmp_path: Path, data_dir: Path) -> Path:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "data").symlink_to(data_dir.absolute())
     return Path(shutil.copytree(prepared, tmp_path / "fashion_ddp", symlinks=True))
 
 
