@@ -47,6 +47,9 @@ endif
 
 .PHONY: help setup compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock clean
 
+.DEFAULT:
+	@echo "error: there is no target '$@': make alone lists them" >&2; exit 2
+
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -55,7 +58,9 @@ compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock:
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
-FLAGS = $(if $(JOBS),--jobs $(JOBS)) $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) $(if $(FORCE),--force) $(ARGS)
+# Cards that are named are meant: without one a run would quietly take the CPU.
+FLAGS = $(if $(GPUS),--device cuda) $(if $(JOBS),--jobs $(JOBS)) $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) \
+	$(if $(FORCE),--force) $(ARGS)
 compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 

@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from fashion_ddp.config import Config, convert, field_types
+from fashion_ddp.console import answering
 from fashion_ddp.errors import UserError
 from fashion_ddp.private import hide_values, refuse_secrets
 from fashion_ddp.settings import checked, make_config, read_mapping
@@ -64,6 +65,8 @@ def _flags(argv: list[str]) -> dict[str, Any]:
 def parse(argv: list[str] | None = None) -> Command:
     """The command line as a validated Command. Raises UserError; prints help and leaves with 0 when asked to."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        raise UserError(f"{argv[0]!r} is no flag: every setting is one, as in --model linear")
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", type=Path, nargs="?")  # without a value: tyro says so
     file = files.parse_known_args(argv)[0].config
@@ -73,13 +76,14 @@ def parse(argv: list[str] | None = None) -> Command:
     refuse_secrets(asdict(base))
     try:
         # What tyro adds to the values that we have: help, and misspelt flags found.
-        return tyro.cli(
-            Command,
-            prog="python -m fashion_ddp.train",
-            args=list(hide_values(argv)),  # of flags that we do not have: it shows them
-            default=Command(run=base),
-            console_outputs=os.environ.get("RANK", "0") == "0",
-        )
+        with answering():
+            return tyro.cli(
+                Command,
+                prog="python -m fashion_ddp.train",
+                args=list(hide_values(argv)),  # of flags that we do not have: it shows them
+                default=Command(run=base),
+                console_outputs=os.environ.get("RANK", "0") == "0",
+            )
     except SystemExit as stop:
         if stop.code:
             raise UserError("") from None  # tyro has said it

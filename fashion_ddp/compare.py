@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.private import keep_others_out
 from fashion_ddp.report import sentences, tables
@@ -89,7 +89,8 @@ def write(comparison: Comparison, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     keep_others_out()
-    command = tyro.cli(Command, prog="python -m fashion_ddp.compare", args=argv)
+    with answering():
+        command = tyro.cli(Command, prog="python -m fashion_ddp.compare", args=argv)
     try:
         comparison = compare(read_results(find_runs(list(command.runs))))
         write(comparison, command.out)

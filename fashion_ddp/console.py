@@ -1,8 +1,10 @@
 """What a run says on the terminal. Nothing that happens to the terminal stops a run."""
 
+import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
 from fashion_ddp.private import redact
@@ -24,6 +26,20 @@ def say(text: str) -> None:
         sys.stdout.flush()
     except OSError:  # whoever read it is gone: `| tee log` ends at Ctrl-C, before the run has saved
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """While a command line is read: who asks for help may leave before its end, as in `--help | head`."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+        sys.exit(0)
 
 
 def fail(error: Exception, code: int) -> NoReturn:

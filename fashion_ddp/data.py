@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from fashion_ddp import idx, names, own_data, synthetic
-from fashion_ddp.console import fail
+from fashion_ddp.console import answering, fail
 from fashion_ddp.download import fetch
 from fashion_ddp.errors import UserError
 from fashion_ddp.private import keep_others_out
@@ -146,6 +146,7 @@ def main(dataset: str = "fashion_mnist", data_dir: Path | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main, prog="python -m fashion_ddp.data")
+        with answering():
+            tyro.cli(main, prog="python -m fashion_ddp.data")
     except UserError as error:
         fail(error, 2)

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from fashion_ddp import own_code
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import UserError, counted
 from fashion_ddp.load import LoadedRun, load_run
 from fashion_ddp.names import is_code
@@ -61,7 +61,8 @@ class Command:
 
 def main(argv: list[str] | None = None) -> None:
     keep_others_out()
-    command = tyro.cli(Command, prog="python -m fashion_ddp.predict", args=argv)
+    with answering():
+        command = tyro.cli(Command, prog="python -m fashion_ddp.predict", args=argv)
     try:
         if not command.images and not command.verify:
             raise UserError("nothing to do: name pictures, or give --verify")

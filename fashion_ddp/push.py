@@ -25,7 +25,7 @@ import tyro
 
 from fashion_ddp import data, lock, panels
 from fashion_ddp.config import Config
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
 from fashion_ddp.names import is_code
 from fashion_ddp.private import keep_others_out, refuse_secrets
@@ -71,7 +71,8 @@ class NotPushed(RuntimeError):
 
 def main(argv: list[str] | None = None) -> None:
     keep_others_out()
-    command = tyro.cli(Command, prog="python -m fashion_ddp.push", args=argv)
+    with answering():
+        command = tyro.cli(Command, prog="python -m fashion_ddp.push", args=argv)
     done = 0
     try:
         refuse_secrets(dataclasses.asdict(command))

@@ -192,7 +192,8 @@ def read_run(path: Path) -> Run:
     Raises UserError for a folder without config.yaml, a file that is not what it should be, or a later format.
     """
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is no run folder: it has no config.yaml")
+        below = "".join(f"; {found.parent} is one" for found in sorted(path.glob("*/config.yaml"))[:1])
+        raise UserError(f"{path} is no run folder: it has no config.yaml{below}")
     config, _ = read_mapping(path / "config.yaml")
     summary: dict[str, Any] = _read_json(path / "summary.json", {})
     if (found := summary.get("format", FORMAT)) != FORMAT:

@@ -14,7 +14,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +26,12 @@ if __name__ == "__main__":
 
 from fashion_ddp import claim, cli, compare, data, provenance
 from fashion_ddp.config import Config
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError
 from fashion_ddp.private import keep_others_out
 from launch import side_by_side, slurm
 from launch.announce import announce_apart
-from launch.running import LOOK, STOPPED, Job, Running
+from launch.running import STOPPED, Job, Running
 from launch.runs import check_flags, refuse_twins, shared_group
 
 
@@ -60,7 +59,8 @@ class Comparison:
 def main(argv: list[str] | None = None) -> int:
     keep_others_out()
     try:
-        comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
+        with answering():
+            comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
         _check(comparison, flags)
         flags += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], flags).cfg)
         runs = [(model, seed) for model in comparison.models for seed in comparison.seeds]
@@ -151,9 +151,7 @@ def one_after_another(todo: list[Job], ranks: int) -> int:
             say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
             return STOPPED
         say(f"\n--- run {number} of {len(todo)}")
-        running = Running(job.argv, ranks)
-        while (code := running.poll()) is None:
-            time.sleep(LOOK)
+        code = Running(job.argv, ranks).wait()
         if code in (2, STOPPED, 128 + signal.SIGINT):
             return code
         failed += code != 0

@@ -66,6 +66,12 @@ class Running:
                 self.children.append(child)
                 stop.children.append(child)
 
+    def wait(self) -> int:
+        """Until the ranks have ended: what `poll` then says."""
+        while (code := self.poll()) is None:
+            time.sleep(LOOK)
+        return code
+
     def poll(self) -> int | None:
         """To be called every LOOK seconds. None while a rank works; then the exit code of the first rank that failed,
         else 0; 128 + the number of the signal that killed it."""

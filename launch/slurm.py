@@ -71,15 +71,20 @@ def machines() -> str:
     return "; ".join(dict.fromkeys(text.replace("GPUs (null)", "no GPUs").splitlines()))
 
 
-def is_outside_of_a_job() -> bool:
-    """Whether this is a machine of a cluster, and no job: a login node, most likely."""
-    if "SLURM_JOB_ID" in os.environ or shutil.which("sinfo") is None:
+def answers() -> bool:
+    """Whether a cluster is here: its commands may be installed where none is."""
+    if shutil.which("sinfo") is None:
         return False
     try:
         call("sinfo", "--noheader", patience=10)
-    except UserError:  # installed, and no cluster answers
+    except UserError:
         return False
     return True
+
+
+def is_outside_of_a_job() -> bool:
+    """Whether this is a machine of a cluster, and no job: a login node, most likely."""
+    return "SLURM_JOB_ID" not in os.environ and answers()
 
 
 def own_id() -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import UserError, counted
 from fashion_ddp.lock import holder
 from fashion_ddp.private import keep_others_out
@@ -100,7 +100,8 @@ def _must_know(seen: list[Seen]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     keep_others_out()
-    words = list(tyro.cli(Command, prog="python -m launch.status", args=argv).words)
+    with answering():
+        words = list(tyro.cli(Command, prog="python -m launch.status", args=argv).words)
     verb = {"cancel": cancel, "resubmit": resubmit}.get(words[0] if words else "", show)
     folders = [Path(word) for word in words[verb is not show :]]
     try:

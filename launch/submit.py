@@ -27,13 +27,13 @@ import tyro
 from fashion_ddp import claim, data, lock, provenance, settings
 from fashion_ddp.cli import Command
 from fashion_ddp.config import Config
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
 from fashion_ddp.names import is_code, is_path
 from fashion_ddp.private import keep_others_out
 from fashion_ddp.published import named
 from fashion_ddp.rundir import read_run, write_whole
-from launch import batch, here, runs, site, snapshot, states
+from launch import batch, here, runs, site, slurm, snapshot, states
 from launch.job import Report
 from launch.runs import Submission
 
@@ -43,7 +43,8 @@ RECORD = "submission.json"  # in a submission's folder: all that is needed to su
 def main(argv: list[str] | None = None) -> int:
     keep_others_out()
     try:
-        asked, flags = tyro.cli(Submission, prog="python -m launch.submit", args=argv, return_unknown_args=True)
+        with answering():
+            asked, flags = tyro.cli(Submission, prog="python -m launch.submit", args=argv, return_unknown_args=True)
         return _submit(asked, flags)
     except UserError as error:
         fail(error, 2)
@@ -172,7 +173,7 @@ def _show(plan: batch.Plan, configs: list[Config]) -> None:
         return
     say(f"--- sbatch, for {counted(len(configs), 'run')}\n{plan.text(len(configs))}")
     say(f"--- sbatch, for the comparison\n{plan.report_text()}")
-    if shutil.which("sbatch"):
+    if slurm.answers():
         say(f"--- SLURM here would take them: {batch.check(plan, len(configs))}")
 
 

@@ -243,7 +243,7 @@ def test_no_text_breaks_a_number(flag: str, value: str, capsys: pytest.CaptureFi
     [
         (["--epohcs", "3"], "--epochs"),  # suggested
         (["--no-batch-norms"], "--no-batch-norms"),
-        (["linear"], "linear"),
+        (["linear"], "'linear' is no flag"),
         (["--shuffle=maybe"], "maybe"),
         (["--lr"], "lr"),
         (["--run-dir"], "run_dir"),

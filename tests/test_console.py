@@ -67,6 +67,13 @@ def test_an_error_without_a_plain_explanation_is_told_with_its_stack_and_where_t
     assert (CHECKOUT / where.split()[0]).is_file()
 
 
+@pytest.mark.parametrize("command", ["fashion_ddp.train", "fashion_ddp.compare", "launch.local", "launch.status"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_who_asks_for_help_may_leave_before_its_end(command: str, unbuffered: str) -> None:
+    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_module('{command}', run_name='__main__')"
+    assert shell('"$@" 2>&1 | sleep 0', code, PYTHONUNBUFFERED=unbuffered) == (0, "")
+
+
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"caf\xe9 \udce9"), ("utf-8", "caf\u00e9 \\udce9")])
 def test_a_path_that_the_terminal_cannot_show(encoding: str, shown: str) -> None:
     code = r"from fashion_ddp.console import say; say('caf\u00e9 \udce9')"

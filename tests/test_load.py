@@ -140,6 +140,14 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         load_run(tmp_path / "none")
 
 
+@pytest.mark.quick
+def test_a_folder_of_runs_names_one_of_them(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    with pytest.raises(UserError, match=re.escape(f"has no config.yaml; {tmp_path / 'mine'} is one")):
+        load_run(tmp_path)
+
+
 # --- docs/results.md --------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """What the README and CONTRIBUTING tell people to type, open and paste works."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -78,15 +80,39 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
         assert not heading or heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize(("program", "page"), [("scaling_model", "scaling"), ("page", "performance")])
+@pytest.mark.parametrize(
+    ("program", "page"), [("scaling_model.py", "scaling"), ("page.py scaling", "scaling"), ("page.py", "performance")]
+)
 def test_what_a_program_prints_stands_in_its_page(program: str, page: str) -> None:
-    line = [sys.executable, str(CHECKOUT / "benchmarks" / f"{program}.py")]
+    name, *words = program.split()
+    line = [sys.executable, str(CHECKOUT / "benchmarks" / name), *words]
     printed = subprocess.run(line, check=True, capture_output=True, text=True).stdout
     assert printed in (CHECKOUT / "docs" / f"{page}.md").read_text()
 
 
+def test_a_drawing_is_described_by_what_its_runs_said() -> None:
+    drawings = sorted((CHECKOUT / "docs" / "pictures").glob("*.svg"))
+    for drawing in drawings:
+        assert f"![{title(drawing.read_text())}](docs/pictures/{drawing.name})" in TEXT
+    assert drawings
+
+
+def test_a_drawing_says_what_its_curves_say() -> None:
+    draw = runpy.run_path(str(CHECKOUT / "benchmarks" / "pictures.py"))
+    one = [(step, 2 / step) for step in range(1, 300)]
+    other = [(step, value + (3e-4 if step == 77 else 1e-5)) for step, value in one]
+    assert "of which the largest is 3.0e-4" in title(draw["draw_ranks"]([one, one, other, one]))
+    told = [title(draw["draw_interrupted"](one, one[:200], one, 150, equal)) for equal in (True, False)]
+    assert told[0].endswith("both are equal to the bit") and told[1].endswith("both are NOT equal")
+    assert "killed after step 200" in told[0] and "the checkpoint of step 150" in told[0]
+
+
+def title(drawing: str) -> str:
+    return next(iter(ElementTree.fromstring(drawing))).text or ""
+
+
 def test_the_tree_names_every_file() -> None:
-    tree = next(code for kind, code in BLOCKS if not kind and "fashion_ddp/\n" in code)
+    tree = next(code for kind, code in BLOCKS if kind == "text" and "fashion_ddp/\n" in code)
     for path in [*(CHECKOUT / "fashion_ddp").glob("*.py"), *(CHECKOUT / "launch").glob("*.py")]:
         assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", tree), path.name
 

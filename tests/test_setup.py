@@ -187,6 +187,14 @@ def test_make_alone_lists_every_target() -> None:
 
 
 @pytest.mark.quick
+def test_make_names_an_unknown_target_and_means_the_cards_that_it_is_given() -> None:
+    done = run("make", "compre", env=dict(os.environ), cwd=CHECKOUT)
+    assert done.returncode == 2 and "error: there is no target 'compre'" in done.stderr
+    planned = run("make", "--dry-run", "-o", "setup", "compare", "GPUS=1,2", env=dict(os.environ), cwd=CHECKOUT).stdout
+    assert planned.startswith("CUDA_VISIBLE_DEVICES=1,2 ") and " --device cuda" in planned
+
+
+@pytest.mark.quick
 def test_an_old_python_gets_one_message() -> None:
     ast.parse(INSTALL.read_text(), feature_version=(3, 6))
     old = f"import sys, runpy; sys.version_info = (3, 9, 18); runpy.run_path({str(INSTALL)!r}, run_name='__main__')"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import CHECKOUT, command
+from conftest import CHECKOUT, command, need
 
 from fashion_ddp import claim, cli, data, provenance
 from fashion_ddp.errors import UserError
@@ -122,6 +122,13 @@ def test_a_dry_run_shows_what_sbatch_would_get_without_slurm_and_writes_nothing(
         "#SBATCH --signal=USR2@90",
         "#SBATCH --time=30",
     ]
+
+
+def test_a_dry_run_needs_no_cluster_where_its_commands_are_installed(tmp_path: Path) -> None:
+    need("sbatch")
+    words = ("python", "-m", "launch.submit", *LINEAR, "--gpus-per-node", "4", "--dry-run")
+    done = command(*words, cwd=tmp_path, SLURM_CONF="/dev/null")
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", []) and "--- sbatch, for" in done.stdout
 
 
 @quick

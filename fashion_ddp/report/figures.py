@@ -200,7 +200,7 @@ def logits(result: Result) -> Markup:
             parts += [element("rect", x=left, y=y + 3, width=x(share) - left, height=11.0, class_="bar c0")]
             parts += [text(x(share) + 5, y + 12, f"{percent(share)} %")]
         if label in unused and not is_dead:
-            parts += [text(x(share) + 50, y + 12, "never predicted", class_="dead")]
+            parts += [text(x(share) + 56, y + 12, "never predicted", class_="dead")]
     return drawing(
         height * len(names) + 4, f"Share of test images with a positive logit, {result.name}", parts, mark(result)
     )
