@@ -190,7 +190,8 @@ def test_make_alone_lists_every_target() -> None:
 def test_make_names_an_unknown_target_and_means_the_cards_that_it_is_given() -> None:
     done = run("make", "compre", env=dict(os.environ), cwd=CHECKOUT)
     assert done.returncode == 2 and "error: there is no target 'compre'" in done.stderr
-    planned = run("make", "--dry-run", "-o", "setup", "compare", "GPUS=1,2", env=dict(os.environ), cwd=CHECKOUT).stdout
+    words = "--no-print-directory", "--dry-run", "-o", "setup", "compare", "GPUS=1,2"
+    planned = run("make", *words, env=dict(os.environ), cwd=CHECKOUT).stdout
     assert planned.startswith("CUDA_VISIBLE_DEVICES=1,2 ") and " --device cuda" in planned
 
 
