@@ -5,7 +5,7 @@
 ## make test-slow     the slow tests: real launches, real installations
 ## make test-slurm    the tests on a real SLURM, which they bring up here (Debian, root)
 ## make soak          N=100 faults drawn by SEED=1 strike real runs, which must end as if nothing had happened
-## make bench         how much faster than the tutorials' loop, and where a step's time goes (hours; ARGS= shortens)
+## make bench         how much faster than the tutorials' loop, and where a step's time goes (hours; ARGS=, PARTS= shorten)
 ## make bench-scaling what 2 and 4 ranks bring on this machine
 ## make lint          ruff check, ruff format --check, mypy
 ## make lock          resolve the two locks anew (CONTRIBUTING.md says when)
@@ -35,6 +35,7 @@ JOBS ?=
 FRESH ?=
 FORCE ?=
 ARGS ?=
+PARTS ?=
 N ?= 100
 SEED ?= 1
 
@@ -81,7 +82,7 @@ soak: setup
 
 bench: setup
 	$(VENV)/bin/python benchmarks/bench.py $(ARGS)
-	$(VENV)/bin/python benchmarks/step_parts.py
+	$(VENV)/bin/python benchmarks/step_parts.py $(PARTS)
 
 bench-scaling: setup
 	$(VENV)/bin/python benchmarks/scaling.py $(ARGS)

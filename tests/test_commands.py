@@ -119,7 +119,10 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"make (test|test-slow|test-slurm|lint)", There(".ci/run")),
     (r"make test-quick", There("tests/test_setup.py", '"make", "test-quick"')),
     (r"make soak.*", Here(variables="N=2")),
-    (r"make bench", Here("--cases linear-10 --recipes blog --repeats 1 --epochs 1")),
+    (
+        r"make bench",
+        Here("--cases linear-10 --recipes blog --repeats 1 --epochs 1", 'PARTS="--cases linear-10 --recipes blog"'),
+    ),
     (r"make bench-scaling", Here("--cases linear-10 --ranks 1 --repeats 1")),
     (r"make lock", Never("asks the registry, and changes the locks")),
     (r"\.venv/bin/pre-commit install", Here()),
