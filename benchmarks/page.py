@@ -41,9 +41,10 @@ this and `python benchmarks/bench.py --device cuda` measures it.
 
 ## Where a step goes
 
-Microseconds of a step in one process of {threads} thread, and beside them what its matrix products and convolutions
-would take at the rate of this machine's best matrix product ({gflops:.0f} GFLOP/s; convolutions may be faster than
-that).
+Microseconds of a step in one process of {threads} thread. Beside them what its matrix products and convolutions would
+take at the rate of this machine's best matrix product ({gflops:.0f} GFLOP/s; convolutions may be faster than that),
+which share of the step that is, and what the bytes that its operations read and write would take at the rate of a copy
+that fits no cache ({gbytes:.0f} GB/s; most of a step's do fit).
 
 {parts}
 
@@ -105,10 +106,15 @@ def step_parts(result: dict[str, Any]) -> str:
     names = list(next(iter(result["cases"].values()))["parts_s"])
     rows = [
         [case, *(f"{1e6 * one['parts_s'][name]:,.0f}" for name in names)]
-        + [f"{1e6 * one['step_s']:,.0f}", f"{1e6 * one['arithmetic_s']:,.0f}"]
+        + [f"{1e6 * one['step_s']:,.0f}", f"{1e6 * one['arithmetic_s']:,.0f}", f"{one['share']:.0%}"]
+        + [f"{1e6 * one['bytes'] / one['bytes_per_s']:,.0f}"]
         for case, one in result["cases"].items()
     ]
-    return table(["model and recipe", *names, "whole", "its arithmetic"], rows) + "\n\n" + origin(result)
+    return (
+        table(["model and recipe", *names, "whole", "its arithmetic", "share of whole", "its bytes"], rows)
+        + "\n\n"
+        + origin(result)
+    )
 
 
 def scaling(result: dict[str, Any]) -> str:
@@ -155,9 +161,10 @@ def measured() -> str:
 def page() -> str:
     parts = read("step_parts")
     gflops = max(one["flops_per_s"] for one in parts["cases"].values()) / 1e9
+    gbytes = max(one["bytes_per_s"] for one in parts["cases"].values()) / 1e9
     found = {"bench": bench("bench", "bench_cnn"), "parts": step_parts(parts), "scaling": scaling(read("scaling"))}
     found |= {"on_card": on_card()}
-    return PAGE.format(threads=parts["threads"], gflops=gflops, **found)
+    return PAGE.format(threads=parts["threads"], gflops=gflops, gbytes=gbytes, **found)
 
 
 if __name__ == "__main__":
