@@ -63,7 +63,7 @@ PROGRAMS_NAMED = [
     r"sbatch --test-only",
     r"wandb sync",
     r"nohup python -m \.\.\.",
-    r"python -m (fashion_ddp\.(train|push)|launch\.submit( --sweep)?)",
+    r"python -m (fashion_ddp\.(train|push|predict)|launch\.submit( --sweep)?)",
     r'python -c "import package\..*',
     r"git pull",
     r"uv python install \S+",
@@ -85,7 +85,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"(make compare|python -m launch\.local).*", Here(SHORT)),
     # What a reader does with runs and data
     (
-        r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict)\b.*",
+        r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict )\b.*",
         Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"}),
     ),
     (r"pip install wandb-workspaces|.* --saved-report", There("tests/test_push.py", "--saved-report")),
