@@ -1,7 +1,7 @@
 """The page on speed, docs/performance.md, made of benchmarks/results/*.json and nothing else.
 
 python benchmarks/page.py > docs/performance.md
-python benchmarks/page.py scaling       prints the measured tables of docs/scaling.md
+python benchmarks/page.py scaling       the tables of docs/scaling.md; readme: the one of README.md
 """
 
 import json
@@ -127,35 +127,40 @@ def scaling(result: dict[str, Any]) -> str:
     return table(titles, rows) + "\n\n" + origin(result)
 
 
-def spread(values: list[float]) -> list[float]:
-    """As the results files hold ratios: the median, the smallest, the largest."""
-    return [statistics.median(values), min(values), max(values)]
-
-
-def measured() -> str:
-    """What a second core brings to one run, and what does more: the tables of docs/scaling.md."""
-    bench, cnn, scaling, parts = results = [read(name) for name in ("bench", "bench_cnn", "scaling", "step_parts")]
-    more, instead = [], []
-    for case, ways in (bench["cases"] | cnn["cases"]).items():
+def second_core(everything: bool) -> str:
+    """What a second core brings to one run: a table of all that was measured, or of the blog's recipe on two ranks."""
+    rows = []
+    for case, ways in (read("bench")["cases"] | read("bench_cnn")["cases"]).items():
         alone, both = ways["ours"]["runs"], ways["ours, a rank per core"]["runs"]
         found = [one["train_s"] / two["train_s"] for one, two in zip(alone, both, strict=True)]
         spread = [statistics.median(found), min(found), max(found)]
-        more.append([f"{case}, 2 ranks of 1 thread against 1 process of 2", ratio(spread), str(len(found))])
-        words = "resident data and no DataLoader, against the tutorials' loop"
-        instead.append([f"{case}, {words}", ratio(ways["ours"]["train_s_ratio"]), str(len(alone))])
-    for case, one in scaling["cases"].items():
+        if everything or case.endswith("blog"):
+            rows.append([f"{case}, 2 ranks of 1 thread against 1 process of 2", ratio(spread), str(len(found))])
+    for case, one in read("scaling")["cases"].items():
         model, kind, ranks = case.split()
         batch = {"strong": "the same batch of 128", "weak": "128 images on each"}[kind]
-        if ranks != "1":
+        if ranks == "2" or (everything and ranks != "1"):
             what = f"{model} blog, {ranks} ranks of 1 thread against 1, {batch}"
-            more.append([what, ratio(one["speed_up"]), str(len(one["runs"]))])
+            rows.append([what, ratio(one["speed_up"]), str(len(one["runs"]))])
+    return table(["a second core", "times faster", "n"], rows)
+
+
+def what_helps() -> str:
+    """What does more than another core, as a table."""
+    rows = []
+    for case, ways in (read("bench")["cases"] | read("bench_cnn")["cases"]).items():
+        what = f"{case}, resident data and no DataLoader, against the tutorials' loop"
+        rows.append([what, ratio(ways["ours"]["train_s_ratio"]), str(len(ways["ours"]["runs"]))])
     for model in ("linear-10", "relu-10"):
-        small, large = (parts["cases"][f"{model} {recipe}"]["step_s"] for recipe in ("lab", "blog"))
-        what = f"{model}, images a second in steps of 128 against steps of 32"
-        instead.append([what, f"{4 * small / large:.2f}", "1"])
-    titles = ["times faster", "n"]
-    tables = table(["a second core", *titles], more), table(["what helps", *titles], instead)
-    return "\n\n".join([*tables, *dict.fromkeys(map(origin, results))]) + "\n"
+        small, large = (read("step_parts")["cases"][f"{model} {recipe}"]["step_s"] for recipe in ("lab", "blog"))
+        rows.append([f"{model}, images a second in steps of 128 against steps of 32", f"{4 * small / large:.2f}", "1"])
+    return table(["what helps", "times faster", "n"], rows)
+
+
+def measured() -> str:
+    """The tables of docs/scaling.md."""
+    origins = dict.fromkeys(origin(read(name)) for name in ("bench", "bench_cnn", "scaling", "step_parts"))
+    return "\n\n".join([second_core(everything=True), what_helps(), *origins]) + "\n"
 
 
 def page() -> str:
@@ -168,4 +173,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(measured() if sys.argv[1:] == ["scaling"] else page(), end="")
+    parts = {"scaling": measured, "readme": lambda: second_core(everything=False) + "\n", "performance": page}
+    print(parts[sys.argv[1] if sys.argv[1:] else "performance"](), end="")
