@@ -6,9 +6,9 @@
 
 The same model, batch, optimizer and epochs (the closed track: only what the system does counts), in turn in one
 sitting: plain, accelerate, ours on one process, ours on a rank per core (on a card: ours kernel by kernel, ours as one
-CUDA graph, and that in half precision), and again. Two clocks: T_train is the
-tutorials', the epochs with a test pass each; T_cold is a whole process, from the shell to its exit. Prints medians and
-the spread of the ratios to `plain`, and writes --out. How the contenders' loops look: benchmarks/tutorial.py.
+CUDA graph, that in half precision, and under DDP), and again. Two clocks: T_train is the tutorials', the epochs with a
+test pass each; T_cold is a whole process, from the shell to its exit. Prints medians and the spread of the ratios to
+`plain`, and writes --out. How the contenders' loops look: benchmarks/tutorial.py.
 """
 
 import argparse
@@ -49,17 +49,8 @@ def run(way: str, device: str, case: str, recipe: str, epochs: int, scratch: Pat
     model, _, hidden = case.partition("-")
     start = time.perf_counter()
     if way in ("plain", "accelerate"):
-        line = [
-            sys.executable,
-            str(HERE / "tutorial.py"),
-            way,
-            device,
-            model,
-            recipe,
-            hidden,
-            str(epochs),
-            str(scratch),
-        ]
+        words = [way, device, model, recipe, hidden, str(epochs), str(scratch)]
+        line = [sys.executable, str(HERE / "tutorial.py"), *words]
         told = json.loads(subprocess.run(line, check=True, capture_output=True).stdout)
         return told | {"cold_s": time.perf_counter() - start}
     folder = Path(tempfile.mkdtemp(dir=scratch)) / "run"

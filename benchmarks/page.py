@@ -29,7 +29,7 @@ tutorials' clock, the epochs with a test pass each; T_cold a whole process, from
 
 ## On a card
 
-A step of these networks is some fifty kernels of a few microseconds, and the host takes longer to launch them one by
+A step of these networks is dozens of kernels of a few microseconds, and the host takes longer to launch them one by
 one than the card to run them. So on an NVIDIA card the whole step (batch, augmentation, forward and backward pass,
 all-reduce, update, record) is recorded once as a CUDA graph and launched as one ([graph.py](../fashion_ddp/graph.py)).
 Before it is used it must repeat two ordinary steps of the run; where it cannot be recorded, does not do the same, or
@@ -90,14 +90,8 @@ def bench(*names: str) -> str:
             for way, one in ways.items():
                 clocks = [f"{one['train_s']:.2f}", ratio(one["train_s_ratio"]), f"{one['cold_s']:.2f}"]
                 rows.append([f"{case}, {way}", *clocks, ratio(one["cold_s_ratio"]), str(len(one["runs"]))])
-        titles = [
-            f"{result['epochs']} epoch{'s' * (result['epochs'] > 1)}",
-            "T_train s",
-            "times faster",
-            "T_cold s",
-            "times faster",
-            "n",
-        ]
+        epochs = f"{result['epochs']} epoch{'s' * (result['epochs'] > 1)}"
+        titles = [epochs, "T_train s", "times faster", "T_cold s", "times faster", "n"]
         parts.append(table(titles, rows) + "\n\n" + origin(result))
     return "\n\n".join(parts)
 
@@ -110,11 +104,8 @@ def step_parts(result: dict[str, Any]) -> str:
         + [f"{1e6 * one['bytes'] / one['bytes_per_s']:,.0f}"]
         for case, one in result["cases"].items()
     ]
-    return (
-        table(["model and recipe", *names, "whole", "its arithmetic", "share of whole", "its bytes"], rows)
-        + "\n\n"
-        + origin(result)
-    )
+    titles = ["model and recipe", *names, "whole", "its arithmetic", "share of whole", "its bytes"]
+    return table(titles, rows) + "\n\n" + origin(result)
 
 
 def scaling(result: dict[str, Any]) -> str:
@@ -129,13 +120,14 @@ def scaling(result: dict[str, Any]) -> str:
 
 def second_core(everything: bool) -> str:
     """What a second core brings to one run: a table of all that was measured, or of the blog's recipe on two ranks."""
-    rows = []
+    rows, cores = [], read("bench")["machine"]["cores"]
     for case, ways in (read("bench")["cases"] | read("bench_cnn")["cases"]).items():
         alone, both = ways["ours"]["runs"], ways["ours, a rank per core"]["runs"]
         found = [one["train_s"] / two["train_s"] for one, two in zip(alone, both, strict=True)]
         spread = [statistics.median(found), min(found), max(found)]
         if everything or case.endswith("blog"):
-            rows.append([f"{case}, 2 ranks of 1 thread against 1 process of 2", ratio(spread), str(len(found))])
+            what = f"{case}, {cores} ranks of 1 thread against 1 process of {cores}"
+            rows.append([what, ratio(spread), str(len(found))])
     for case, one in read("scaling")["cases"].items():
         model, kind, ranks = case.split()
         batch = {"strong": "the same batch of 128", "weak": "128 images on each"}[kind]

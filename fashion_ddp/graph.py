@@ -1,9 +1,9 @@
 """A step as one CUDA graph: its kernels are recorded once, and launched as a whole from then on.
 
-A step of a small network is some fifty kernels of a few microseconds each, and the host needs longer to launch them one
+A step of a small network is dozens of kernels of a few microseconds each, and the host needs longer to launch them one
 by one than the card to run them. The graph holds all of it: the batch, forward and backward pass, the all-reduce, the
 optimizer's update and the record of losses. Not every step can be recorded, and that a recorded one does the same is
-not taken on trust: it must repeat an ordinary step before it is used.
+not taken on trust: it must repeat ordinary steps before it is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fashion_ddp.config import Config
 from fashion_ddp.ranks import World, arrive
 from fashion_ddp.step import Step, random_numbers_kept
 
@@ -25,23 +24,23 @@ TOLERANCE = 0.02
 Launch = Callable[[], None]
 
 
-def capture(cfg: Config, world: World, step: Step) -> None:
+def capture(step: Step) -> None:
     """Let `step.launch` be the step as one graph, or say in `step.eager` why it is launched kernel by kernel.
 
     A collective. Nothing of the run's state is changed; it must be in place, because the graph goes on from there.
     """
-    step.eager = _unfit(cfg, world, step)
+    step.eager = _unfit(step)
     if step.eager is None:
-        step.eager = prove(world, step, lambda take: _record(world, take))
+        step.eager = prove(step, _record)
 
 
-def _unfit(cfg: Config, world: World, step: Step) -> str | None:
+def _unfit(step: Step) -> str | None:
     """Why no graph is tried; the same on every rank."""
-    if world.device.type != "cuda":
+    if step.world.device.type != "cuda":
         return "there are no CUDA graphs on a CPU"
-    if not cfg.cuda_graph:
+    if not step.cfg.cuda_graph:
         return "--no-cuda-graph"
-    if cfg.reduction_shards:
+    if step.cfg.reduction_shards:
         return "reduction_shards gathers gradients outside of DDP"
     if any(True for _ in step.module.buffers()):
         return "the model keeps statistics, as batch norm does, and a graph of it is not proven"
@@ -50,36 +49,36 @@ def _unfit(cfg: Config, world: World, step: Step) -> str | None:
     return None
 
 
-def prove(world: World, step: Step, record: Callable[[Launch], Launch]) -> str | None:
+def prove(step: Step, record: Callable[[Step], Launch]) -> str | None:
     """Let `step.launch` be what `record` makes of an ordinary step, if it does the same; otherwise say why not."""
     assert step.counters is not None
     k = step.done % step.batches.steps
     step.counters.stand_at(k, step.done)
     # Two, because a recorded step could have taken for fixed what is another for the next.
     compared = min(2, step.batches.steps - k)
-    with random_numbers_kept(world.device):
-        before = _generator(world)
+    with random_numbers_kept(step.world.device):
+        before = _generator(step.world)
         for _ in range(WARM_UPS):
             with undone(step):
                 step.take()
         ordinary = _changes(step, step.take, compared)
-        drawn = not torch.equal(before, _generator(world))
+        drawn = not torch.equal(before, _generator(step.world))
     if drawn:
         return "the model draws random numbers, as dropout does, and a graph of it is not proven"
     recorded, problem = step.take, None
     try:
         with undone(step):
-            recorded = record(step.take)
+            recorded = record(step)
     except RuntimeError as error:  # torch's word for what cannot be recorded, such as a read by the host
         problem = f"torch cannot record it ({str(error).strip().splitlines()[0]})"
         step.optimizer.zero_grad()
     # Together: a rank that replays a graph would wait for one that has none.
-    problem = _of_any(world, problem)
+    problem = _of_any(step.world, problem)
     if problem is None:
         pairs = zip(_changes(step, recorded, compared), ordinary, strict=True)
         if not all(bool((ours - theirs).norm() <= TOLERANCE * theirs.norm()) for ours, theirs in pairs):
             problem = "recorded, it did not do what it does kernel by kernel"
-        problem = _of_any(world, problem)
+        problem = _of_any(step.world, problem)
     if problem is None:
         step.launch = recorded
     return problem
@@ -129,13 +128,13 @@ def _generator(world: World) -> Tensor:
     return torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else torch.get_rng_state()
 
 
-def _record(world: World, take: Launch) -> Launch:
+def _record(step: Step) -> Launch:
     """A step as a CUDA graph. Recording runs nothing."""
     graph = torch.cuda.CUDAGraph()
-    world.recorded.append(graph)
+    step.world.recorded.append(graph)
     # Thread by thread: what other threads of the process do with the card, as NCCL's watchdog does, is their own.
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        take()
+        step.take()
 
     def launch() -> None:
         arrive()

@@ -59,7 +59,8 @@ class Step:
         self.losses = torch.zeros_like(batches.weights)
         self.predicted = torch.zeros_like(batches.targets)
         self.counters: Counters | None = None
-        self.eager: str | None = None  # why it is launched kernel by kernel, where it could be one graph
+        self.launch = self.take  # by a device that counts: kernel by kernel, or as one graph
+        self.eager: str | None = "nothing was recorded"  # why kernel by kernel; None where it is one graph
         self._warm_up()
         if world.device.type == "cuda":
             self.count_on_device()
@@ -78,7 +79,6 @@ class Step:
     def count_on_device(self) -> None:
         """From now on the device's own counters say which batch and learning rate are next."""
         self.counters = Counters(self.lrs, self.batches.weights)
-        self.launch = self.take
 
     def take(self) -> None:
         """The step at which the device's counters stand. Nothing in it comes from the host."""

@@ -87,7 +87,7 @@ def train(command: Command) -> None:
         if folder is None:
             return
         saved = Checkpoints(cfg, world, folder, step, timings)
-        graph.capture(cfg, world, step)
+        graph.capture(step)
         known = start.announce(cfg, world, folder, environment, model, data, step, prepared)
         with (
             Watch(world, folder, cfg.timeout),

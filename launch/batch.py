@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -141,13 +140,7 @@ def _test(text: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, slurm.outside_of_a_job():
         file.write(text)
         file.flush()
-        words = ["sbatch", "--test-only", file.name]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=slurm.PATIENCE, check=False)
-        except subprocess.TimeoutExpired:
-            raise UserError(
-                f"sbatch did not answer for {slurm.PATIENCE:.0f} s: the cluster's controller may be down"
-            ) from None
+        done = slurm.ask("sbatch", "--test-only", file.name)
     said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
     if done.returncode == 0:
         return said

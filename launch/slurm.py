@@ -24,10 +24,10 @@ class Queued:
     script: str  # the file that sbatch was given
 
 
-def call(*words: str, patience: float = PATIENCE) -> str:
-    """A SLURM command's output. Raises UserError with what it says where it fails."""
+def ask(*words: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    """What a SLURM command answers, yes or no. Raises UserError where it does not."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience, check=False
         )
     except FileNotFoundError:
@@ -36,6 +36,11 @@ def call(*words: str, patience: float = PATIENCE) -> str:
         raise UserError(
             f"{words[0]} did not answer for {patience:.0f} s: the cluster's controller may be down"
         ) from None
+
+
+def call(*words: str, patience: float = PATIENCE) -> str:
+    """A SLURM command's output. Raises UserError with what it says where it fails."""
+    done = ask(*words, patience=patience)
     if done.returncode:
         raise UserError(f"SLURM's {words[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout

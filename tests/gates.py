@@ -144,6 +144,14 @@ class Started:
         assert self.master
         os.write(self.master[0], keys)
 
+    def interrupt_until_it_ends(self) -> None:
+        """Ctrl-C again and again, as someone who has no patience types it."""
+        while self.process.poll() is None:
+            self.type(b"\x03")
+            self.read_terminal()
+            time.sleep(0.5)
+        self.until(lambda: "interrupted twice" in self.printed())
+
     def until(self, true: Callable[[], Any], timeout: float = 120.0) -> Any:
         """Wait for something, and return it."""
         end = time.monotonic() + timeout

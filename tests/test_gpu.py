@@ -70,7 +70,7 @@ def captured(given: dict[str, Any]) -> tuple[str | None, float]:
         for capture in (False, True):
             step = Step(cfg, world, models.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
             if capture:
-                graph.capture(cfg, world, step)
+                graph.capture(step)
             step.batches.draw(1)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")  # from here to the read, nothing may wait for the card

@@ -129,7 +129,7 @@ def proven(given: dict[str, Any], record: Any, model: nn.Module | None = None) -
         for k in range(3):
             step(k)
         before = state(step)
-        problem = graph.prove(step.world, step, lambda take: record(step))
+        problem = graph.prove(step, record)
         same = all(torch.equal(a, b) for a, b in zip(before, state(step), strict=True))
         return problem, same and (problem is None) == (step.launch != step.take)
 
@@ -153,7 +153,7 @@ def fresh(given: dict[str, Any]) -> bool:
 
     def after(step: Step) -> Any:
         step.count_on_device()
-        assert graph.prove(step.world, step, lambda take: another(step)) is None
+        assert graph.prove(step, another) is None
         return trained(step)
 
     return equal(*each(given, trained, after))

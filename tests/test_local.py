@@ -184,11 +184,7 @@ def test_a_second_ctrl_c_ends_local_at_once_with_all_its_ranks(tmp_path: Path) -
     with Started(tmp_path, ONE, gate("sync point"), terminal=True) as run:
         pids = run.at_gate(2)
         os.kill(pids[1], signal.SIGSTOP)
-        while run.process.poll() is None:
-            run.type(b"\x03")
-            run.read_terminal()
-            time.sleep(0.5)
-        run.until(lambda: "interrupted twice" in run.printed())
+        run.interrupt_until_it_ends()
         until_gone(run, pids)
         assert run.process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in run.printed()

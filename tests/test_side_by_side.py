@@ -300,11 +300,7 @@ def test_a_second_ctrl_c_ends_all_runs_at_once(tmp_path: Path) -> None:
     with Started(tmp_path, words, gate("sync point"), terminal=True) as run:
         pids = run.at_gate(4)
         os.kill(pids[0], signal.SIGSTOP)
-        while run.process.poll() is None:
-            run.type(b"\x03")
-            run.read_terminal()
-            time.sleep(0.5)
-        run.until(lambda: "interrupted twice" in run.printed())
+        run.interrupt_until_it_ends()
         until_gone(run, pids)
         assert run.process.returncode == 128 + signal.SIGINT
     assert run.printed().count("interrupted twice") == 1
