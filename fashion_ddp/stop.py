@@ -7,6 +7,7 @@ A launcher listens in the same way, and hands on what it hears.
 
 import atexit
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -57,7 +58,13 @@ def _note(number: int, frame: object) -> None:
 
 
 def _hear_no_more() -> None:
-    """The last that Python does before it gives signals their deadly meaning back: the exit code is to stay ours."""
+    """The last that Python does before it gives signals their deadly meaning back: the exit code is to stay ours.
+
+    A signal that comes while `signal.signal` takes our handler away finds none, and Python prints a traceback of it:
+    the system ignores them first, then Python runs what has come, and only then lets the handlers go.
+    """
+    for one in SIGNALS:
+        ctypes.pythonapi.PyOS_setsig(one, ctypes.c_void_p(signal.SIG_IGN))
     for one in SIGNALS:
         signal.signal(one, signal.SIG_IGN)
 

@@ -15,6 +15,8 @@ from conftest import CHECKOUT
 from faults import SMALL, STEPS, Fault, start
 from gates import ACCELERATE, PYTHON, TORCHRUN, Started, gate, living
 
+from fashion_ddp import stop
+
 EX_TEMPFAIL = 75
 FEW = ["--checkpoint-every", "1000"]  # so that a checkpoint is one that a stop has saved
 
@@ -364,6 +366,17 @@ def test_the_exit_code_stays_while_python_takes_itself_apart() -> None:
         """
     )
     assert done.communicate()[0] == "deleted\n" and done.returncode == 75
+
+
+@pytest.mark.quick
+def test_a_storm_of_signals_over_a_process_s_end_changes_neither_its_exit_code_nor_what_it_prints() -> None:
+    for _ in range(20):  # one in five printed a traceback while handlers alone were taken away
+        done = listening("stop.listen(); print(1, flush=True); time.sleep(0.05); sys.exit(75)")
+        assert done.stdout and done.stdout.readline()
+        while done.poll() is None:
+            for one in stop.SIGNALS[2:]:
+                done.send_signal(one)
+        assert (done.returncode, *done.communicate()) == (75, "", "")
 
 
 @pytest.mark.quick
