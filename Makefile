@@ -65,14 +65,17 @@ FLAGS = $(if $(GPUS),--device cuda) $(if $(JOBS),--jobs $(JOBS)) $(if $(RANKS),-
 compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 
+# Tests wait for processes to start more than they compute, so several run at once, each file in one process. SLURM's
+# have one cluster.
+AT_ONCE := -n auto --maxprocesses 4 --dist loadfile
 test: setup
-	$(RUN) pytest -m "not slow and not slurm"
+	$(RUN) pytest $(AT_ONCE) -m "not slow and not slurm"
 
 test-quick: setup
-	$(RUN) pytest -m quick
+	$(RUN) pytest $(AT_ONCE) -m quick
 
 test-slow: setup
-	$(RUN) pytest -m slow
+	$(RUN) pytest $(AT_ONCE) -m slow
 
 test-slurm: setup
 	$(RUN) pytest -m slurm

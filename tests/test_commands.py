@@ -81,7 +81,8 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"accelerate launch -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"accelerate launch --config_file .*", Here(f"{TRAIN} --device cpu")),  # four ranks, as on four cards
     (r'make compare ARGS="--dataset \./mine --shuffle"', Here(f"--device cpu {BRIEFLY}", "MODELS=cnn")),
-    (r'make compare (SEEDS="42 0 1"|GPUS=1,2)', Here(SHORT, "MODELS=linear")),
+    (r'make compare MODELS="linear cnn" RECIPE=lab .*', Here(SHORT, instead={'1 2"': '"'})),  # one seed of three
+    (r"make compare (SEEDS|GPUS|JOBS|RANKS|FORCE)=.*", Here(SHORT, "MODELS=linear")),
     (r"(make compare|python -m launch\.local).*", Here(SHORT)),
     # What a reader does with runs and data
     (
