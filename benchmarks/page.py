@@ -41,16 +41,20 @@ this and `python benchmarks/bench.py --device cuda` measures it.
 
 ## Where a step goes
 
-Microseconds of a step in one process of {threads} thread. Beside them what its matrix products and convolutions would
-take at the rate of this machine's best matrix product ({gflops:.0f} GFLOP/s; convolutions may be faster than that),
-which share of the step that is, and what the bytes that its operations read and write would take at the rate of a copy
-that fits no cache ({gbytes:.0f} GB/s; most of a step's do fit).
+Microseconds of a step in one process of {threads} thread. `barest`: a step that only learns, with one batch that lies
+ready and an update by hand. `kernels alone`: what torch's kernels take for the step's matrix products and convolutions,
+each called again and again with nothing between; no loop around them goes below. Then what the machine allows: the same
+operations at the rate of its best matrix product or convolution ({gflops:.0f} GFLOP/s), which share of the step that
+is, and the bytes that all operations read and write at the rate of a copy that fits no cache ({gbytes:.0f} GB/s; most
+of a step's do fit).
 
 {parts}
 
 ## More ranks
 
-One thread each; strong: the same batch of 128, weak: 128 images per rank.
+One thread each; strong: the same batch of 128, weak: 128 images per rank. `as separate runs`: as many runs of one rank
+with the same share of the batch, side by side, with nothing to say to each other: the difference is what ranks lose by
+waiting for each other.
 
 {scaling}
 """
@@ -100,21 +104,23 @@ def step_parts(result: dict[str, Any]) -> str:
     names = list(next(iter(result["cases"].values()))["parts_s"])
     rows = [
         [case, *(f"{1e6 * one['parts_s'][name]:,.0f}" for name in names)]
-        + [f"{1e6 * one['step_s']:,.0f}", f"{1e6 * one['arithmetic_s']:,.0f}", f"{one['share']:.0%}"]
-        + [f"{1e6 * one['bytes'] / one['bytes_per_s']:,.0f}"]
+        + [f"{1e6 * one[name]:,.0f}" for name in ("step_s", "barest_s", "kernels_s", "arithmetic_s")]
+        + [f"{one['share']:.0%}", f"{1e6 * one['bytes'] / one['bytes_per_s']:,.0f}"]
         for case, one in result["cases"].items()
     ]
-    titles = ["model and recipe", *names, "whole", "its arithmetic", "share of whole", "its bytes"]
+    limits = ["barest", "kernels alone", "its arithmetic", "share of whole", "its bytes"]
+    titles = ["model and recipe", *names, "whole", *limits]
     return table(titles, rows) + "\n\n" + origin(result)
 
 
 def scaling(result: dict[str, Any]) -> str:
     rows = [
-        [f"{case} ranks", f"{one['images_per_s']:,.0f}", ratio(one["speed_up"]), f"{one['efficiency']:.0%}"]
-        + [f"{one['all_reduce_share']:.0%}" if "all_reduce_share" in one else "not measured", str(len(one["runs"]))]
+        [f"{case} rank{'s' * (not case.endswith(' 1'))}", f"{one['images_per_s']:,.0f}", ratio(one["speed_up"])]
+        + [ratio(one["speed_up_apart"]), f"{one['efficiency']:.0%}", f"{one['all_reduce_share']:.0%}"]
+        + [str(len(one["runs"]))]
         for case, one in result["cases"].items()
     ]
-    titles = ["", "images/s", "times one rank", "efficiency", "all-reduce, of a step", "n"]
+    titles = ["", "images/s", "times one rank", "as separate runs", "efficiency", "all-reduce, of a step", "n"]
     return table(titles, rows) + "\n\n" + origin(result)
 
 

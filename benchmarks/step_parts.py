@@ -3,9 +3,10 @@
     python benchmarks/step_parts.py --threads 1
 
 The parts are timed within real steps of one process on the CPU; clocks around them cost about a microsecond each.
-Beside them: what the operations of the matrix products and convolutions would take at the rate of the best matrix
-product, and the bytes that torch's operations read and write at the rate of a large copy (what stays in the cache is
-faster). Both rates are measured in the same sitting. Prints a table and writes --out.
+Beside them, measured in the same sitting: the barest step that torch's autograd allows; what the step's matrix products
+and convolutions take when torch's kernels for them are called alone, again and again; what their operations would take
+at the rate of the best matrix product or convolution; and what the bytes that torch's operations read and write would
+take at the rate of a large copy (what stays in the cache is faster). Prints a table and writes --out.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from bench import CASES, HERE, made
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fashion_ddp import data, models
 from fashion_ddp.batches import Batches
@@ -53,6 +56,24 @@ class Bytes(TorchDispatchMode):
         return [tensors[-1], tensors[-1]] if "index_select" in str(func) else tensors
 
 
+class Products(TorchDispatchMode):
+    """Keeps the calls of matrix products and convolutions, forward and backward, with what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in flop_registry:
+            self.calls.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def alone(self) -> float:
+        """Seconds that they take, each called again and again with nothing between."""
+        with torch.no_grad():
+            return sum(statistics.median(_seconds(call) for _ in range(30)) for call in self.calls)
+
+
 def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -66,8 +87,7 @@ def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) ->
 def parts(step: Step, steps: range) -> list[dict[str, float]]:
     """Seconds of each part, for each of these steps."""
     spent: dict[str, float] = defaultdict(float)
-    where = [(step.batches, "piece"), (step, "_losses"), (step, "leave_gradient")]
-    where += [(step.optimizer, "step"), (step.optimizer, "zero_grad")]
+    where = [(step.batches, "piece"), (step, "_losses"), (step, "leave_gradient"), (step.optimizer, "step")]
     for owner, name in where:
         setattr(owner, name, clocked(spent, name, getattr(owner, name)))
     found = []
@@ -76,19 +96,44 @@ def parts(step: Step, steps: range) -> list[dict[str, float]]:
         start = time.perf_counter()
         step(k)
         whole = time.perf_counter() - start
-        optimizer = spent["step"] + spent["zero_grad"]
-        row = [spent["piece"], spent["_losses"] - spent["piece"], spent["leave_gradient"] - spent["_losses"], optimizer]
-        found.append(dict(zip(PARTS, [*row, whole - spent["leave_gradient"] - optimizer], strict=True)))
+        row = [spent["piece"], spent["_losses"] - spent["piece"], spent["leave_gradient"] - spent["_losses"]]
+        row += [spent["step"], whole - spent["leave_gradient"] - spent["step"]]
+        found.append(dict(zip(PARTS, row, strict=True)))
     return found
 
 
+def barest(step: Step) -> float:
+    """Seconds of a step that only learns: one batch that lies ready, forward, backward, and an update by hand."""
+    images, labels = step.batches.piece(0, 0)
+    seconds = []
+    for _ in range(100):
+        start = time.perf_counter()
+        F.cross_entropy(step.module(images), labels).backward()
+        with torch.no_grad():
+            for parameter in step.trained:
+                assert parameter.grad is not None
+                parameter.add_(parameter.grad, alpha=-1e-6)
+                parameter.grad = None
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def rates() -> tuple[float, float]:
-    """FLOP/s of matrix products, and bytes/s of copies that do not fit the cache: the best of several."""
+    """FLOP/s of matrix products and convolutions, and bytes/s of copies that do not fit the cache: the best of several.
+
+    Both, for they come from different libraries: on AMD, oneDNN's convolutions reach twice the rate of MKL's
+    products.
+    """
     products = []
     for size in (256, 512, 1024, 2048):
         a, b, c = (torch.rand(size, size) for _ in range(3))
         seconds = min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(10))  # noqa: B023 - called at once
         products.append(2 * size**3 / seconds)
+    for rows in (8, 32):  # of a layer with 64 channels in and out, a multiple of every vector's length
+        images = torch.rand(rows, 64, 28, 28).to(memory_format=torch.channels_last)
+        weight = torch.rand(64, 64, 3, 3).to(memory_format=torch.channels_last)
+        seconds = min(_seconds(lambda: F.conv2d(images, weight, padding=1)) for _ in range(10))  # noqa: B023 - as above
+        products.append(2 * 9 * 64**2 * rows * 28**2 / seconds)
     source, target = torch.rand(2**26), torch.rand(2**26)
     copies = [2 * source.numel() * 4 / _seconds(lambda: target.copy_(source)) for _ in range(10)]
     return max(products), max(copies)
@@ -114,7 +159,10 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
             step(k)
         with FlopCounterMode(display=False) as flops, Bytes() as read:
             step(10)
-        rows = parts(step, range(11, min(step.batches.steps, 311)))
+        with Products() as products:
+            step(11)
+        rows = parts(step, range(12, min(step.batches.steps, 312)))
+        alone, bare = products.alone(), barest(step)
         arithmetic, memory = rates()
     medians = {name: statistics.median(row[name] for row in rows) for name in PARTS}
     whole = statistics.median(sum(row.values()) for row in rows)
@@ -124,6 +172,8 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
         "parts_s": medians,
         "step_s": whole,
         "steps": len(rows),
+        "barest_s": bare,
+        "kernels_s": alone,
         "arithmetic_s": limit,
         "share": limit / whole,
         **told,
@@ -141,8 +191,10 @@ def main() -> None:
     for case, one in results.items():
         told = ", ".join(f"{name} {1e6 * s:.0f}" for name, s in one["parts_s"].items())
         memory = 1e6 * one["bytes"] / one["bytes_per_s"]
+        barest, kernels, arithmetic = (1e6 * one[name] for name in ("barest_s", "kernels_s", "arithmetic_s"))
         limit = (
-            f"its arithmetic at full rate {1e6 * one['arithmetic_s']:.0f} ({one['share']:.0%}), its bytes {memory:.0f}"
+            f"the barest {barest:.0f}, its products and convolutions alone {kernels:.0f}, at full rate "
+            f"{arithmetic:.0f} ({one['share']:.0%}), its bytes {memory:.0f}"
         )
         print(f"{case}: {1e6 * one['step_s']:.0f} us: {told}; {limit}")
     args.out.write_text(json.dumps(made() | {"threads": args.threads, "cases": results}, indent=1) + "\n")

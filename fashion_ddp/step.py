@@ -102,7 +102,8 @@ class Step:
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        for parameter in self.trained:  # as zero_grad does, which takes a 25th of a linear step's time for it
+            parameter.grad = None
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on, the same on every rank."""

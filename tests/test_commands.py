@@ -124,7 +124,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
         r"make bench",
         Here("--cases linear-10 --recipes blog --repeats 1 --epochs 1", 'PARTS="--cases linear-10 --recipes blog"'),
     ),
-    (r"make bench-scaling", Here("--cases linear-10 --ranks 1 --repeats 1")),
+    (r"make bench-scaling", Here("--cases linear-10 --ranks 1 2 --kinds strong --repeats 1")),
     (r"make lock", Never("asks the registry, and changes the locks")),
     (r"\.venv/bin/pre-commit install", Here()),
     (r"python -m fashion_ddp\.contents > docs/results\.md", Here()),
