@@ -65,9 +65,9 @@ FLAGS = $(if $(GPUS),--device cuda) $(if $(JOBS),--jobs $(JOBS)) $(if $(RANKS),-
 compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 
-# Tests wait for processes to start more than they compute, so several run at once, each file in one process. SLURM's
-# have one cluster.
-AT_ONCE := -n auto --maxprocesses 4 --dist loadfile
+# Tests wait for processes to start more than they compute, so two run at once, each file in one process. No more: they
+# start up to four ranks, of a gigabyte each. SLURM's have one cluster.
+AT_ONCE := -n 2 --dist loadfile
 test: setup
 	$(RUN) pytest $(AT_ONCE) -m "not slow and not slurm"
 
