@@ -191,8 +191,13 @@ def preempt(_: Submitted) -> None:
 def set_down(run: Submitted) -> None:
     update = ["scontrol", "update", "nodename=fashion-n2"]
     slurm(*update, "state=down", "reason=test")
-    # It is refused while the job is not yet gone from the node.
-    run.until(lambda: not subprocess.run([*update, "state=resume"], check=False, capture_output=True).returncode)
+
+    def up_again() -> bool:
+        # It is refused while the job is not yet gone from the node, and when the node has come back by itself.
+        subprocess.run([*update, "state=resume"], check=False, capture_output=True)
+        return "State=DOWN" not in slurm("scontrol", "show", "node", "fashion-n2")
+
+    run.until(up_again)
 
 
 # What happens, in which partition, and whether the job's first rank must queue it again.
