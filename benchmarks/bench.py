@@ -74,8 +74,13 @@ def compare(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         for clock in ("train_s", "cold_s"):
             ratios = [p[clock] / o[clock] for p, o in zip(rows["plain"], runs, strict=True)]
             found[way][clock] = statistics.median(one[clock] for one in runs)
-            found[way][f"{clock}_ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
+            found[way][f"{clock}_ratio"] = spread(ratios)
     return found
+
+
+def spread(values: list[float]) -> list[float]:
+    """Median, smallest and largest."""
+    return [statistics.median(values), min(values), max(values)]
 
 
 def unpack(source: Path, root: Path) -> None:

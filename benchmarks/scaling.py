@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import HERE, made
+from bench import HERE, made, spread
 
 
 def rank(argv: list[str]) -> None:
@@ -84,10 +84,6 @@ def trained(case: str, ranks: int, batch: int, folders: list[Path]) -> tuple[lis
     if any(process.returncode for process in started):
         sys.exit(f"a run of {case} on {ranks} ranks failed:\n{''.join(errors for _, errors in said)}")
     return [told for told, _ in said], [json.loads((folder / "summary.json").read_text()) for folder in folders]
-
-
-def spread(values: list[float]) -> list[float]:
-    return [statistics.median(values), min(values), max(values)]
 
 
 def times(ratios: list[float]) -> str:

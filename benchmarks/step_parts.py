@@ -157,11 +157,9 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
         step.batches.draw(1)
         for k in range(10):
             step(k)
-        with FlopCounterMode(display=False) as flops, Bytes() as read:
+        with FlopCounterMode(display=False) as flops, Bytes() as read, Products() as products:
             step(10)
-        with Products() as products:
-            step(11)
-        rows = parts(step, range(12, min(step.batches.steps, 312)))
+        rows = parts(step, range(11, min(step.batches.steps, 311)))
         alone, bare = products.alone(), barest(step)
         arithmetic, memory = rates()
     medians = {name: statistics.median(row[name] for row in rows) for name in PARTS}

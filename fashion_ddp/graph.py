@@ -71,7 +71,7 @@ def prove(step: Step, record: Callable[[Step], Launch]) -> str | None:
             recorded = record(step)
     except RuntimeError as error:  # torch's word for what cannot be recorded, such as a read by the host
         problem = f"torch cannot record it ({str(error).strip().splitlines()[0]})"
-        step.optimizer.zero_grad()
+        step.drop_gradient()
     # Together: a rank that replays a graph would wait for one that has none.
     problem = _of_any(step.world, problem)
     if problem is None:

@@ -102,7 +102,11 @@ class Step:
             self.scaler.update()
         else:
             self.optimizer.step()
-        for parameter in self.trained:  # as zero_grad does, which takes a 25th of a linear step's time for it
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        """As the optimizer's zero_grad does, which takes a 25th of a linear step's time for it."""
+        for parameter in self.trained:
             parameter.grad = None
 
     def state(self) -> dict[str, Any]:
@@ -189,7 +193,7 @@ class Step:
                 losses.backward(weights)
         for buffer, before in zip(self.module.buffers(), state, strict=True):
             buffer.copy_(before)
-        self.optimizer.zero_grad()
+        self.drop_gradient()
 
     def read(self, window: range) -> list[Trained]:
         """How each step of the window went. A sync point. Raises TrainingFailed, on every rank, where a loss is not
