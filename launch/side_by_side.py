@@ -53,7 +53,7 @@ def train(todo: list[Job], share: Share) -> int:
     STOPPED."""
     waiting = deque(enumerate(todo, start=1))
     active: dict[int, Active] = {}  # by slot
-    codes: list[tuple[str, int]] = []  # by name, in the order of their ends
+    codes: dict[str, int] = {}  # by name
     at_once = min(len(share.cards), len(todo))
     while active or (waiting and not stop.heard()):
         free = [slot for slot in range(len(share.cards)) if slot not in active]
@@ -65,18 +65,18 @@ def train(todo: list[Job], share: Share) -> int:
                 active[slot] = _begin(job, label, share, slot, at_once)
             except OSError as error:
                 say(f"{label} FAILED: it could not be begun: {error}")
-                codes.append((job.folder.name, 1))
+                codes[job.folder.name] = 1
         time.sleep(LOOK)
         for slot, one in list(active.items()):
             if (code := one.running.poll()) is not None:
                 del active[slot]
                 one.end(code)
-                codes.append((one.folder.name, code))
-    if waiting or any(code == STOPPED for _, code in codes):
+                codes[one.folder.name] = code
+    if waiting or STOPPED in codes.values():
         why = "".join(f" ({one.name})" for one in stop.heard()[:1])
         say(f"stopped{why}: the same command continues")
         return STOPPED
-    if failed := [name for name, code in codes if code]:
+    if failed := [job.folder.name for job in todo if codes[job.folder.name]]:
         say(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
     return int(bool(failed))
 
