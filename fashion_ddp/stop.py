@@ -43,7 +43,8 @@ def listen() -> None:
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    threading.Thread(target=_attend, args=(readable,), daemon=True).start()
+    with held():  # the thread takes none either: a handler that runs in it while Python takes itself apart crashes
+        threading.Thread(target=_attend, args=(readable,), daemon=True).start()
     for one in SIGNALS:
         # What nohup, and a shell for its background, shut off was not meant for us.
         if not (one in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(one) == signal.SIG_IGN):
@@ -112,7 +113,10 @@ def heard() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """A process started herein gets none of SIGNALS before it listens: they would kill it in its first moments."""
+    """A process started herein gets none of SIGNALS before it listens: they would kill it in its first moments.
+
+    A thread started herein never gets any.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

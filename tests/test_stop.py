@@ -380,6 +380,20 @@ def test_a_storm_of_signals_over_a_process_s_end_changes_neither_its_exit_code_n
 
 
 @pytest.mark.quick
+def test_the_thread_that_attends_takes_no_signal_whose_handler_might_outlive_python() -> None:
+    done = listening(
+        """
+        stop.listen()
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)  # in this thread
+        for one in stop.SIGNALS: os.kill(me, one)
+        time.sleep(0.1)
+        print(len(signal.sigpending()), stop.heard())
+        """
+    )
+    assert done.communicate()[0] == "5 []\n"
+
+
+@pytest.mark.quick
 def test_more_signals_than_can_be_taken_in_neither_block_nor_warn() -> None:
     done = listening(
         """
