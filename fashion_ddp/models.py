@@ -103,7 +103,7 @@ def build(
     except Exception as error:
         settings = "".join(f", {name}={value}" for name, value in arguments.items())
         raise UserError(
-            f"model {cfg.model} cannot be used: {type(error).__name__}: {error}; it is called with "
+            f"model {cfg.model} cannot be used: {own_code.described(error)}; it is called with "
             f"({image_shape}, {classes}{settings}) and the module that it gives with images of shape {images}"
         ) from error
     if not isinstance(model, nn.Module):

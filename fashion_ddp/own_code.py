@@ -6,6 +6,8 @@ import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
+import traceback
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +16,10 @@ from typing import Any
 import yaml
 
 from fashion_ddp.errors import UserError, nearest
+
+# How the files begin that are not the user's own: this package's, Python's, what is installed, and what is no file.
+INSTALLED = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
+OTHERS = (*(f"{folder}{os.sep}" for folder in (Path(__file__).parent, *INSTALLED)), "<")
 
 
 def reach_current_folder() -> None:
@@ -25,17 +31,43 @@ def reach_current_folder() -> None:
 def find(name: str, what: str) -> Any:
     """What `package.module:Name` names; `what` it is to be, for the message. Imports the module.
 
-    Raises UserError where there is no such module or name.
+    Raises UserError where there is no such module or name, or where importing it fails.
     """
     module, _, attribute = name.partition(":")
     reach_current_folder()
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"{what} {name}: there is no module {error.name!r}: run where it can be imported") from None
+        raise UserError(
+            f"{what} {name}: there is no module {error.name!r}{_at_line(error)}: run where it can be imported"
+        ) from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} {name}: importing {module}: {described(error)}: correct it") from error
     if not hasattr(found, attribute):
         raise UserError(f"{what} {name}: {module} has no {attribute!r}: check the name after the colon")
     return getattr(found, attribute)
+
+
+def described(error: Exception) -> str:
+    """What went wrong in the user's code, and the line of it: `KeyError: 'x' (nets/mine.py, line 7)`."""
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}{f': {text}' if text else ''}{_at_line(error)}"
+
+
+def _at_line(error: Exception) -> str:
+    """The innermost line of the user's own code that an error came from; empty where it came from none."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        places.append((error.filename, error.lineno))
+    own = [place for place in places if not place[0].startswith(OTHERS)]
+    return f" ({_short(own[-1][0])}, line {own[-1][1]})" if own else ""
+
+
+def _short(file: str) -> str:
+    """The path, from the current folder where it lies in it."""
+    return os.path.relpath(file) if Path(file).is_relative_to(Path.cwd()) else file
 
 
 def source(name: str) -> Path | None:
@@ -43,7 +75,7 @@ def source(name: str) -> Path | None:
     reach_current_folder()
     try:
         spec = importlib.util.find_spec(name.partition(":")[0])
-    except ModuleNotFoundError:
+    except Exception:  # noqa: BLE001 - a package whose import fails: `find` says why
         return None
     path = Path(spec.origin) if spec and spec.origin else None
     return path if path and path.is_file() else None

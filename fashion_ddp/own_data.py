@@ -72,7 +72,7 @@ def _call(dataset: str) -> Found:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"dataset {dataset}: calling it: {type(error).__name__}: {error}; {shape}") from error
+        raise UserError(f"dataset {dataset}: calling it: {own_code.described(error)}; {shape}") from error
     return Found((train_images, train_labels), (test_images, test_labels), classes)
 
 

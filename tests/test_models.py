@@ -287,6 +287,10 @@ def wrong_inputs(image_shape, classes):
 def no_weights(image_shape, classes):
     return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(classes))
 
+class Early(nn.Module):
+    def __init__(self, image_shape, classes):
+        self.layer = nn.Flatten()
+
 constant = 3
 """
 
@@ -342,6 +346,16 @@ def test_a_setting_that_ones_own_model_does_not_take(own: str) -> None:
         build(model=f"{own}:function", hidden_units=6)
 
 
-def test_an_error_in_ones_own_module_is_shown_as_it_is(own: str) -> None:
-    with pytest.raises(AttributeError, match="no_such_function"):
-        build(model=f"faulty_{own}:Net")
+def test_an_error_of_ones_own_is_told_with_its_line(own: str) -> None:
+    Path("deep").mkdir()
+    Path("deep", f"typo_{own}.py").write_text("x = 1\ndef net(image_shape, classes)\n")
+    faulty = {
+        f"faulty_{own}:Net": f"importing faulty_{own}: AttributeError: .* .faulty_{own}.py, line 2.: correct",
+        f"deep.typo_{own}:net": f"SyntaxError: expected ':' .deep/typo_{own}.py, line 2.: correct it",
+        f"broken_{own}:Net": f"no module 'no_such_package' .broken_{own}.py, line 1.: run where",
+        "no_such_module:Net": "no module 'no_such_module': run where",  # no line of the user's asked for it
+        f"{own}:Early": rf"AttributeError: .* .{own}.py, line \d+.; it is called with",
+    }
+    for name, said in faulty.items():
+        with pytest.raises(UserError, match=said):
+            build(model=name)

@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     ),
     "no such function": (lambda: own("absent"), ("dataset own_sets_2:absent", "check the name after the colon")),
     "no such module": (lambda: "no_such_sets:f", ("no module 'no_such_sets'",)),
-    "a function that fails": (lambda: own("broken"), ("FileNotFoundError", "absent.npy", "it must return")),
+    "a function that fails": (lambda: own("broken"), ("FileNotFoundError", "absent.npy", ", line ", "it must return")),
     "a function of another shape": (lambda: own("one"), ("dataset own_sets_2:one", "it must return")),
 }
 
