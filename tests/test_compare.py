@@ -127,6 +127,20 @@ def test_a_row_holds_only_runs_that_differ_in_the_seed(tmp_path: Path, report: A
     assert "blog, lr=0.05" in r.column("recipe")
 
 
+@pytest.mark.quick
+def test_what_all_rows_changed_alike_is_said_once_and_tells_none_apart(tmp_path: Path, report: Any) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs / "a", model="linear", epochs=2, shuffle=True)
+    make_run(runs / "b", model="cnn", epochs=2, shuffle=True)
+    make_run(runs / "c", model="cnn", epochs=2, shuffle=True, lr=0.05)
+    r = report()
+    assert sorted(row["label"] for row in r.json["rows"]) == ["cnn", "cnn lr=0.05", "linear"]
+    assert "recipe blog, with epochs=2, shuffle=True; seed 42." in r.text
+    assert "blog, epochs=2, shuffle=True, lr=0.05" in r.column("recipe")  # where all of them stand
+    make_run(runs / "d", model="linear", epochs=4, shuffle=True)
+    assert {"cnn epochs=2", "linear epochs=4"} < {row["label"] for row in report().json["rows"]}
+
+
 def test_settings_that_are_not_an_own_recipe_s_are_named(tmp_path: Path, report: Any) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("all: {batch_size: 64, lr: 0.3, shift: 2}\n")

@@ -53,10 +53,9 @@ class Result:
         return Path(self.run.config["recipe"]).stem
 
     @property
-    def changed(self) -> str:
-        """The settings that are not the recipe's own, as text; the dataset is the table's."""
-        changed = self.record.get("changed", {})
-        return ", ".join(f"{name}={value}" for name, value in changed.items() if name != "dataset")
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not the recipe's own; the dataset is the table's."""
+        return {name: value for name, value in self.record.get("changed", {}).items() if name != "dataset"}
 
     @property
     def finished(self) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from fashion_ddp.errors import counted
 from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS
 from fashion_ddp.report.rows import Comparison, Row, Section
-from fashion_ddp.report.text import Table, percent, probability, span
+from fashion_ddp.report.text import Table, assignments, percent, probability, span
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 BEST = "\N{BLACK STAR} "  # before the model of the row that is significantly better than all others
@@ -57,7 +57,9 @@ def _shared(row: Row) -> str:
 
 RUN_COLUMN = Column("run", False, lambda row: row.first.name)
 MODEL = Column("model", False, lambda row: row.first.model + (" SYNTHETIC" if row.first.synthetic else ""))
-RECIPE = Column("recipe", False, lambda row: ", ".join(p for p in (row.first.recipe, row.first.changed) if p))
+RECIPE = Column(
+    "recipe", False, lambda row: ", ".join(filter(None, (row.first.recipe, assignments(row.first.changed))))
+)
 SEED = Column("seed", False, _seeds)
 QUALITY = [
     _figure("accuracy %", ACCURACY, percent, spreads=True),

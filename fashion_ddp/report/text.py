@@ -2,7 +2,7 @@
 
 import html
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fashion_ddp.report.statistics import Interval
 
@@ -29,6 +29,11 @@ def span(interval: Interval) -> str:
 def probability(p: float) -> str:
     """A p value, as it stands in a table."""
     return f"< {P_SMALLEST:.4f}" if p < P_SMALLEST else f"{p:.4f}"
+
+
+def assignments(settings: dict[str, Any]) -> str:
+    """`lr=0.05, epochs=2`"""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def markdown_text(text: str) -> str:
