@@ -5,7 +5,6 @@ accumulation, another engine) is refused by name: it would train something else 
 """
 
 import contextlib
-import ctypes
 import os
 import platform
 import random
@@ -20,7 +19,6 @@ from typing import Literal
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, counted
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt; older ones refuse the latter above 32 MB
 RENDEZVOUS = 120.0  # seconds within which rank 0 must answer
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
@@ -187,13 +185,13 @@ def free_port() -> int:
     raise MachineError("no port from 20000 to 32000 is free for ranks to meet at: end what listens there")
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep memory that it frees for its next use. By default glibc gives arrays of a layer's size back
-    to the system at once, and each step pays for getting them again, page by page: a fifth of a small cnn's step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library does as it does
-        libc = ctypes.CDLL(None)
-        for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            libc.mallopt(parameter, size)
+def schedule_as_batch() -> None:
+    """Ask the system that this process's threads, and those they start, interrupt nobody when they wake. An all-reduce
+    of gloo wakes some ten; as Linux 6.18 schedules them by default, every tenth to third one waits for a tick of the
+    clock, 4 ms. A policy that the user chose stays."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, or a sandbox, does as it does
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def threads_per_rank(cfg: Config, local_world_size: int) -> int:

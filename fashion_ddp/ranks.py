@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from fashion_ddp import machine, stop
+from fashion_ddp import machine, memory, stop
 from fashion_ddp.config import Config
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
 
@@ -167,7 +167,9 @@ def open_world(cfg: Config) -> Iterator[World]:
     device = machine.choose_device(cfg, here)
     threads = machine.threads_per_rank(cfg, here.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate warns, and sets a number of its own
-    machine.keep_freed_memory()
+    memory.keep_freed()
+    if device == "cpu" and here.world_size > 1:
+        machine.schedule_as_batch()
     machine.reach_first(here)
     accelerator = Accelerator(
         cpu=device == "cpu",

@@ -4,6 +4,8 @@ Real ranks over gloo, one thread each. Curves are compared in float64, because t
 rounding to order one within a hundred steps, in float32 even between one and two threads of one process.
 """
 
+import os
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -210,3 +212,23 @@ def test_evaluation_is_exact_on_any_number_of_ranks(count: int, data_dir: Path) 
             oracle = multiclass_accuracy(logits, labels, num_classes=10, average="micro").item()
             assert accuracy == pytest.approx(oracle, abs=1e-7) and len(logits) == count
             assert loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-12)
+
+
+# --- Scheduling -------------------------------------------------------------------------------------------------------
+
+
+def policies(chosen: int | None) -> list[int]:
+    """How the system schedules a rank's threads: the one that trains, and those that joining the others started."""
+    if chosen is not None:
+        os.sched_setscheduler(0, chosen, os.sched_param(0))
+    before = set(os.listdir("/proc/self/task"))
+    with open_world(Config(device="cpu", threads=1)):
+        new = {os.getpid()} | {int(thread) for thread in set(os.listdir("/proc/self/task")) - before}
+        return sorted({os.sched_getscheduler(thread) for thread in new})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's policies")
+def test_threads_of_cpu_ranks_do_not_interrupt_each_other_unless_the_user_says_otherwise() -> None:
+    assert ranks(2, policies, None) == [[os.SCHED_BATCH]] * 2
+    assert ranks(1, policies, None) == [[os.SCHED_OTHER]]
+    assert ranks(2, policies, os.SCHED_IDLE) == [[os.SCHED_IDLE]] * 2
