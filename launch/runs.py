@@ -13,6 +13,7 @@ import tyro
 from fashion_ddp import claim, cli, settings
 from fashion_ddp.config import Config, field_types
 from fashion_ddp.errors import UserError, nearest
+from fashion_ddp.report.text import in_common
 
 # Flags of fashion_ddp.train that mean nothing for many runs, and what does instead.
 REFUSED = {
@@ -141,9 +142,8 @@ def shared_group(configs: list[Config]) -> str | None:
     same at every start; None where the user said one, or W&B's own variable does."""
     if any(cfg.wandb_group for cfg in configs) or "WANDB_RUN_GROUP" in os.environ:
         return None
-    changes = [settings.changed(cfg) for cfg in configs]
-    common = [f"{k}{v}" for k, v in changes[0].items() if all(k in other and other[k] == v for other in changes)]
-    return "-".join([Path(configs[0].recipe).stem, *common])
+    common = in_common([settings.changed(cfg) for cfg in configs])
+    return "-".join([Path(configs[0].recipe).stem, *(f"{name}{value}" for name, value in common.items())])
 
 
 def check_flags(kind: type, flags: list[str], refused: Mapping[str, str]) -> None:

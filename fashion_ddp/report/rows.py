@@ -17,7 +17,7 @@ import numpy as np
 from fashion_ddp.report.pairs import Pair, compare_pairs
 from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS, Result
 from fashion_ddp.report.statistics import Interval, t_interval, wilson
-from fashion_ddp.report.text import assignments
+from fashion_ddp.report.text import assignments, in_common
 
 FIGURES = (ACCURACY, LOSS, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
 
@@ -157,12 +157,6 @@ def compare(results: list[Result]) -> Comparison:
     return Comparison(sorted(sections, key=lambda s: (s.synthetic, s.title)), [r for r in results if not r.finished])
 
 
-def in_common(results: list[Result]) -> dict[str, Any]:
-    """What all of them changed, alike, of their recipes."""
-    changes = [result.changed for result in results]
-    return {n: value for n, value in changes[0].items() if all(n in other and other[n] == value for other in changes)}
-
-
 def _title(first: Result, all_firsts: list[Result]) -> str:
     """A table's title: its dataset and, where other tables have the same one, the files; likewise the device."""
     alike = [r for r in all_firsts if r.record["dataset"] == first.record["dataset"]]
@@ -185,7 +179,7 @@ def _rows(results: list[Result]) -> list[Row]:
     firsts = [group[0] for group in groups.values()]
     several_recipes = len({r.recipe for r in firsts}) > 1
     several_places = len({r.place for r in firsts}) > 1
-    common = in_common(firsts)
+    common = in_common([r.changed for r in firsts])
 
     def label(result: Result) -> str:
         recipe = result.recipe if several_recipes else ""

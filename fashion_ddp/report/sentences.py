@@ -3,8 +3,8 @@
 from fashion_ddp.errors import counted
 from fashion_ddp.report.pairs import Pair
 from fashion_ddp.report.results import ACCURACY, Result
-from fashion_ddp.report.rows import Comparison, Row, Section, in_common
-from fashion_ddp.report.text import assignments, percent, probability, span
+from fashion_ddp.report.rows import Comparison, Row, Section
+from fashion_ddp.report.text import assignments, in_common, percent, probability, span
 
 
 def title(comparison: Comparison) -> str:
@@ -23,7 +23,7 @@ def headline(comparison: Comparison) -> str:
     text = f"{counted(len(results), 'finished run')} of {counted(len(models), 'model')} on "
     text += " and ".join(section.title for section in comparison.sections)
     text += f"; {'recipes' if len(recipes) > 1 else 'recipe'} {', '.join(recipes)}"
-    if common := in_common(results):
+    if common := in_common([r.changed for r in results]):
         text += f", with {assignments(common)}"
     text += f"; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"
     if comparison.unfinished:

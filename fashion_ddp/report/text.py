@@ -31,6 +31,11 @@ def probability(p: float) -> str:
     return f"< {P_SMALLEST:.4f}" if p < P_SMALLEST else f"{p:.4f}"
 
 
+def in_common(changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that all of these, of one run each, hold with the same value."""
+    return {n: value for n, value in changes[0].items() if all(n in other and other[n] == value for other in changes)}
+
+
 def assignments(settings: dict[str, Any]) -> str:
     """`lr=0.05, epochs=2`"""
     return ", ".join(f"{name}={value}" for name, value in settings.items())
