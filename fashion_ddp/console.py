@@ -45,9 +45,11 @@ def answering() -> Iterator[None]:
 def fail(error: Exception, code: int) -> NoReturn:
     """End with an exit code and one message.
 
-    Rank 0 prints for all, who find the same; what only a machine's ranks may find, the first rank there prints.
+    Rank 0 prints for all, who find the same; what only a machine's ranks may find, the first rank there prints, and
+    what one rank may find alone, each that does.
     """
-    speaks = os.environ.get("LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK", "0") == "0"
+    variable = "LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK"
+    speaks = getattr(error, "of_rank", False) or os.environ.get(variable, "0") == "0"
     if speaks and str(error):
         _complain(f"error: {error}\n")
     sys.exit(code)

@@ -7,10 +7,8 @@ accumulation, another engine) is refused by name: it would train something else 
 import contextlib
 import os
 import platform
-import random
 import socket
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Literal
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, counted
 
-RENDEZVOUS = 120.0  # seconds within which rank 0 must answer
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
 
@@ -59,33 +56,6 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     if world_size > 1 and "MASTER_ADDR" not in env:
         raise UserError(f"WORLD_SIZE={world_size} but no MASTER_ADDR: start ranks with {TORCHRUN}, or unset WORLD_SIZE")
     return here
-
-
-def reach_first(here: Place, env: Mapping[str, str] = os.environ, patience: float = RENDEZVOUS) -> None:
-    """Wait until rank 0, on another machine, answers where ranks meet. Raises MachineError, which names that machine.
-
-    torch would wait for it without a word, and as long as for any collective.
-    """
-    if here.local_world_size == here.world_size:
-        return
-    host, port = env["MASTER_ADDR"], int(env.get("MASTER_PORT", "29500"))
-    limit = time.monotonic() + patience
-    try:
-        socket.getaddrinfo(host, port)
-        while here.rank > 0:
-            try:
-                return socket.create_connection((host, port), timeout=5).close()
-            except OSError as error:
-                if time.monotonic() > limit:
-                    raise MachineError(
-                        f"rank 0's machine {host!r} did not answer at port {port} for {patience:.0f} s ({error}): a "
-                        "firewall is between the two, or that name means another network; or train on one node"
-                    ) from None
-            time.sleep(0.2)
-    except socket.gaierror as error:
-        raise MachineError(
-            f"rank 0's machine {host!r} is not found by name ({error}): mend DNS or /etc/hosts, or train on one node"
-        ) from None
 
 
 def _refuse_lost_ranks(env: Mapping[str, str]) -> None:
@@ -169,20 +139,6 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def free_port() -> int:
-    """A TCP port for ranks to meet at, where nobody listens now.
-
-    Below those that Linux gives to outgoing connections (from 32,768), one of which may be given away between this look
-    and the meeting.
-    """
-    for _ in range(1000):
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise MachineError("no port from 20000 to 32000 is free for ranks to meet at: end what listens there")
 
 
 def schedule_as_batch() -> None:

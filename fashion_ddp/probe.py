@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fashion_ddp import machine
+from fashion_ddp import machine, meeting
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import TrainingFailed, UserError
@@ -79,7 +79,7 @@ def seconds_of_all_reduces(world: World, size: int) -> list[float]:
 def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
-        with limit(rank, "joining the other ranks", LIMIT + machine.RENDEZVOUS), open_world(Config()) as world:
+        with limit(rank, "joining the other ranks", LIMIT + meeting.RENDEZVOUS), open_world(Config()) as world:
             with limit(rank, "the first exchange", LIMIT):
                 lines = world.share(describe(world))
             if rank == 0:

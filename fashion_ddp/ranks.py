@@ -1,7 +1,6 @@
 """The ranks of a run and every word between them: the only user of torch.distributed.
 
-Between two sync points ranks exchange gradients (and the statistics of global batch norm) and nothing else. At a sync
-point they add up what they recorded, and the host reads it.
+Between two sync points (sync.py) ranks exchange gradients (and the statistics of global batch norm) and nothing else.
 """
 
 import datetime
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from fashion_ddp import machine, memory, stop
+from fashion_ddp import machine, meeting, memory
 from fashion_ddp.config import Config
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
 
@@ -162,15 +161,29 @@ _groups: list[Any] = []
 
 @contextmanager
 def open_world(cfg: Config) -> Iterator[World]:
-    """Join the other ranks. Raises UserError where launcher, machine and command do not fit together."""
+    """Join the other ranks. Raises UserError where launcher, machine and command do not fit together or ranks do not
+    meet, TrainingFailed where another one ends before its time."""
     here = machine.place()
+    try:
+        with _join(cfg, here) as world:
+            yield world
+    except Exception as error:
+        if isinstance(error, dist.DistError) and (plain := meeting.explained(error, here)):
+            raise plain from error
+        if lost(error):
+            raise TrainingFailed(f"{LOST}; the same command continues from the last checkpoint") from error
+        raise
+
+
+@contextmanager
+def _join(cfg: Config, here: machine.Place) -> Iterator[World]:
     device = machine.choose_device(cfg, here)
     threads = machine.threads_per_rank(cfg, here.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate warns, and sets a number of its own
     memory.keep_freed()
     if device == "cpu" and here.world_size > 1:
         machine.schedule_as_batch()
-    machine.reach_first(here)
+    meeting.reach_first(here)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision={"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision),
@@ -196,51 +209,6 @@ def open_world(cfg: Config) -> Iterator[World]:
     except (UserError, TrainingFailed, Stopped):
         world.leave()  # not behind any other error: other ranks may sit in a collective, and it would wait for them
         raise
-    except Exception as error:
-        if lost(error):
-            raise TrainingFailed(f"{LOST}; the same command continues from the last checkpoint") from error
-        raise
     finally:
         world.release()
     world.leave()
-
-
-class SyncPoint:
-    """Where all ranks meet, about once a second: the host reads what the device has recorded, and they agree whether to
-    stop, and whether a checkpoint is due."""
-
-    def __init__(self, world: World, save_every: float, seconds: float = 1.0):
-        self.world, self.save_every, self.seconds = world, save_every, seconds
-        self.length = 1  # steps in the next window; the first step alone, as it takes far longer than the others
-        self.since = self.saved = time.perf_counter()
-        self.stop: str | None = None  # why, where any rank was told to
-        self.due = False  # a checkpoint
-
-    def saved_now(self) -> None:
-        """The next checkpoint is due an interval from now."""
-        self.saved = time.perf_counter()
-
-    def windows(self, steps: int, start: int = 0) -> Iterator[range]:
-        """The steps `start` to `steps` - 1 of an epoch, cut at the sync points."""
-        self.since = time.perf_counter()
-        while start < steps:
-            window = range(start, min(start + self.length, steps))
-            yield window
-            start = window.stop
-
-    def __call__(self, rows: Tensor) -> list[list[float]]:
-        """Add up the window's rows ([steps, n] float64) over the ranks, in one all-reduce, and read them."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        proposal, due = 0, False
-        if self.world.rank == 0:
-            proposal = max(1, round(len(rows) * self.seconds / max(now - self.since, 1e-6)))
-            due = now - self.saved >= self.save_every
-        message = torch.cat([rows.flatten(), rows.new_tensor([proposal, due, *stop.told()])])
-        values = sum_(message).tolist()
-        length, any_due, *told = values[rows.numel() :]
-        self.length, self.due = int(length), any_due > 0
-        self.stop = next((reason for reason, count in zip(stop.REASONS, told, strict=True) if count), None)
-        self.since = time.perf_counter()
-        return torch.tensor(values[: rows.numel()], dtype=torch.float64).view(rows.shape).tolist()

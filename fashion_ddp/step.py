@@ -19,7 +19,8 @@ from fashion_ddp.config import Config
 from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.models import GlobalBatchNorm2d
 from fashion_ddp.position import Counters, Position, at, put
-from fashion_ddp.ranks import SyncPoint, World, arrive
+from fashion_ddp.ranks import World, arrive
+from fashion_ddp.sync import SyncPoint
 
 
 class Trained(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 from fashion_ddp import claim, cli, stop
 from fashion_ddp.console import fail, say
 from fashion_ddp.errors import Stopped, UserError
-from fashion_ddp.machine import RENDEZVOUS, free_port
+from fashion_ddp.meeting import RENDEZVOUS, free_port
 from fashion_ddp.private import keep_others_out
 from launch import slurm
 

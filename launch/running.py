@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fashion_ddp import claim, machine, stop
+from fashion_ddp import claim, meeting, stop
 from fashion_ddp.config import Config
 
 STOPPED = 75  # exit code of what was told to stop, and continues with the same command
@@ -53,7 +53,7 @@ class Running:
             env["CUDA_VISIBLE_DEVICES"] = cards
         if ranks > 1:
             env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(machine.free_port())}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.free_port())}
         self.children: list[subprocess.Popen[bytes]] = []
         self.first, self.patience = 0, math.inf
         self.handed_on: set[signal.Signals] = set()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fashion_ddp.machine import free_port
+from fashion_ddp.meeting import free_port
 
 CHECKOUT = Path(__file__).parent.parent
 

@@ -108,13 +108,14 @@ ACTIONS: dict[str, Callable[[], None]] = {
 POINTS: dict[str, tuple[str, str, str]] = {
     "parse": ("fashion_ddp.train", "parse", "before"),
     "rendezvous": ("torch.distributed", "init_process_group", "before"),
+    "met": ("torch.distributed.distributed_c10d", "_new_process_group_helper", "before"),
     "load": ("fashion_ddp.data", "load", "before"),
     "claim": ("fashion_ddp.start", "claim", "after"),
     "step": ("fashion_ddp.step", "Step.__call__", "before"),
     "forward": ("fashion_ddp.step", "Step._losses", "after"),
     "all-reduce": ("torch.distributed", "all_reduce", "before"),
-    "sync point": ("fashion_ddp.ranks", "SyncPoint.__call__", "before"),
-    "after the sync point": ("fashion_ddp.ranks", "SyncPoint.__call__", "after"),
+    "sync point": ("fashion_ddp.sync", "SyncPoint.__call__", "before"),
+    "after the sync point": ("fashion_ddp.sync", "SyncPoint.__call__", "after"),
     "save": ("fashion_ddp.checkpoint", "Checkpoints._save", "before"),
     "saved": ("fashion_ddp.checkpoint", "Checkpoints._save", "after"),
     "fsync": ("os", "fsync", "before"),
@@ -208,14 +209,14 @@ def _rank(
     printed = os.open(f"printed{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(printed, stream)
-    from fashion_ddp import ranks, stop, synthetic, train
+    from fashion_ddp import stop, sync, synthetic, train
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell shuts off for tests in its background
     stop.listen()
     train.STARTED = time.time()
     synthetic.arrays.__defaults__ = (images, images // 6)
     if every_step:  # sync points; they are a second apart otherwise
-        ranks.SyncPoint.__init__.__defaults__ = (0.0,)
+        sync.SyncPoint.__init__.__defaults__ = (0.0,)
     if rank == 0:
         _note_steps_and_renames()
     for fault in faults:

@@ -81,16 +81,15 @@ def test_a_path_that_the_terminal_cannot_show(encoding: str, shown: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("rank", "local_rank", "of_machine", "speaks"),
+    ("rank", "local_rank", "of", "speaks"),
     [
-        (None, None, False, True), ("0", "0", False, True), ("1", "1", False, False), ("2", "0", False, False),
-        ("2", "0", True, True), ("3", "1", True, False), (None, None, True, True),
+        (None, None, "run", True), ("0", "0", "run", True), ("1", "1", "run", False), ("2", "0", "run", False),
+        ("2", "0", "machine", True), ("3", "1", "machine", False), (None, None, "machine", True),
+        ("0", "0", "rank", True), ("1", "1", "rank", True),
     ],
 )  # fmt: skip
-def test_a_failure_is_told_once(rank: str | None, local_rank: str | None, of_machine: bool, speaks: bool) -> None:
-    code = (
-        f"from fashion_ddp.console import fail; e = ValueError('the reason'); e.of_machine = {of_machine}; fail(e, 1)"
-    )
+def test_a_failure_is_told_once(rank: str | None, local_rank: str | None, of: str, speaks: bool) -> None:
+    code = f"from fashion_ddp.console import fail; e = ValueError('the reason'); e.of_{of} = True; fail(e, 1)"
     place = {"RANK": rank, "LOCAL_RANK": local_rank}
     env = {name: value for name, value in place.items() if value is not None}
     assert shell('"$@"', code, **env) == (1, "error: the reason\n" if speaks else "")

@@ -73,6 +73,7 @@ ANYWHERE = [
     for point, count in {
         "parse": 1,
         "rendezvous": 1,
+        "met": 1,
         "load": 1,
         "claim": 1,
         "step": 11,
@@ -97,7 +98,8 @@ ON_RANK_0 = [
     Fault("end", "kill", 0, 1),
 ]
 LAST = Fault("after a rename of summary.json", "kill", 0, 6)
-FEW = [Fault("forward", "kill", 1, 13), Fault("before a rename of step-000000003.pt", "kill", 0, 1)]
+FEW = [Fault("met", "kill", 0), Fault("forward", "kill", 1, 13)]
+FEW += [Fault("before a rename of step-000000003.pt", "kill", 0, 1)]
 
 
 def _tier(fault: Fault) -> Any:

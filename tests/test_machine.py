@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,32 +76,6 @@ def test_ranks_half_described_or_lost(env: dict[str, str], said: tuple[str, ...]
     with pytest.raises(UserError) as told:
         place(env)
     assert all(words in str(told.value) for words in said) and "\n" not in str(told.value)
-
-
-SECOND = Place(rank=1, world_size=2, local_rank=0, local_world_size=1)
-
-
-def test_the_first_rank_of_another_machine_is_waited_for() -> None:
-    port = machine.free_port()
-    with socket.socket() as first:
-        first.bind(("127.0.0.1", port))
-        threading.Timer(0.3, first.listen).start()
-        machine.reach_first(SECOND, {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-
-
-@pytest.mark.parametrize(
-    ("host", "said"),
-    [("no-such-host.invalid", "is not found by name"), ("127.0.0.1", "did not answer at port {port} for 0 s")],
-)
-def test_a_machine_that_does_not_answer_is_named(host: str, said: str) -> None:
-    port = machine.free_port()
-    with pytest.raises(MachineError) as caught:
-        machine.reach_first(SECOND, {"MASTER_ADDR": host, "MASTER_PORT": str(port)}, patience=0)
-    assert f"rank 0's machine {host!r} {said.format(port=port)}" in str(caught.value)
-
-
-def test_ranks_of_one_machine_wait_for_nothing() -> None:
-    machine.reach_first(Place(1, 2, 1, 2), {"MASTER_ADDR": "no-such-host.invalid"}, patience=0)
 
 
 # --- Launcher settings ------------------------------------------------------------------------------------------

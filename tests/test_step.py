@@ -18,9 +18,10 @@ from fashion_ddp.batches import Batches
 from fashion_ddp.config import Config
 from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.models import GlobalBatchNorm2d
-from fashion_ddp.ranks import SyncPoint, open_world
+from fashion_ddp.ranks import open_world
 from fashion_ddp.settings import make_config
 from fashion_ddp.step import Step
+from fashion_ddp.sync import SyncPoint
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 10, 64)
