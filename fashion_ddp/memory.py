@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 from fashion_ddp.errors import UserError
@@ -40,3 +42,28 @@ def keep_freed() -> None:
         libc = ctypes.CDLL(None)
         for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
             libc.mallopt(parameter, size)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While modules are loaded, Python looks for no garbage, and among them not before `settled` ends: going through
+    all that is there, again and again, is a sixth of the time that torch and Accelerate take to load."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Python looks for garbage in what is made from here on only: to go through all that is loaded takes it 0.14 s, as
+    long as an epoch of a linear model."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

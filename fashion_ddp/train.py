@@ -17,7 +17,7 @@ from fashion_ddp import stop
 if __name__ == "__main__":
     stop.listen()  # before all that takes a while: a signal that comes meanwhile is remembered
 
-from fashion_ddp import machine
+from fashion_ddp import machine, memory
 from fashion_ddp.cli import Command, parse
 from fashion_ddp.console import crash, fail, say
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
@@ -58,16 +58,17 @@ def run(argv: list[str] | None = None) -> None:
 def train(command: Command) -> None:
     """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
     # Not at the top: these import torch, and a mistake in the command is answered before that.
-    from fashion_ddp import graph, models, results, start, transfer
-    from fashion_ddp.batches import Batches, split
-    from fashion_ddp.checkpoint import Checkpoints
-    from fashion_ddp.clock import Timings, peak_memory_bytes
-    from fashion_ddp.evaluate import Evaluation
-    from fashion_ddp.ranks import open_world
-    from fashion_ddp.recorder import open_recorder
-    from fashion_ddp.step import Step
-    from fashion_ddp.trace import Trace
-    from fashion_ddp.watch import Watch
+    with memory.loading():
+        from fashion_ddp import graph, models, results, start, transfer
+        from fashion_ddp.batches import Batches, split
+        from fashion_ddp.checkpoint import Checkpoints
+        from fashion_ddp.clock import Timings, peak_memory_bytes
+        from fashion_ddp.evaluate import Evaluation
+        from fashion_ddp.ranks import open_world
+        from fashion_ddp.recorder import open_recorder
+        from fashion_ddp.step import Step
+        from fashion_ddp.trace import Trace
+        from fashion_ddp.watch import Watch
 
     cfg = command.run
     with open_world(cfg) as world:
@@ -90,6 +91,7 @@ def train(command: Command) -> None:
         graph.capture(step)
         known = start.announce(cfg, world, folder, environment, model, data, step, prepared)
         with (
+            memory.settled(),
             Watch(world, folder, cfg.timeout),
             open_recorder(folder, cfg, world, known, saved.recorder) as recorder,
             Trace(cfg, world, folder, step.done) as trace,
@@ -110,9 +112,9 @@ def train(command: Command) -> None:
 
             world.first(lambda: results.write(folder, model, data, scores["test"]))
             figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock)
-            memory = max(world.share(peak_memory_bytes(world.device)))
+            peak = max(world.share(peak_memory_bytes(world.device)))
             flops = models.flops_per_image(model, data.image_shape)
-            recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": memory}, data.test_images)
+            recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": peak}, data.test_images)
 
 
 if __name__ == "__main__":

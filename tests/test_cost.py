@@ -154,3 +154,33 @@ def test_a_run_without_a_tracker_imports_nothing_that_it_does_not_use(tmp_path: 
     line = [sys.executable, "-c", code, *flags, "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(line, check=True, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "imported:"
+
+
+@pytest.mark.quick
+def test_while_a_run_trains_nobody_looks_for_garbage_among_what_was_loaded(tmp_path: Path) -> None:
+    code = """
+import gc, sys
+from fashion_ddp import memory, train
+from fashion_ddp.recorder import Recorder
+
+looked_at = []
+def note(phase, about):
+    if phase == "start" and about["generation"] == 2:
+        looked_at.append(len(gc.get_objects()))
+
+def begin(recorder, *args):
+    if not looked_at:
+        gc.callbacks.append(note)
+        gc.collect()
+    begin_epoch(recorder, *args)
+
+begin_epoch, Recorder.begin_epoch = Recorder.begin_epoch, begin
+train.main(sys.argv[1:])
+print(looked_at[0], gc.isenabled(), gc.get_freeze_count())
+"""
+    flags = ["--model", "linear", "--dataset", "synthetic", "--epochs", "1", "--device", "cpu", "--tracker", "none"]
+    line = [sys.executable, "-c", code, *flags, "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(line, check=True, cwd=CHECKOUT, capture_output=True, text=True)
+    looked_at, enabled, frozen = done.stdout.splitlines()[-1].split()
+    assert int(looked_at) < 10_000  # of 140,000
+    assert (enabled, frozen) == ("True", "0")  # a program that trains again, or goes on, has all its objects looked at
