@@ -58,6 +58,7 @@ waiting for each other.
 
 {scaling}
 """
+FILES = ("bench", "bench_cnn", "scaling", "scaling_cnn", "step_parts")
 UNSEEN = "Neither its speed nor its proofs were seen on a card so far: not measured."
 
 
@@ -113,15 +114,18 @@ def step_parts(result: dict[str, Any]) -> str:
     return table(titles, rows) + "\n\n" + origin(result)
 
 
-def scaling(result: dict[str, Any]) -> str:
-    rows = [
-        [f"{case} rank{'s' * (not case.endswith(' 1'))}", f"{one['images_per_s']:,.0f}", ratio(one["speed_up"])]
-        + [ratio(one["speed_up_apart"]), f"{one['efficiency']:.0%}", f"{one['all_reduce_share']:.0%}"]
-        + [str(len(one["runs"]))]
-        for case, one in result["cases"].items()
-    ]
+def scaling(*names: str) -> str:
+    parts = []
     titles = ["", "images/s", "times one rank", "as separate runs", "efficiency", "all-reduce, of a step", "n"]
-    return table(titles, rows) + "\n\n" + origin(result)
+    for result in map(read, names):
+        rows = [
+            [f"{case} rank{'s' * (not case.endswith(' 1'))}", f"{one['images_per_s']:,.0f}", ratio(one["speed_up"])]
+            + [ratio(one["speed_up_apart"]), f"{one['efficiency']:.0%}", f"{one['all_reduce_share']:.0%}"]
+            + [str(len(one["runs"]))]
+            for case, one in result["cases"].items()
+        ]
+        parts.append(table(titles, rows) + "\n\n" + origin(result))
+    return "\n\n".join(parts)
 
 
 def second_core(everything: bool) -> str:
@@ -134,7 +138,7 @@ def second_core(everything: bool) -> str:
         if everything or case.endswith("blog"):
             what = f"{case}, {cores} ranks of 1 thread against 1 process of {cores}"
             rows.append([what, ratio(spread), str(len(found))])
-    for case, one in read("scaling")["cases"].items():
+    for case, one in (read("scaling")["cases"] | read("scaling_cnn")["cases"]).items():
         model, kind, ranks = case.split()
         batch = {"strong": "the same batch of 128", "weak": "128 images on each"}[kind]
         if ranks == "2" or (everything and ranks != "1"):
@@ -157,7 +161,7 @@ def what_helps() -> str:
 
 def measured() -> str:
     """The tables of docs/scaling.md."""
-    origins = dict.fromkeys(origin(read(name)) for name in ("bench", "bench_cnn", "scaling", "step_parts"))
+    origins = dict.fromkeys(origin(read(name)) for name in FILES)
     return "\n\n".join([second_core(everything=True), what_helps(), *origins]) + "\n"
 
 
@@ -165,8 +169,8 @@ def page() -> str:
     parts = read("step_parts")
     gflops = max(one["flops_per_s"] for one in parts["cases"].values()) / 1e9
     gbytes = max(one["bytes_per_s"] for one in parts["cases"].values()) / 1e9
-    found = {"bench": bench("bench", "bench_cnn"), "parts": step_parts(parts), "scaling": scaling(read("scaling"))}
-    found |= {"on_card": on_card()}
+    found = {"bench": bench("bench", "bench_cnn"), "on_card": on_card()}
+    found |= {"parts": step_parts(parts), "scaling": scaling("scaling", "scaling_cnn")}
     return PAGE.format(threads=parts["threads"], gflops=gflops, gbytes=gbytes, **found)
 
 
