@@ -2,6 +2,8 @@
 
 python benchmarks/page.py > docs/performance.md
 python benchmarks/page.py scaling       the tables of docs/scaling.md; readme: the one of README.md
+
+bench_cnn and scaling_cnn hold cases that were measured in a sitting of their own, with --cases and --out.
 """
 
 import json
@@ -64,6 +66,11 @@ UNSEEN = "Neither its speed nor its proofs were seen on a card so far: not measu
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def cases(kind: str) -> dict[str, Any]:
+    """Of both sittings."""
+    return read(kind)["cases"] | read(f"{kind}_cnn")["cases"]
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -131,14 +138,14 @@ def scaling(*names: str) -> str:
 def second_core(everything: bool) -> str:
     """What a second core brings to one run: a table of all that was measured, or of the blog's recipe on two ranks."""
     rows, cores = [], read("bench")["machine"]["cores"]
-    for case, ways in (read("bench")["cases"] | read("bench_cnn")["cases"]).items():
+    for case, ways in cases("bench").items():
         alone, both = ways["ours"]["runs"], ways["ours, a rank per core"]["runs"]
         found = [one["train_s"] / two["train_s"] for one, two in zip(alone, both, strict=True)]
         spread = [statistics.median(found), min(found), max(found)]
         if everything or case.endswith("blog"):
             what = f"{case}, {cores} ranks of 1 thread against 1 process of {cores}"
             rows.append([what, ratio(spread), str(len(found))])
-    for case, one in (read("scaling")["cases"] | read("scaling_cnn")["cases"]).items():
+    for case, one in cases("scaling").items():
         model, kind, ranks = case.split()
         batch = {"strong": "the same batch of 128", "weak": "128 images on each"}[kind]
         if ranks == "2" or (everything and ranks != "1"):
@@ -150,7 +157,7 @@ def second_core(everything: bool) -> str:
 def what_helps() -> str:
     """What does more than another core, as a table."""
     rows = []
-    for case, ways in (read("bench")["cases"] | read("bench_cnn")["cases"]).items():
+    for case, ways in cases("bench").items():
         what = f"{case}, resident data and no DataLoader, against the tutorials' loop"
         rows.append([what, ratio(ways["ours"]["train_s_ratio"]), str(len(ways["ours"]["runs"]))])
     for model in ("linear-10", "relu-10"):

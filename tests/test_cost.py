@@ -160,7 +160,7 @@ def test_a_run_without_a_tracker_imports_nothing_that_it_does_not_use(tmp_path: 
 def test_while_a_run_trains_nobody_looks_for_garbage_among_what_was_loaded(tmp_path: Path) -> None:
     code = """
 import gc, sys
-from fashion_ddp import memory, train
+from fashion_ddp import train
 from fashion_ddp.recorder import Recorder
 
 looked_at = []
