@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 
-from fashion_ddp import data, machine, provenance
+from fashion_ddp import data
+from fashion_ddp.distributed import machine
+from fashion_ddp.runs import provenance
 
 HERE = Path(__file__).parent
 CASES = ["linear-10", "relu-10", "cnn-10", "cnn-25"]

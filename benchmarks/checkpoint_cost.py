@@ -24,7 +24,7 @@ from bench import made
 def timed_run(argv: list[str]) -> None:
     """In a rank: train, and print what the clock says."""
     from fashion_ddp import train  # noqa: TID251 - a clock around a real run
-    from fashion_ddp.checkpoint import Checkpoints
+    from fashion_ddp.training.checkpoint import Checkpoints
 
     keep, save = Checkpoints.keep, Checkpoints._save
     spent: dict[str, list[float]] = {"keep": [], "save": []}

@@ -33,7 +33,8 @@ tutorials' clock, the epochs with a test pass each; T_cold a whole process, from
 
 A step of these networks is dozens of kernels of a few microseconds, and the host takes longer to launch them one by
 one than the card to run them. So on an NVIDIA card the whole step (batch, augmentation, forward and backward pass,
-all-reduce, update, record) is recorded once as a CUDA graph and launched as one ([graph.py](../fashion_ddp/graph.py)).
+all-reduce, update, record) is recorded once as a CUDA graph and launched as one
+([cuda_graph.py](../fashion_ddp/training/cuda_graph.py)).
 Before it is used it must repeat two ordinary steps of the run; where it cannot be recorded, does not do the same, or
 is not proven (batch norm, dropout and other random numbers), steps are launched kernel by kernel, and the run's first
 lines say why. `--no-cuda-graph` asks for that. Where there is a card, `python -m pytest tests/test_gpu.py` proves all

@@ -27,10 +27,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from fashion_ddp import stop
+from fashion_ddp.distributed import signals
 from fashion_ddp.report.svg import LINE, WIDTH, Scale, axes, drawing, element, line, polyline, text
 from launch import local  # noqa: TID251 - trains as `make compare` does
-from launch.running import Running  # noqa: TID251
+from launch.processes import Running  # noqa: TID251
 
 CHECKOUT = Path(__file__).parent.parent
 STYLE = CHECKOUT / "fashion_ddp" / "report" / "report.css"
@@ -162,7 +162,7 @@ def kill_a_rank(run: Path) -> None:
     """kill -9 in the second epoch, when the newest checkpoint is REPEATED steps old."""
     while (saved := newest_checkpoint(run)) < EPOCH or read(run)[-1]["step"] < saved + REPEATED:
         time.sleep(0.02)
-    stop.children[1].kill()
+    signals.children[1].kill()
 
 
 def newest_checkpoint(run: Path) -> int:

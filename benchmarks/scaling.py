@@ -30,8 +30,8 @@ def rank(argv: list[str]) -> None:
     import torch
 
     from fashion_ddp import train  # noqa: TID251 - a clock in a real run
-    from fashion_ddp.ranks import World, sum_
-    from fashion_ddp.step import Step
+    from fashion_ddp.distributed.world import World, sum_
+    from fashion_ddp.training.step import Step
 
     steps: list[Step] = []
     begin, leave = Step.__init__, World.leave

@@ -26,11 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fashion_ddp import data, models
-from fashion_ddp.batches import Batches
-from fashion_ddp.ranks import open_world
-from fashion_ddp.settings import make_config
-from fashion_ddp.step import Step
+from fashion_ddp import data
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.distributed.world import open_world
+from fashion_ddp.models import architectures
+from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.step import Step
 
 PARTS = ["batch", "forward", "backward", "optimizer", "bookkeeping"]
 
@@ -152,7 +153,7 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
     d = data.load("fashion_mnist", data.locate("fashion_mnist", None))
     with open_world(cfg) as world:
         step = Step(
-            cfg, world, models.build(cfg, d.image_shape, 10), Batches(cfg, world, d.train_images, d.train_labels)
+            cfg, world, architectures.build(cfg, d.image_shape, 10), Batches(cfg, world, d.train_images, d.train_labels)
         )
         step.batches.draw(1)
         for k in range(10):

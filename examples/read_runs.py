@@ -13,7 +13,7 @@ from typing import Any
 
 from fashion_ddp import load_run
 from fashion_ddp.errors import UserError
-from fashion_ddp.rundir import find_runs
+from fashion_ddp.runs.reading import find_runs
 
 COLUMNS = ["model", "recipe", "seed", "status", "test/accuracy", "test/loss", "parameters", "time/train_total_s"]
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fashion_ddp.load import load_run as load_run
+    from fashion_ddp.runs.reading import load_run as load_run
 
 __version__ = "0.1.0"
 
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`fashion_ddp.load_run`, imported when it is asked for: help and mistakes are answered without it."""
     if name == "load_run":
-        from fashion_ddp.load import load_run
+        from fashion_ddp.runs.reading import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fashion_ddp import machine, memory, provenance
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
+from fashion_ddp.data.published import PUBLISHED, absent, cache, locate
+from fashion_ddp.distributed import machine
 from fashion_ddp.errors import TrainingFailed, UserError, counted
-from fashion_ddp.private import redact
-from fashion_ddp.published import PUBLISHED, absent, cache, locate
+from fashion_ddp.redact import redact
+from fashion_ddp.runs import provenance
 
 PACKAGES = ("torchvision", "wandb", "submitit", "torchmetrics", "tyro", "safetensors")
 # Beginnings of libraries that torch brings along, and that another copy on the search path comes before.
@@ -47,7 +48,7 @@ def check() -> list[Found]:
 
 def system() -> Iterator[Found]:
     yield Found("system", f"{platform.platform()}; Python {platform.python_version()} in {sys.prefix}")
-    free = memory.free()
+    free = machine.free_memory()
     told = f", {free / 1e9:.1f} GB of memory free" if free is not None else ""
     yield Found("processor", f"{machine.cpu_name()}, {counted(machine.usable_cores(), 'usable core')}{told}")
 
@@ -191,7 +192,7 @@ def _size(folder: Path) -> tuple[int, int]:
 
 def main() -> None:
     if "WORLD_SIZE" in os.environ:
-        from fashion_ddp import probe  # imports torch.distributed
+        from fashion_ddp.distributed import probe  # imports torch.distributed
 
         probe.main()
         return

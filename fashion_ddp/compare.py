@@ -16,13 +16,14 @@ import tyro
 
 from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import UserError
-from fashion_ddp.private import keep_others_out
+from fashion_ddp.files import write_whole
+from fashion_ddp.redact import keep_others_out
 from fashion_ddp.report import sentences, tables
 from fashion_ddp.report.page import html_page, markdown_page
 from fashion_ddp.report.results import read_results
 from fashion_ddp.report.rows import Comparison, compare
 from fashion_ddp.report.text import terminal_table
-from fashion_ddp.rundir import find_runs, write_whole
+from fashion_ddp.runs.reading import find_runs
 
 
 @dataclass(frozen=True)

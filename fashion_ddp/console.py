@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-from fashion_ddp.private import redact
+from fashion_ddp.redact import redact
 
 
 def say(text: str) -> None:

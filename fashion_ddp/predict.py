@@ -17,14 +17,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from fashion_ddp import own_code
+from fashion_ddp import user_code
+from fashion_ddp.config.names import is_code
 from fashion_ddp.console import answering, fail, say
+from fashion_ddp.data.photo import Seen, card, is_light_on_dark, save_beside, see
 from fashion_ddp.errors import UserError, counted
-from fashion_ddp.load import LoadedRun, load_run
-from fashion_ddp.names import is_code
-from fashion_ddp.pictures import Seen, card, is_light_on_dark, save_beside, see
-from fashion_ddp.private import keep_others_out
-from fashion_ddp.report.statistics import softmax
+from fashion_ddp.redact import keep_others_out
+from fashion_ddp.runs.reading import Run, load_run, softmax
 
 T = TypeVar("T")
 
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("nothing to do: name pictures, or give --verify")
         run = load_run(command.run)
         kept = run.path / "model.py"
-        if command.model and kept.is_file() and own_code.differs(command.model, kept):
+        if command.model and kept.is_file() and user_code.differs(command.model, kept):
             say(f"note: the source of {command.model} is not that of the run, which {kept} keeps")
         if command.verify:
             say(verify(run, command.model, command.data_dir, command.dataset))
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(error, 1)
 
 
-def classify(run: LoadedRun, command: Command) -> None:
+def classify(run: Run, command: Command) -> None:
     """Print what each picture is taken for, and save what the model saw. Nothing is done where one cannot be read."""
     light_on_dark = is_light_on_dark(run.arrays("examples.safetensors")["samples"])
     seen, unreadable = list[Seen](), list[str]()
@@ -109,13 +108,13 @@ def _bar(each: "Sequence[T]", doing: str) -> "tqdm[T]":
     return tqdm(each, desc=doing, unit="picture", leave=False, disable=len(each) < 2 or not sys.stderr.isatty())
 
 
-def answers(run: LoadedRun, images: np.ndarray, own: str | None) -> np.ndarray:
+def answers(run: Run, images: np.ndarray, own: str | None) -> np.ndarray:
     """The model's logits [n, classes] for images uint8 [n, C, H, W], on the CPU, in the run's precision."""
     model = run.model(own)
     import torch
 
-    from fashion_ddp.batches import to_unit
-    from fashion_ddp.evaluate import ROWS
+    from fashion_ddp.training.batches import to_unit
+    from fashion_ddp.training.evaluate import ROWS
 
     dtype = next(model.parameters()).dtype
     mixed = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.config["precision"])
@@ -124,7 +123,7 @@ def answers(run: LoadedRun, images: np.ndarray, own: str | None) -> np.ndarray:
         return torch.cat([model(to_unit(part, dtype)).to(dtype) for part in _bar(rows, "classifying")]).numpy()
 
 
-def verify(run: LoadedRun, own: str | None, data_dir: Path | None, named: str | None = None) -> str:
+def verify(run: Run, own: str | None, data_dir: Path | None, named: str | None = None) -> str:
     """Evaluate the test set with the run's weights, and compare: what was found, in a sentence.
 
     `own` and `named`: the user's own model and data, if they are, named again.

@@ -23,14 +23,17 @@ from typing import Any
 import numpy as np
 import tyro
 
-from fashion_ddp import data, lock, panels
+from fashion_ddp import data
 from fashion_ddp.config import Config
+from fashion_ddp.config.names import is_code
 from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
-from fashion_ddp.names import is_code
-from fashion_ddp.private import keep_others_out, refuse_secrets
-from fashion_ddp.rundir import Run, RunFolder, find_runs, read_run, write_whole
-from fashion_ddp.tracking import Wandb
+from fashion_ddp.files import write_whole
+from fashion_ddp.redact import keep_others_out, refuse_secrets
+from fashion_ddp.runs import lock
+from fashion_ddp.runs.folder import RunFolder
+from fashion_ddp.runs.reading import Run, find_runs, read_run
+from fashion_ddp.tracking.mirror import Wandb, panels
 
 NAME = "wandb.json"  # in a report's folder: the name that W&B knows it by
 

@@ -12,16 +12,16 @@ import os
 import sys
 import time
 
-from fashion_ddp import stop
+from fashion_ddp.distributed import signals
 
 if __name__ == "__main__":
-    stop.listen()  # before all that takes a while: a signal that comes meanwhile is remembered
+    signals.listen()  # before all that takes a while: a signal that comes meanwhile is remembered
 
-from fashion_ddp import machine, memory
-from fashion_ddp.cli import Command, parse
+from fashion_ddp.config.cli import Command, parse
 from fashion_ddp.console import crash, fail, say
+from fashion_ddp.distributed import machine, tuning
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
-from fashion_ddp.private import keep_others_out
+from fashion_ddp.redact import keep_others_out
 
 STARTED = time.time()
 
@@ -58,23 +58,24 @@ def run(argv: list[str] | None = None) -> None:
 def train(command: Command) -> None:
     """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
     # Not at the top: these import torch, and a mistake in the command is answered before that.
-    with memory.loading():
-        from fashion_ddp import graph, models, results, start, transfer
-        from fashion_ddp.batches import Batches, split
-        from fashion_ddp.checkpoint import Checkpoints
-        from fashion_ddp.clock import Timings, peak_memory_bytes
-        from fashion_ddp.evaluate import Evaluation
-        from fashion_ddp.ranks import open_world
-        from fashion_ddp.recorder import open_recorder
-        from fashion_ddp.step import Step
-        from fashion_ddp.trace import Trace
-        from fashion_ddp.watch import Watch
+    with tuning.loading():
+        from fashion_ddp.distributed.world import open_world
+        from fashion_ddp.models import architectures, describe, transfer
+        from fashion_ddp.training import artifacts, cuda_graph, startup
+        from fashion_ddp.training.batches import Batches, split
+        from fashion_ddp.training.checkpoint import Checkpoints
+        from fashion_ddp.training.evaluate import Evaluation
+        from fashion_ddp.training.recorder import open_recorder
+        from fashion_ddp.training.step import Step
+        from fashion_ddp.training.timing import Timings, peak_memory_bytes
+        from fashion_ddp.training.trace import Trace
+        from fashion_ddp.training.watchdog import Watch
 
     cfg = command.run
     with open_world(cfg) as world:
-        data = start.load_data(cfg, world)
+        data = startup.load_data(cfg, world)
         classes = len(data.classes)
-        model = models.build(cfg, data.image_shape, classes, world.rank, world.device.type)
+        model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
         prepared = world.together(lambda: transfer.prepare(cfg, model))
         trained_on, held_out = split(cfg, data)
         batches = Batches(cfg, world, data.train_images[trained_on], data.train_labels[trained_on])
@@ -83,15 +84,15 @@ def train(command: Command) -> None:
             sets["val"] = Evaluation(cfg, world, data.train_images[held_out], data.train_labels[held_out], classes)
         step, timings = Step(cfg, world, model, batches), Timings(STARTED)
 
-        environment = start.environment(cfg, world, data)
-        folder = start.claim(command, world, environment["made_by"])
+        environment = startup.environment(cfg, world, data)
+        folder = startup.claim(command, world, environment["made_by"])
         if folder is None:
             return
         saved = Checkpoints(cfg, world, folder, step, timings)
-        graph.capture(step)
-        known = start.announce(cfg, world, folder, environment, model, data, step, prepared)
+        cuda_graph.capture(step)
+        known = startup.announce(cfg, world, folder, environment, model, data, step, prepared)
         with (
-            memory.settled(),
+            tuning.settled(),
             Watch(world, folder, cfg.timeout),
             open_recorder(folder, cfg, world, known, saved.recorder) as recorder,
             Trace(cfg, world, folder, step.done) as trace,
@@ -110,10 +111,10 @@ def train(command: Command) -> None:
                     scores = {name: evaluation(model) for name, evaluation in sets.items()}
                 recorder.epoch(scores, timings.of_epoch(batches.count))
 
-            world.first(lambda: results.write(folder, model, data, scores["test"]))
+            world.first(lambda: artifacts.write(folder, model, data, scores["test"]))
             figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock)
             peak = max(world.share(peak_memory_bytes(world.device)))
-            flops = models.flops_per_image(model, data.image_shape)
+            flops = describe.flops_per_image(model, data.image_shape)
             recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": peak}, data.test_images)
 
 

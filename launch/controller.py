@@ -16,7 +16,7 @@ from pathlib import Path
 
 from submitit.local import local
 
-from fashion_ddp import stop
+from fashion_ddp.distributed import signals
 
 STOPPED = 75  # exit code of a first rank that was told to stop, and saved
 PATIENCE = 30.0  # seconds that ranks get to end, once one has failed or their time is over
@@ -29,10 +29,10 @@ class Controller(local.Controller):
         self.stopped = self.timed_out = False
         for one in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(one, self._stop)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop.SIGNALS)  # what came until now comes now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)  # what came until now comes now
 
     def start_tasks(self) -> None:
-        with stop.held():  # until the ranks listen
+        with signals.held():  # until the ranks listen
             super().start_tasks()
 
     def _stop(self, number: int, frame: object = None) -> None:

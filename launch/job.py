@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fashion_ddp import claim, cli, stop
+from fashion_ddp.config import cli
 from fashion_ddp.console import fail, say
+from fashion_ddp.distributed import signals
+from fashion_ddp.distributed.rendezvous import RENDEZVOUS, free_port
 from fashion_ddp.errors import Stopped, UserError
-from fashion_ddp.meeting import RENDEZVOUS, free_port
-from fashion_ddp.private import keep_others_out
+from fashion_ddp.redact import keep_others_out
+from fashion_ddp.runs import claim
 from launch import slurm
 
 NO_PROGRESS = 4  # starts in a row that end where they began: then the run is given up
@@ -33,7 +35,7 @@ class Rank:
 
     def __call__(self) -> str:
         keep_others_out()
-        stop.listen()  # in place of Submitit's handlers, which requeue in the middle of a step
+        signals.listen()  # in place of Submitit's handlers, which requeue in the middle of a step
         from submitit import JobEnvironment
 
         env = JobEnvironment()
@@ -154,9 +156,9 @@ class Report:
     ranked: bool = False
 
     def __call__(self) -> str:
-        from launch import report
+        from launch import sweep
 
-        return report.write([Path(folder) for folder in self.folders], Path(self.out), self.ranked)
+        return sweep.write([Path(folder) for folder in self.folders], Path(self.out), self.ranked)
 
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission
@@ -187,5 +189,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    stop.listen()
+    signals.listen()
     sys.exit(main())

@@ -19,20 +19,21 @@ from pathlib import Path
 
 import tyro
 
-from fashion_ddp import stop
+from fashion_ddp.distributed import signals
 
 if __name__ == "__main__":
-    stop.listen()  # before slow imports
+    signals.listen()  # before slow imports
 
-from fashion_ddp import claim, cli, compare, data, provenance
-from fashion_ddp.config import Config
+from fashion_ddp import compare, data
+from fashion_ddp.config import Config, cli
 from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError
-from fashion_ddp.private import keep_others_out
-from launch import side_by_side, slurm
-from launch.announce import announce_apart
-from launch.running import STOPPED, Job, Running
-from launch.runs import check_flags, refuse_twins, shared_group
+from fashion_ddp.redact import keep_others_out
+from fashion_ddp.runs import claim, provenance
+from launch import pool, slurm
+from launch.processes import STOPPED, Job, Running
+from launch.share import announce_apart
+from launch.submission import check_flags, refuse_twins, shared_group
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         fail(error, 2)
     except TrainingFailed as error:
         fail(error, 1)
-    code = side_by_side.train(todo, share) if comparison.jobs > 1 else one_after_another(todo, share.ranks)
+    code = pool.train(todo, share) if comparison.jobs > 1 else one_after_another(todo, share.ranks)
     if code not in (0, 1):
         return code
     say("")
@@ -147,7 +148,7 @@ def one_after_another(todo: list[Job], ranks: int) -> int:
     or what ended it before the last."""
     failed = 0
     for number, job in enumerate(todo, start=1):
-        if told := stop.heard():
+        if told := signals.heard():
             say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
             return STOPPED
         say(f"\n--- run {number} of {len(todo)}")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fashion_ddp.config.layers import read_mapping
 from fashion_ddp.errors import UserError, nearest
-from fashion_ddp.settings import read_mapping
 
 Options = dict[str, str | int | float | bool]  # of sbatch; True is an option without a value, False leaves it out
 

@@ -7,10 +7,11 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from fashion_ddp import own_code, provenance
-from fashion_ddp.config import PACKAGE
+from fashion_ddp import user_code
+from fashion_ddp.config.names import is_code
 from fashion_ddp.errors import UserError
-from fashion_ddp.names import is_code
+from fashion_ddp.files import PACKAGE
+from fashion_ddp.runs import provenance
 
 LARGEST = 100e6  # bytes of a user's package
 OURS = (PACKAGE, Path(__file__).parent)
@@ -34,7 +35,7 @@ def users_code(names: list[str]) -> list[Path]:
 
     Raises UserError for a package too large to be copied for every submission.
     """
-    own_code.reach_current_folder()  # as the run itself will
+    user_code.reach_current_folder()  # as the run itself will
     installed = [Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
     found = []
     for name in dict.fromkeys(re.split("[.:]", one)[0] for one in names if is_code(one)):

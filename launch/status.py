@@ -19,12 +19,12 @@ import tyro
 
 from fashion_ddp.console import answering, fail, say
 from fashion_ddp.errors import UserError, counted
-from fashion_ddp.lock import holder
-from fashion_ddp.private import keep_others_out
+from fashion_ddp.redact import keep_others_out
 from fashion_ddp.report.text import terminal_table
-from fashion_ddp.rundir import find_runs
-from launch import slurm, states, submit
-from launch.states import Seen
+from fashion_ddp.runs.lock import holder
+from fashion_ddp.runs.reading import find_runs
+from launch import jobs, slurm, submit
+from launch.jobs import Seen
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Command:
 
 
 def show(seen: list[Seen]) -> int:
-    say(terminal_table(states.table(seen)))
+    say(terminal_table(jobs.table(seen)))
     for one in seen:
         log = shlex.quote(one.note.get("log", ""))
         if one.active and log:
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     folders = [Path(word) for word in words[verb is not show :]]
     try:
         found = find_runs(folders or [Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs"))])
-        return verb(states.look(found))
+        return verb(jobs.look(found))
     except UserError as error:
         fail(error, 2)
 

@@ -24,18 +24,20 @@ from typing import Any
 
 import tyro
 
-from fashion_ddp import claim, data, lock, provenance, settings
-from fashion_ddp.cli import Command
-from fashion_ddp.config import Config
+from fashion_ddp import data
+from fashion_ddp.config import Config, layers
+from fashion_ddp.config.cli import Command
+from fashion_ddp.config.names import is_code, is_path
 from fashion_ddp.console import answering, fail, say
+from fashion_ddp.data.published import named
 from fashion_ddp.errors import TrainingFailed, UserError, counted
-from fashion_ddp.names import is_code, is_path
-from fashion_ddp.private import keep_others_out
-from fashion_ddp.published import named
-from fashion_ddp.rundir import read_run, write_whole
-from launch import batch, here, runs, site, slurm, snapshot, states
+from fashion_ddp.files import write_whole
+from fashion_ddp.redact import keep_others_out
+from fashion_ddp.runs import claim, lock, provenance
+from fashion_ddp.runs.reading import read_run
+from launch import jobs, sbatch, site, slurm, snapshot, submission, submitit_local
 from launch.job import Report
-from launch.runs import Submission
+from launch.submission import Submission
 
 RECORD = "submission.json"  # in a submission's folder: all that is needed to submit its runs again
 
@@ -56,18 +58,18 @@ def _submit(asked: Submission, flags: list[str]) -> int:
     group = site.read(asked.site)
     commands = [
         dataclasses.replace(command, run=_absolute(command.run))
-        for command in runs.commands(asked, flags, group.flags())
+        for command in submission.commands(asked, flags, group.flags())
     ]
     asked = dataclasses.replace(asked, out=asked.out.absolute())
     every = [claim.folder_of(command.run) for command in commands]
     base = every[0].parent / ".submissions" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-    plan = batch.Plan(asked, group, base, base / "code", reuse=commands[0].reuse)
+    plan = sbatch.Plan(asked, group, base, base / "code", reuse=commands[0].reuse)
     cards = asked.gpus_per_node or any(name.startswith(("gres", "gpu")) for name in plan.options())
     if not cards and any(command.run.device == "cuda" for command in commands):
         raise UserError("--device cuda, and no cards are asked for: give --gpus-per-node")
     _check_out(asked.out)
     md5 = _check_data_and_models([command.run for command in commands], asked.dry_run)
-    seen = {one.folder: one for one in states.look(every)}
+    seen = {one.folder: one for one in jobs.look(every)}
     todo = [command for command in commands if _is_to_do(command, seen.get(claim.folder_of(command.run)), group, md5)]
     if asked.dry_run:
         _show(plan, [command.run for command in todo])
@@ -84,7 +86,7 @@ def _submit(asked: Submission, flags: list[str]) -> int:
             held.lock.release()
     try:
         return _send(plan, [claim.folder_of(command.run) for command in todo], every)
-    except batch.NotQueued:
+    except sbatch.NotQueued:
         for folder in (*new, base):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -94,7 +96,7 @@ def _absolute(cfg: Config) -> Config:
     """The run as it is from any folder. What is named by a variable of this shell is named in the settings."""
     paths: dict[str, Any] = {"runs_dir": cfg.runs_dir, "run_dir": cfg.run_dir, "data_dir": named(cfg.data_dir)}
     found: dict[str, Any] = {name: path.absolute() for name, path in paths.items() if path is not None}
-    if cfg.recipe not in settings.recipe_names():
+    if cfg.recipe not in layers.recipe_names():
         found["recipe"] = os.path.abspath(cfg.recipe)
     if cfg.init_from not in (None, "imagenet"):
         found["init_from"] = os.path.abspath(str(cfg.init_from))
@@ -127,13 +129,13 @@ def _check_data_and_models(configs: list[Config], dry_run: bool) -> dict[str, di
     snapshot.users_code([name for cfg in configs for name in (cfg.model, cfg.dataset)])
     kinds = {(cfg.model, cfg.model_args, cfg.init_from, cfg.freeze): cfg for cfg in configs}
     for cfg in (cfg for cfg in kinds.values() if is_code(cfg.model) or cfg.init_from or cfg.freeze):
-        from fashion_ddp import models, transfer  # import torch
+        from fashion_ddp.models import architectures, transfer  # import torch
 
-        transfer.prepare(cfg, models.build(cfg, loaded.image_shape, len(loaded.classes)))
+        transfer.prepare(cfg, architectures.build(cfg, loaded.image_shape, len(loaded.classes)))
     return found
 
 
-def _is_to_do(command: Command, seen: states.Seen | None, group: site.Site, md5: dict[str, dict[str, str]]) -> bool:
+def _is_to_do(command: Command, seen: jobs.Seen | None, group: site.Site, md5: dict[str, dict[str, str]]) -> bool:
     """Whether a run is to be submitted; not, if it is finished. Raises UserError where it is queued or running, or
     the folder is another run's, or it was made by other code or versions."""
     folder = claim.folder_of(command.run)
@@ -160,13 +162,13 @@ def _made_by(cfg: Config, group: site.Site, md5: dict[str, dict[str, str]]) -> d
     return before | others if group.python and before else now
 
 
-def _ask_slurm(plan: batch.Plan, count: int, folders: list[Path | None]) -> None:
-    batch.check(plan, count)
-    if own := batch.not_shared([folder for folder in (*folders, Path(sys.prefix)) if folder]):
+def _ask_slurm(plan: sbatch.Plan, count: int, folders: list[Path | None]) -> None:
+    sbatch.check(plan, count)
+    if own := sbatch.not_shared([folder for folder in (*folders, Path(sys.prefix)) if folder]):
         say(f"warning: {', '.join(own)}: file systems that other machines do not see, as it seems")
 
 
-def _show(plan: batch.Plan, configs: list[Config]) -> None:
+def _show(plan: sbatch.Plan, configs: list[Config]) -> None:
     for cfg in configs:
         say(f"--- {claim.folder_of(cfg)}\n{cfg.to_yaml()}")
     if plan.asked.executor != "slurm" or not configs:
@@ -174,10 +176,10 @@ def _show(plan: batch.Plan, configs: list[Config]) -> None:
     say(f"--- sbatch, for {counted(len(configs), 'run')}\n{plan.text(len(configs))}")
     say(f"--- sbatch, for the comparison\n{plan.report_text()}")
     if slurm.answers():
-        say(f"--- SLURM here would take them: {batch.check(plan, len(configs))}")
+        say(f"--- SLURM here would take them: {sbatch.check(plan, len(configs))}")
 
 
-def _send(plan: batch.Plan, todo: list[Path], every: list[Path]) -> int:
+def _send(plan: sbatch.Plan, todo: list[Path], every: list[Path]) -> int:
     """Submit the runs in the folders `todo`, and the comparison of every run. The runs' folders are prepared."""
     asked = plan.asked
     try:
@@ -187,25 +189,25 @@ def _send(plan: batch.Plan, todo: list[Path], every: list[Path]) -> int:
             snapshot.take(plan.code, [name for cfg in configs for name in (cfg.model, cfg.dataset)])
         write_whole(plan.base / RECORD, json.dumps(_record(plan, every), indent=1, default=str) + "\n")
     except OSError as error:
-        raise batch.NotQueued(f"{plan.base}: cannot be written ({error}): choose another --runs-dir") from None
+        raise sbatch.NotQueued(f"{plan.base}: cannot be written ({error}): choose another --runs-dir") from None
     report = Report(tuple(map(str, every)), str(asked.out), bool(asked.sweep))
     if asked.executor != "slurm":
-        return here.run_all(plan, todo, report)
-    jobs, last = batch.submit(plan, todo, report)
-    for folder, job in zip(todo, jobs, strict=True):
+        return submitit_local.run_all(plan, todo, report)
+    ids, last = sbatch.submit(plan, todo, report)
+    for folder, job in zip(todo, ids, strict=True):
         say(f"job {job}  {folder}")
     say(f"{counted(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {asked.out}")
     say(f"next: python -m launch.status {shlex.quote(str(todo[0].parent))}")
     if not asked.wait:
         return 0
     try:
-        return int(not states.follow(every, last))
+        return int(not jobs.follow(every, last))
     except KeyboardInterrupt:
         say("no longer followed; the jobs go on")
         return 130
 
 
-def _record(plan: batch.Plan, every: list[Path]) -> dict[str, Any]:
+def _record(plan: sbatch.Plan, every: list[Path]) -> dict[str, Any]:
     asked = dataclasses.asdict(plan.asked) | {"wait": False, "site": None}
     kept = {"command": sys.argv, "asked": asked, "site": dataclasses.asdict(plan.site), "runs": every}
     return kept | {"code": plan.code, "cwd": plan.cwd, "reuse": plan.reuse}
@@ -220,7 +222,7 @@ def again(folders: list[Path], submission: Path) -> int:
         asked = Submission(**given | {"out": Path(given["out"])})
         group = site.Site(**record["site"] | {"setup": tuple(record["site"]["setup"])})
         base = submission.with_name(f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}")
-        plan = batch.Plan(asked, group, base, Path(record["code"]), Path(record["cwd"]), record["reuse"])
+        plan = sbatch.Plan(asked, group, base, Path(record["code"]), Path(record["cwd"]), record["reuse"])
         every = [Path(run) for run in record["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be used ({error}): submit these runs anew, with launch.submit") from None

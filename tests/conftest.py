@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from fashion_ddp.meeting import free_port
+from fashion_ddp.distributed.rendezvous import free_port
 
 CHECKOUT = Path(__file__).parent.parent
 
 # One pool for all tests: a process forked from this server has torch and Accelerate loaded, where a fresh one, and
 # above all a launcher's, spends seconds on them.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "accelerate", "torch._dynamo", "fashion_ddp.checkpoint", "fashion_ddp.train"])
+_server.set_forkserver_preload(
+    ["torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint", "fashion_ddp.train"]
+)
 
 
 @pytest.fixture(scope="session")

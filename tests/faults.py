@@ -110,22 +110,22 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "rendezvous": ("torch.distributed", "init_process_group", "before"),
     "met": ("torch.distributed.distributed_c10d", "_new_process_group_helper", "before"),
     "load": ("fashion_ddp.data", "load", "before"),
-    "claim": ("fashion_ddp.start", "claim", "after"),
-    "step": ("fashion_ddp.step", "Step.__call__", "before"),
-    "forward": ("fashion_ddp.step", "Step._losses", "after"),
+    "claim": ("fashion_ddp.training.startup", "claim", "after"),
+    "step": ("fashion_ddp.training.step", "Step.__call__", "before"),
+    "forward": ("fashion_ddp.training.step", "Step._losses", "after"),
     "all-reduce": ("torch.distributed", "all_reduce", "before"),
-    "sync point": ("fashion_ddp.sync", "SyncPoint.__call__", "before"),
-    "after the sync point": ("fashion_ddp.sync", "SyncPoint.__call__", "after"),
-    "save": ("fashion_ddp.checkpoint", "Checkpoints._save", "before"),
-    "saved": ("fashion_ddp.checkpoint", "Checkpoints._save", "after"),
+    "sync point": ("fashion_ddp.training.sync", "SyncPoint.__call__", "before"),
+    "after the sync point": ("fashion_ddp.training.sync", "SyncPoint.__call__", "after"),
+    "save": ("fashion_ddp.training.checkpoint", "Checkpoints._save", "before"),
+    "saved": ("fashion_ddp.training.checkpoint", "Checkpoints._save", "after"),
     "fsync": ("os", "fsync", "before"),
     "before a rename": ("os", "replace", "before"),
     "after a rename": ("os", "replace", "after"),
-    "append": ("fashion_ddp.rundir", "RunFolder.append", "after"),
-    "evaluation": ("fashion_ddp.evaluate", "Evaluation.__call__", "before"),
-    "evaluated": ("fashion_ddp.evaluate", "Evaluation.__call__", "after"),
-    "results": ("fashion_ddp.results", "write", "before"),
-    "end": ("fashion_ddp.recorder", "Recorder.finish", "before"),
+    "append": ("fashion_ddp.runs.folder", "RunFolder.append", "after"),
+    "evaluation": ("fashion_ddp.training.evaluate", "Evaluation.__call__", "before"),
+    "evaluated": ("fashion_ddp.training.evaluate", "Evaluation.__call__", "after"),
+    "results": ("fashion_ddp.training.artifacts", "write", "before"),
+    "end": ("fashion_ddp.training.recorder", "Recorder.finish", "before"),
 }
 
 
@@ -188,7 +188,7 @@ def _note_steps_and_renames() -> None:
             _note("renames", os.path.basename(target))
         return function(source, target)
 
-    wrap("fashion_ddp.step", "Step.__call__", step)
+    wrap("fashion_ddp.training.step", "Step.__call__", step)
     wrap("os", "replace", rename)
 
 
@@ -209,10 +209,13 @@ def _rank(
     printed = os.open(f"printed{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(printed, stream)
-    from fashion_ddp import stop, sync, synthetic, train
+    from fashion_ddp import train
+    from fashion_ddp.data import synthetic
+    from fashion_ddp.distributed import signals
+    from fashion_ddp.training import sync
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell shuts off for tests in its background
-    stop.listen()
+    signals.listen()
     train.STARTED = time.time()
     synthetic.arrays.__defaults__ = (images, images // 6)
     if every_step:  # sync points; they are a second apart otherwise

@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fashion_ddp import compare
+from fashion_ddp.config.layers import changed, make_config
 from fashion_ddp.report.tables import BEST
-from fashion_ddp.rundir import RunFolder
-from fashion_ddp.settings import changed, make_config
+from fashion_ddp.runs.folder import RunFolder
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 MD5 = {"train-images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "test-labels": "bb300cfdad3c16e7a12a480ee83cd310"}

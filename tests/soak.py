@@ -28,8 +28,9 @@ from typing import Any
 import pytest
 from faults import TINY_STEPS, Fault, Ranks, start_tiny, wrong
 
-from fashion_ddp import machine, provenance
-from fashion_ddp.rundir import read_run
+from fashion_ddp.distributed import machine
+from fashion_ddp.runs import provenance
+from fashion_ddp.runs.reading import read_run
 
 STEPS = 3 * TINY_STEPS
 STRUCK = 12  # faults that a run takes before it is left in peace

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import command
 
-from fashion_ddp import check, machine, probe
+from fashion_ddp import check
+from fashion_ddp.distributed import machine, probe
 
 quick = pytest.mark.quick
 
@@ -79,7 +80,8 @@ def test_ranks_that_can_talk_say_how_fast(tmp_path: Path) -> None:
 
 @quick
 def test_ranks_that_hang_end_with_advice() -> None:
-    code = "import time; from fashion_ddp import probe\nwith probe.limit(0, 'an all-reduce', 0.2): time.sleep(60)"
+    code = "import time; from fashion_ddp.distributed import probe\n"
+    code += "with probe.limit(0, 'an all-reduce', 0.2): time.sleep(60)"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False, capture_output=True, text=True)
     assert done.returncode == 1 and time.monotonic() - start < 50

@@ -13,10 +13,11 @@ import pytest
 from reports import CLASSES, MD5, Report, make_report, make_run, predictions
 from safetensors.numpy import save_file
 
-from fashion_ddp import compare, lock
-from fashion_ddp.report.published import FIGURES
+from fashion_ddp import compare
 from fashion_ddp.report.tables import BEST
 from fashion_ddp.report.text import markdown_text
+from fashion_ddp.report.tutorials import FIGURES
+from fashion_ddp.runs import lock
 
 
 @pytest.fixture

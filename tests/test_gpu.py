@@ -12,11 +12,12 @@ from conftest import command, ranks
 from faults import SMALL, Fault, start
 from safetensors.torch import load_file
 
-from fashion_ddp import graph, models
-from fashion_ddp.batches import Batches
-from fashion_ddp.ranks import open_world
-from fashion_ddp.settings import make_config
-from fashion_ddp.step import Step
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.distributed.world import open_world
+from fashion_ddp.models import architectures
+from fashion_ddp.training import cuda_graph
+from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.step import Step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
 
@@ -68,9 +69,9 @@ def captured(given: dict[str, Any]) -> tuple[str | None, float]:
     with open_world(cfg) as world:
         losses = []
         for capture in (False, True):
-            step = Step(cfg, world, models.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+            step = Step(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
             if capture:
-                graph.capture(step)
+                cuda_graph.capture(step)
             step.batches.draw(1)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")  # from here to the read, nothing may wait for the card
@@ -91,7 +92,7 @@ def test_a_captured_step_does_what_kernels_do_and_the_host_never_waits(given: di
 def gradient(precision: str) -> torch.Tensor:
     cfg = make_config({"model": "cnn", "precision": precision, "batch_size": 128})
     with open_world(cfg) as world:
-        step = Step(cfg, world, models.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Step(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
         step.batches.draw(1)
         step.leave_gradient(0)
         scale = step.scaler.get_scale() if step.scaler else 1.0

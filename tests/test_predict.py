@@ -19,9 +19,10 @@ from faults import Fault
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from fashion_ddp import data, load_run, pictures, predict, push, synthetic
+from fashion_ddp import data, load_run, predict, push
+from fashion_ddp.data import photo, synthetic
 from fashion_ddp.errors import UserError
-from fashion_ddp.load import LoadedRun
+from fashion_ddp.runs.reading import Run
 
 SHAPE = 1, 28, 28
 
@@ -33,7 +34,7 @@ def shoes(data_dir: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return load_run(faults.uninterrupted_run(tmp_path_factory) / "run")
 
 
@@ -52,7 +53,7 @@ def saved(image: Any, path: Path, **how: Any) -> Path:
 
 
 def seen(path: Path, light_on_dark: bool = True, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
-    return pictures.see(path, shape, light_on_dark).pixels
+    return photo.see(path, shape, light_on_dark).pixels
 
 
 # --- A picture as the data looks --------------------------------------------------------------------------------
@@ -70,11 +71,11 @@ def test_a_picture_of_the_datas_own_kind_keeps_its_pixels(shoes: np.ndarray, tmp
 
 @pytest.mark.quick
 def test_the_background_of_the_data_is_known(shoes: np.ndarray) -> None:
-    assert max(pictures.background(image) for image in shoes[:2_000]) <= 127
-    assert pictures.is_light_on_dark(shoes[:25]) and not pictures.is_light_on_dark(255 - shoes[:25])
+    assert max(photo.background(image) for image in shoes[:2_000]) <= 127
+    assert photo.is_light_on_dark(shoes[:25]) and not photo.is_light_on_dark(255 - shoes[:25])
 
 
-def photo(shoe: np.ndarray, size: int, height: int, width: int, top: int, left: int) -> np.ndarray:
+def photograph(shoe: np.ndarray, size: int, height: int, width: int, top: int, left: int) -> np.ndarray:
     """A shop's photograph: a thing in colour somewhere on a background that is nearly white, with noise."""
     thing = np.zeros((height, width))
     large = Image.fromarray(shoe).resize((size, size), Image.Resampling.BICUBIC)
@@ -88,7 +89,7 @@ def photo(shoe: np.ndarray, size: int, height: int, width: int, top: int, left: 
 @pytest.mark.parametrize("place", [(0, 0), (10, 200), (150, 30)])
 def test_a_photograph_becomes_such_an_image(place: tuple[int, int], shoes: np.ndarray, tmp_path: Path) -> None:
     for number, shoe in enumerate(shoes[:20, 0]):
-        path = saved(photo(shoe, 224, 400, 500, *place), tmp_path / f"{number}.jpg", quality=85)
+        path = saved(photograph(shoe, 224, 400, 500, *place), tmp_path / f"{number}.jpg", quality=85)
         image = seen(path)[0]
         thing = image > 0
         assert thing.any(1)[[0, -1]].all() or thing.any(0)[[0, -1]].all()  # it fills the frame, as in the data
@@ -136,7 +137,7 @@ def call(*words: Any) -> None:
 
 
 def test_it_prints_and_shows_the_likeliest_classes(
-    run: LoadedRun, its_data: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, its_data: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = []
     for number in range(3):
@@ -157,7 +158,7 @@ def test_it_prints_and_shows_the_likeliest_classes(
     with Image.open(out / "image.2.png") as shown:
         given = its_data["test_images"][1, 0]
         # What it saw, seven times as large, stands to the right of what was given.
-        x, y = 2 * pictures.EDGE + pictures.SIDE, 2 * pictures.EDGE + 8
+        x, y = 2 * photo.EDGE + photo.SIDE, 2 * photo.EDGE + 8
         assert np.array_equal(np.asarray(shown.convert("L"))[y + 3 : y + 196 : 7, x + 3 : x + 196 : 7], given)
 
 
@@ -171,7 +172,7 @@ def refused(*words: Any, code: int, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_what_cannot_be_done_is_said_in_one_message(
-    run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     good = saved(np.zeros((28, 28), np.uint8), Path("good.png"))
@@ -192,7 +193,7 @@ def test_what_cannot_be_done_is_said_in_one_message(
     assert not Path("predictions").exists()
 
 
-def test_many_pictures_show_how_far_it_is(run: LoadedRun, tmp_path: Path) -> None:
+def test_many_pictures_show_how_far_it_is(run: Run, tmp_path: Path) -> None:
     paths = [saved(np.zeros((30, 30), np.uint8), tmp_path / f"{number}.png") for number in range(3)]
     line = [sys.executable, "-m", "fashion_ddp.predict", str(run.path), *map(str, paths)]
     ours, its = pty.openpty()
@@ -214,7 +215,7 @@ def test_many_pictures_show_how_far_it_is(run: LoadedRun, tmp_path: Path) -> Non
 # --- Whether the weights give what was recorded -----------------------------------------------------------------
 
 
-def copy(run: LoadedRun, tmp_path: Path, was: str = "", now: str = "") -> Path:
+def copy(run: Run, tmp_path: Path, was: str = "", now: str = "") -> Path:
     """A copy of the run's folder; in its config.yaml `now` stands for `was`."""
     folder = Path(shutil.copytree(run.path, tmp_path / "copy"))
     if was:
@@ -223,7 +224,7 @@ def copy(run: LoadedRun, tmp_path: Path, was: str = "", now: str = "") -> Path:
 
 
 def test_weights_give_the_recorded_figures(
-    run: LoadedRun, its_data: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
+    run: Run, its_data: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(run.path, "--verify")
     said = capsys.readouterr().out
@@ -241,7 +242,7 @@ def test_weights_give_the_recorded_figures(
     ],
 )
 def test_a_difference_is_found(
-    file: str, key: str | None, said: str, run: LoadedRun, its_data: Any, tmp_path: Path, capsys: Any
+    file: str, key: str | None, said: str, run: Run, its_data: Any, tmp_path: Path, capsys: Any
 ) -> None:
     path = copy(run, tmp_path) / file
     arrays = load_file(path)
@@ -251,13 +252,13 @@ def test_a_difference_is_found(
     assert said in refused(path.parent, "--verify", code=1, capsys=capsys)
 
 
-def test_other_data_is_no_difference(run: LoadedRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_is_no_difference(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(run.path, "--verify", code=2, capsys=capsys)
     assert "was made with other data than built in holds" in said
 
 
 def test_a_tie_within_rounding_is_told(
-    run: LoadedRun, its_data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, its_data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = copy(run, tmp_path) / "predictions.safetensors"
     arrays = load_file(path)
@@ -278,13 +279,13 @@ def test_a_tie_within_rounding_is_told(
     assert capsys.readouterr().out.endswith("with 1 tie of two classes decided otherwise\n")
 
 
-def test_a_users_model_is_named(run: LoadedRun) -> None:
+def test_a_users_model_is_named(run: Run) -> None:
     with pytest.raises(UserError, match="model nobody:Net"):
         predict.answers(run, np.zeros((1, *SHAPE), np.uint8), "nobody:Net")
 
 
 def test_a_run_does_not_decide_which_code_makes_its_data(
-    run: LoadedRun, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    run: Run, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     path = copy(run, tmp_path, "dataset: synthetic", "dataset: its_data_7:make")
     (tmp_path / "its_data_7.py").write_text("raise RuntimeError('imported')")
@@ -296,10 +297,10 @@ def test_a_run_does_not_decide_which_code_makes_its_data(
 
 
 def test_a_model_whose_source_has_changed_is_told(
-    run: LoadedRun, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    run: Run, its_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     path = copy(run, tmp_path, "model: cnn", "model: its_model_7:make")
-    code = "from fashion_ddp.models import cnn\n\ndef make(shape, classes, hidden_units=4):\n"
+    code = "from fashion_ddp.models.architectures import cnn\n\ndef make(shape, classes, hidden_units=4):\n"
     code += "    return cnn(shape, classes, 4)\n"
     for source in (tmp_path / "its_model_7.py", path / "model.py"):
         source.write_text(code)

@@ -9,8 +9,9 @@ import torch
 from conftest import command
 from safetensors.torch import load_file
 
-from fashion_ddp import data, models
-from fashion_ddp.rundir import read_run
+from fashion_ddp import data
+from fashion_ddp.models import architectures
+from fashion_ddp.runs.reading import read_run
 
 TRAIN = (
     "python",
@@ -62,7 +63,7 @@ def test_saved_weights_loaded_again_give_the_saved_predictions(finished: Path, d
     run = read_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
     d = data.load("fashion_mnist", data_dir)
     saved = load_file(run.path / "predictions.safetensors")
-    model = models.build(run.settings(), d.image_shape, len(d.classes))
+    model = architectures.build(run.settings(), d.image_shape, len(d.classes))
     model.load_state_dict(load_file(run.path / "model.safetensors"))
     with torch.no_grad():
         logits = model(torch.from_numpy(d.test_images) / 255)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fashion_ddp.report import published, statistics
-from fashion_ddp.rundir import Run, read_arrays, read_run
+from fashion_ddp.report import statistics, tutorials
+from fashion_ddp.runs.reading import Run, read_arrays, read_run, softmax
 
 ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_per_s"
 SECONDS = "time/train_and_test_s"  # the tutorials' clock: training, and the pass over the test set after each epoch
@@ -122,7 +122,7 @@ def _result(run: Run, unique: bool) -> Result:
         "settings": run.settings().result_settings(),
         "published": None
         if summary.get("changed", True)
-        else published.FIGURES.get((config["recipe"], config["model"])),
+        else tutorials.FIGURES.get((config["recipe"], config["model"])),
         "environment": run.environment,
     }
     if record["status"] != "finished":
@@ -132,7 +132,7 @@ def _result(run: Run, unique: bool) -> Result:
     saved = load_tensors(run.path / "predictions.safetensors")
     if not saved:
         return Result(run, record)
-    probabilities = statistics.softmax(saved["logits"])
+    probabilities = softmax(saved["logits"])
     predicted = saved["predicted"]
     answers = Answers(saved["labels"], predicted, probabilities[np.arange(len(predicted)), predicted])
     return Result(run, record | _derived(record, saved["logits"], answers), answers)

@@ -156,9 +156,3 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)  # a bin holds its upper edge
     gaps = np.bincount(place, confidence - correct, minlength=BINS)
     return float(np.abs(gaps).sum() / len(confidence))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities [n, classes] in float64."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)

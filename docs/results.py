@@ -1,0 +1,205 @@
+"""What a run folder holds, every file, key and unit: what docs/results.md is made of.
+
+`python docs/results.py > docs/results.md` makes it anew.
+"""
+
+import ast
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from fashion_ddp.config import Config
+from fashion_ddp.files import PACKAGE
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a file. In `name`, <...> stands for a name, [] for each entry of a list."""
+
+    name: str
+    unit: str
+    meaning: str
+    when: str = ""  # the run has it; always, where this is empty: one of WHEN
+
+
+@dataclass(frozen=True)
+class File:
+    name: str
+    meaning: str
+    keys: tuple[Key, ...] = ()
+
+
+WHEN = {
+    "validation": "with `--validation`",
+    "finished": "finished runs",
+    "unfinished": "runs that were stopped or failed",
+    "stopped": "runs that were stopped",
+    "W&B": "unless `--tracker none`",
+}
+
+EPOCH = (
+    Key("epoch", "count", "this epoch, from 1"),
+    Key("step", "count", "optimizer updates since the run began"),
+    Key("lr", "", "learning rate of the last update"),
+    Key("train/loss", "nats", "mean cross entropy over the epoch's training images, as the weights were at each step"),
+    Key("train/accuracy", "fraction", "of the same"),
+    Key("test/loss", "nats", "mean cross entropy over the test set, after the epoch"),
+    Key("test/accuracy", "fraction", "of the test set"),
+    Key("val/loss", "nats", "over the training images that were held out", "validation"),
+    Key("val/accuracy", "fraction", "of the same", "validation"),
+    Key("time/train_s", "seconds", "the epoch's training"),
+    Key("time/eval_s", "seconds", "its evaluation"),
+    Key("throughput/images_per_s", "images/s", "trained on in this epoch, over all ranks"),
+)
+SUMMARY = (
+    Key("format", "count", "of this folder; a reader refuses another one than it knows"),
+    Key("status", "text", "running, finished, stopped or failed; a reader says interrupted where the process is gone"),
+    Key("error", "text", "what ended the run", "unfinished"),
+    Key("stopped_by", "text", "the signal, or what else it was told", "stopped"),
+    Key("model", "text", "as in config.yaml"),
+    Key("recipe", "text", "as in config.yaml"),
+    Key("changed.<setting>", "", "each setting that changes the result and is not the recipe's own"),
+    Key("seed", "count", "as in config.yaml"),
+    Key("world_size", "count", "ranks"),
+    Key("rank_invariant", "true, false", "whether the result is the same on any number of ranks"),
+    Key("dataset", "text", "as in config.yaml"),
+    Key("classes[]", "text", "names, by label"),
+    Key("device", "text", "rank 0's card, or cpu"),
+    Key("threads", "count", "CPU threads of each rank"),
+    Key("precision", "text", "as in config.yaml"),
+    Key("cuda_graph", "true, false", "whether each step was launched as one CUDA graph"),
+    Key("batch_size", "images", "per update, over all ranks"),
+    Key("epochs", "count", "asked for"),
+    Key("image_shape[]", "count", "channels, height and width of the images"),
+    Key("training_images", "count", "that are trained on"),
+    Key("test_images", "count", "of the test set"),
+    Key("parameters", "count", "of the model"),
+    Key("parameters_trained", "count", "of the model, but for what --freeze names"),
+    Key("starts", "count", "processes that worked at the run, one after another"),
+    Key("timings_mixed", "true, false", "whether they did so on different hardware, or beside other runs"),
+    Key("side_by_side", "count", "runs that were trained at once on its machine, at most: above 1, times are shared"),
+    Key("wandb_id", "text", "the run's name to W&B", "W&B"),
+    Key("wandb_mode", "text", "online, offline or disabled; null where W&B was left", "W&B"),
+    *(key for key in EPOCH if key.name != "throughput/images_per_s"),  # of the last epoch
+    Key("throughput/images_per_s", "images/s", "of the last epoch; of a finished run, over all of its training"),
+    Key("throughput/images_per_s_per_rank", "images/s", "the same by rank", "finished"),
+    Key("time/startup_s", "seconds", "before the first epoch", "finished"),
+    Key("time/train_total_s", "seconds", "training, all epochs: with the next, the tutorials' clock", "finished"),
+    Key("time/eval_total_s", "seconds", "evaluation, all epochs", "finished"),
+    Key("time/total_s", "seconds", "from the process's start to here, of all starts", "finished"),
+    Key("time/first_step_s", "seconds", "the first update, which holds what is done only once", "finished"),
+    Key("time/step_p50_ms", "ms", "of the other updates, the median", "finished"),
+    Key("time/step_p95_ms", "ms", "of the same, what 95 % stay below", "finished"),
+    Key("flops_per_image", "FLOPs", "of one forward pass; 2 per multiply-add", "finished"),
+    Key("peak_memory_bytes", "bytes", "most that a rank took: of its card, or on a CPU of the machine", "finished"),
+)
+ENVIRONMENT = (
+    Key("started", "time", "UTC, ISO 8601"),
+    Key("command[]", "text", "the command line"),
+    Key("made_by.code", "sha256", "of the package's source and recipes"),
+    Key("made_by.python", "version", ""),
+    Key("made_by.torch", "version", ""),
+    Key("made_by.accelerate", "version", ""),
+    Key("made_by.numpy", "version", ""),
+    Key("made_by.data.<file>", "md5", "of each file as published; of built-in data, of each array"),
+    Key("git_commit", "text", "of the source, with +changes where files differ from it; null outside git"),
+    Key("cuda", "version", "that torch was built for; null for none"),
+    Key("world_size", "count", "ranks"),
+    Key("ranks[].host", "text", "by rank: its machine"),
+    Key("ranks[].device", "text", "its card, or cpu"),
+    Key("ranks[].cpu", "text", "its processor"),
+    Key("ranks[].threads", "count", "its CPU threads"),
+    Key("side_by_side", "count", "runs that the launcher trained at once, at most, this one among them"),
+    Key("data_source", "text", "the folder that the data was read from"),
+    Key("precision", "text", "as in config.yaml"),
+)
+POINT = (
+    Key("epoch", "count", "in which epoch, from 1"),
+    Key("step", "count", "optimizer updates since the run began"),
+    Key("loss", "nats", "mean cross entropy over the rows of the updates since the point before"),
+    Key("accuracy", "fraction", "of the same"),
+    Key("lr", "", "learning rate of this update"),
+)
+PREDICTIONS = (
+    Key("logits", "[n, classes] float32", "of the test set's n images, in its order"),
+    Key("predicted", "[n] int64", "the class with the highest logit, as it was evaluated"),
+    Key("labels", "[n] int64", "the true class"),
+)
+EXAMPLES = (
+    Key("samples", "[k, C, H, W] uint8", "the first training images"),
+    Key("sample_labels", "[k] int64", "their classes"),
+    Key("image", "[C, H, W] uint8", "the first test image"),
+    Key("image_label", "[] int64", "its class"),
+    Key("maps.<layer>", "[c, h, w] float32", "what each convolution and pooling makes of it"),
+    Key("grid_ids", "[9] int64", "places in the test set, the same in every run: what a grid of predictions shows"),
+    Key("test_ids", "[k] int64", "these, the most confidently wrong, and some of each of the most confused pairs"),
+    Key("test_images", "[k, C, H, W] uint8", "the images at test_ids"),
+)
+
+
+def settings() -> tuple[Key, ...]:
+    """config.yaml's keys: Config's fields, with their documentation."""
+    tree = ast.parse((PACKAGE / "config" / "config.py").read_text())
+    [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == Config.__name__]
+    said = {
+        field.target.id: (ast.unparse(field.annotation), " ".join(ast.literal_eval(text.value).split()))
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+    }
+    return tuple(Key(field.name, *said[field.name]) for field in dataclasses.fields(Config))
+
+
+def files() -> tuple[File, ...]:
+    return (
+        File("config.yaml", "The resolved settings; `--config` on it makes the same run.", settings()),
+        File("summary.json", "One object: what a table needs.", SUMMARY),
+        File("metrics.jsonl", "One object per epoch.", EPOCH),
+        File("steps.jsonl", "About 100 objects per epoch.", POINT),
+        File("environment.json", "A list with one object per start: where, on what and from what.", ENVIRONMENT),
+        File("predictions.safetensors", "Of a finished run: its answers on the test set.", PREDICTIONS),
+        File("examples.safetensors", "Of a finished run: what a report draws.", EXAMPLES),
+        File("model.safetensors", "Of a finished run: the weights after the last epoch, under the model's own names."),
+        File("model.txt", "The model's layers, as printed at the start. Beside it model.py: the source of your own."),
+        File("checkpoints/", "What a run that was interrupted continues from; the newest two. For the trainer alone."),
+        File("logs/", "One per rank: errors, the stack of a rank that hung; with --trace its trace of a few steps."),
+        File("wandb/", "What W&B writes."),
+        File("job.json, starts.jsonl", "Of a submitted run: its job, and its starts."),
+    )
+
+
+HEAD = """# What a run folder holds
+
+Made by `python docs/results.py > docs/results.md`; a test compares it with real runs.
+
+Losses are cross entropies with the natural logarithm, accuracies fractions, times seconds by a clock that stops when
+the device has finished. What is not finite is `null`. W&B has the same names.
+
+```python
+from fashion_ddp import load_run
+
+run = load_run("runs/cnn-blog-seed42")
+run.config["lr"], run.summary["test/accuracy"], run.metrics[-1]["test/loss"], run.steps[0]["loss"]
+run.predictions["logits"]  # numpy, [n, classes]
+model = run.model()  # evaluation mode, on the CPU; images [N, C, H, W] in [0, 1] to logits
+```
+
+A run with a model of your own wants it named again, `run.model(Net)`. A run that is not finished has what was written
+so far; asking it for predictions or weights is an error. [examples/read_runs.py](../examples/read_runs.py) makes a
+table of many runs."""
+
+
+def page() -> str:
+    """docs/results.md"""
+    parts = [HEAD]
+    for file in files():
+        parts += [f"## {file.name}", file.meaning]
+        if file.keys:
+            rows = [(f"`{key.name}`", key.unit, key.meaning, WHEN.get(key.when, "")) for key in file.keys]
+            lines = ["| key | unit or type | meaning | only |", "|---|---|---|---|"]
+            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,247 @@
+"""What a run is: one frozen, flat dataclass that validates itself. Nothing here imports torch."""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fashion_ddp.config.names import architectures, check_dataset, check_model, check_model_args, of_dataset, of_weights
+from fashion_ddp.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml."""
+
+    model: str = "cnn"
+    """Architecture: linear, relu, mlp, cnn, resnet18, or your own as package.module:Name."""
+    recipe: str = "blog"
+    """Set of training settings: blog, lab, or the path of a YAML file."""
+    seed: int = 42
+    """Seeds the initial weights, the order of the images and the augmentation."""
+
+    epochs: int = 3
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images per optimizer update, over all ranks together: it does not grow with the machine."""
+    shuffle: bool = True
+    """Draw a new order of the images for each epoch."""
+    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
+    """`momentum` is SGD with momentum 0.9. Choose --lr with it."""
+    lr: float = 0.1
+    """Learning rate at the reference batch size (see --lr-scaling); the peak where a schedule moves it."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How lr follows batch_size / reference_batch."""
+    reference_batch: int = 128
+    """Batch size that lr was chosen for: by default the recipe's."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """How lr moves over the run: cosine falls to 0; one_cycle rises for 30 % of the steps, then falls."""
+    warmup_epochs: float = 0.0
+    """Epochs over which lr first rises linearly from 0 (may be a fraction)."""
+    weight_decay: float = 0.0
+    """L2 penalty (sgd, momentum, adam) or decoupled decay (adamw)."""
+    label_smoothing: float = 0.0
+    """Share of each target spread evenly over all classes, in [0, 1)."""
+    clip_norm: float = 0.0
+    """Largest L2 norm of the gradient; 0 does not clip."""
+    shift: int = 0
+    """Augmentation: move each image by up to so many pixels, zeros coming in."""
+    flip: float = 0.0
+    """Augmentation: probability of mirroring an image left to right."""
+    erase: float = 0.0
+    """Augmentation: probability of blanking a random rectangle (2 to 33 % of the image)."""
+    precision: Literal["fp32", "fp16", "bf16", "fp64"] = "fp32"
+    """fp16 (with loss scaling) and bf16 are mixed precision; fp64 is for proofs on CPU."""
+    validation: int = 0
+    """Hold out so many training images, drawn by seed, and report val/* on them."""
+
+    hidden_units: int | None = None
+    """Width of the hidden layer (linear, relu, mlp) or of every convolution (cnn); by default the model's own."""
+    conv_blocks: int | None = None
+    """cnn: how many blocks of two convolutions and a pooling; by default 2."""
+    batch_norm: bool = False
+    """cnn: batch normalisation after each convolution, over the global batch."""
+    model_args: tuple[str, ...] = ()
+    """Arguments of a model of your own, as dropout=0.2 depth=3."""
+    init_from: str | None = None
+    """Weights to start from: imagenet (resnet18), a file (.safetensors, .pth), or another run's folder."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that are not trained, by the beginnings of their parameters' names, as conv1 layer1."""
+
+    dataset: str = "fashion_mnist"
+    """fashion_mnist, mnist, kmnist, synthetic (built in, for checking a machine), or your own: a folder with a / in
+    its name (./mine), an .npz file, or package.module:function."""
+    data_dir: Path | None = None
+    """Where the four files of a published set are; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the NVIDIA cards where there are any."""
+    threads: int = 0
+    """CPU threads per rank; 0 shares the usable cores among the ranks of a machine."""
+    micro_batch: int = 0
+    """Rows per forward pass, to save memory or fit a cache; 0 takes a rank's whole share. Changes no result."""
+    reduction_shards: int = 0
+    """Cut each batch into so many parts whose gradients are added in a fixed order: the same bits on any number of
+    ranks that divides it (CPU, equal threads). 0 leaves the sum to DDP."""
+    cuda_graph: bool = True
+    """On an NVIDIA card, launch each step as one CUDA graph where its model allows it. Changes no result."""
+
+    checkpoint_every: float = 30.0
+    """Seconds between checkpoints; a run that is stopped, or ends, leaves one in any case."""
+    timeout: float = 600.0
+    """Seconds that ranks wait for one that hangs before they give up."""
+    trace: bool = False
+    """Write a trace of a few steps of each rank into the run's logs/."""
+
+    runs_dir: Path = Path("runs")
+    """Folder that run folders are made in ($FASHION_DDP_RUNS_DIR)."""
+    run_dir: Path | None = None
+    """This run's folder outright; by default a name made of what distinguishes the run, below runs_dir."""
+    tracker: Literal["auto", "wandb", "none"] = "auto"
+    """Mirror to Weights & Biases; `auto` does so where it is installed (offline without an account)."""
+    wandb_project: str | None = None
+    """W&B: project. Without this flag $WANDB_PROJECT, W&B's own settings files, then fashion_ddp."""
+    wandb_entity: str | None = None
+    """W&B: user or team that the project is of."""
+    wandb_group: str | None = None
+    """W&B: runs of one group are shown together; the launchers give all runs of a comparison one."""
+    wandb_tags: str | None = None
+    """W&B: tags, as first,second."""
+    wandb_notes: str | None = None
+    """W&B: notes to the run."""
+    wandb_weights: bool = False
+    """W&B: upload the weights, too, as an artifact, when the run is finished."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = convert(field.name, getattr(self, field.name))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field.name} must be a finite number, got {value!r}")
+            object.__setattr__(self, field.name, value)
+        not_negative = "at least 0", lambda v: v >= 0
+        positive = "greater than 0", lambda v: v > 0
+        probability = "from 0 to 1", lambda v: 0 <= v <= 1
+        rules: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
+            "seed": ("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63),
+            "epochs": positive,
+            "warmup_epochs": ("from 0 to epochs", lambda v: 0 <= v <= self.epochs),
+            "label_smoothing": ("at least 0 and less than 1", lambda v: 0 <= v < 1),
+        }
+        rules |= dict.fromkeys(("batch_size", "reference_batch", "lr", "timeout"), positive)
+        rules |= dict.fromkeys(("hidden_units", "conv_blocks"), positive)
+        rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation", "checkpoint_every"), not_negative)
+        rules |= dict.fromkeys(("threads", "micro_batch", "reduction_shards"), not_negative)
+        rules |= dict.fromkeys(("flip", "erase"), probability)
+        for name, (must_be, holds) in rules.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{name} must be {must_be}, got {value!r}")
+        self._check_model()
+        self._check_together()
+
+    def _check_model(self) -> None:
+        check_model(self.model)
+        check_dataset(self.dataset)
+        takes = architectures().get(self.model)
+        for name, value in self.model_settings().items():
+            if takes is not None and name not in takes:
+                users = [m for m, arguments in architectures().items() if name in arguments]
+                raise UserError(
+                    f"{name}={value!r} does nothing for model {self.model!r}, only for {', '.join(users)}: leave it out"
+                )
+        check_model_args(self.model, self.model_args, self.model_settings())
+
+    def _check_together(self) -> None:
+        """What holds between fields."""
+        if self.run_dir is not None and self.run_dir.name in ("", ".."):  # it must have a name to be moved aside
+            raise UserError(f"run_dir must name a folder, got {str(self.run_dir)!r}")
+        if self.schedule == "one_cycle" and self.warmup_epochs:
+            raise UserError("warmup_epochs: one_cycle has its own warm-up; set it to 0 or choose another schedule")
+        if self.precision == "fp64" and self.device == "cuda":
+            raise UserError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise UserError("precision fp16 needs an NVIDIA card: choose fp32 or bf16, or --device cuda")
+        if self.init_from == "imagenet" and self.model != "resnet18":
+            raise UserError(f"init_from imagenet is for resnet18, not {self.model!r}: name a file or a run's folder")
+        if (self.batch_norm or self.model == "resnet18") and (self.micro_batch or self.reduction_shards):
+            name = "micro_batch" if self.micro_batch else "reduction_shards"
+            raise UserError(f"{name} would change batch_norm's statistics, which need the whole batch: leave one out")
+        if self.micro_batch and self.reduction_shards:
+            raise UserError("micro_batch and reduction_shards both cut the batch: choose one")
+        if self.precision == "fp16" and self.reduction_shards:
+            raise UserError("reduction_shards adds gradients itself and cannot scale them: choose bf16, fp32 or fp64")
+
+    def model_settings(self) -> dict[str, Any]:
+        """The settings meant for the architecture that were given, beside model_args."""
+        given = {"hidden_units": self.hidden_units, "conv_blocks": self.conv_blocks, "batch_norm": self.batch_norm}
+        return {name: value for name, value in given.items() if value not in (None, False)}
+
+    def scaled_lr(self) -> float:
+        """lr at this batch size: lr * (batch_size / reference_batch) ** (1 for linear, 0.5 for sqrt)."""
+        growth = self.batch_size / self.reference_batch
+        return self.lr * {"none": 1.0, "linear": growth, "sqrt": math.sqrt(growth)}[self.lr_scaling]
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings, beyond model, recipe and seed, that change what is computed."""
+        others = {"model", "recipe", "seed", "device", "threads", "micro_batch", "cuda_graph", "data_dir", "tracker"}
+        others |= {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
+        others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+        settings["dataset"] = of_dataset(self.dataset)
+        # One by one, and only where given: runs made before there were any are still themselves.
+        del settings["model_args"], settings["init_from"], settings["freeze"]
+        if self.init_from is not None:
+            settings["init_from"] = of_weights(self.init_from)
+        if self.freeze:
+            settings["freeze"] = "+".join(self.freeze)
+        for name, _, value in (text.partition("=") for text in self.model_args):
+            settings[f"model.{name}" if hasattr(self, name) else name] = value
+        return settings
+
+    def to_yaml(self) -> str:
+        """The resolved settings; `--config` on this text gives an equal Config."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+@cache
+def field_types() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
+def convert(name: str, value: Any) -> Any:
+    """A value as the type of Config's field `name`. Raises UserError naming the field, the value and the type."""
+    kind = field_types()[name]
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value not in options:
+            raise UserError(f"{name}: unknown {value!r}; {nearest(str(value), options)}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, dict):
+            value = [f"{key}={one}" for key, one in value.items()]
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list | tuple) or any(isinstance(word, list | dict | None) for word in words):
+            raise UserError(f"{name} must be a list of words, got {value!r}")
+        return tuple(sorted({str(word) for word in words}))  # so that their order makes no other run
+    if type(None) in options:
+        if value is None:
+            return None
+        kind = options[0]
+    try:
+        # YAML 1.1 reads 1e-3 as text, and a whole number where a fraction is meant is fine.
+        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            return float(value)
+        if kind is Path and isinstance(value, str | Path):
+            return Path(value)
+    except ValueError:
+        pass  # text that is no number
+    if type(value) is kind:
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}[kind]
+    raise UserError(f"{name} must be {wanted}, got {value!r}")

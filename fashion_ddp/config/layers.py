@@ -1,0 +1,119 @@
+"""Where a run's settings come from: recipes and other YAML files, in layers.
+
+Later layers win: the field's default, the recipe (its section `all`, then the model's own below `models`, or `other`
+for a model that the recipe does not name), the file of `--config`, the flags.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fashion_ddp.config import Config, convert
+from fashion_ddp.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+USUAL_LR = {"sgd": 0.1, "momentum": 0.01, "adam": 0.001, "adamw": 0.001}
+
+
+def read_mapping(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """A YAML file as nested mappings, and the line of each key."""
+    try:
+        text = path.read_text()
+        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML: {problem}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: expected `name: value` lines, as config.yaml of any run folder shows")
+    lines: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.MappingNode, above: tuple[str, ...]) -> None:
+        for key, value in node.value:
+            here, where = (*above, str(key.value)), f"{path}:{key.start_mark.line + 1}"
+            if key.tag != "tag:yaml.org,2002:str":  # YAML 1.1 reads `yes` as true, and `<<` as another mapping's keys
+                raise UserError(f"{where}: {key.value!r} is no name of a setting")
+            if here in lines:
+                raise UserError(f"{where}: {key.value!r} is set twice; keep one")
+            lines[here] = key.start_mark.line + 1
+            if isinstance(value, yaml.MappingNode):
+                walk(value, here)
+
+    walk(root, ())
+    return data, lines
+
+
+def checked(path: Path, data: Any, lines: dict[tuple[str, ...], int], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One mapping of settings, each key known and each value of its type. Raises UserError with file and line."""
+    if data is None:
+        return {}
+    names = [f.name for f in dataclasses.fields(Config)]
+    if not isinstance(data, dict):
+        raise UserError(f"{path}:{lines[above]}: {'.'.join(above)} must hold `name: value` lines, got {data!r}")
+    settings = {}
+    for name, value in data.items():
+        where = f"{path}:{lines[(*above, str(name))]}"
+        if name not in names:
+            raise UserError(f"{where}: unknown key {name!r}; {nearest(str(name), names)}")
+        if above and name in ("model", "recipe"):
+            raise UserError(f"{where}: a recipe cannot choose the {name} that it is for: give --{name}")
+        try:
+            settings[name] = convert(name, value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return settings
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_settings(recipe: str, model: str) -> dict[str, Any]:
+    """What a recipe, by name or by path, sets for a model."""
+    path = RECIPES / f"{recipe}.yaml"
+    if recipe not in recipe_names():
+        path = Path(recipe)
+        if path.suffix not in (".yaml", ".yml"):
+            raise UserError(f"recipe: unknown {recipe!r}; {nearest(recipe, recipe_names())}, or a path ending in .yaml")
+    data, lines = read_mapping(path)
+    for key in data:
+        if key not in ("all", "models", "other"):
+            raise UserError(f"{path}:{lines[(key,)]}: unknown section {key!r}; choices: all, models, other")
+    sections = data.get("models") or {}
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}:{lines[('models',)]}: models must hold one section per model, got {sections!r}")
+    # Every section is checked, whichever is used: a mistake shows when the recipe is written, not later.
+    by_model = {name: checked(path, body, lines, ("models", name)) for name, body in sections.items()}
+    other = checked(path, data.get("other"), lines, ("other",))
+    return checked(path, data.get("all"), lines, ("all",)) | by_model.get(model, other)
+
+
+def make_config(*layers: dict[str, Any]) -> Config:
+    """A Config from layers of settings, later ones winning, over the recipe that they name.
+
+    Raises UserError for a layer that changes the optimizer without choosing a rate for it.
+    """
+    settings = {name: value for layer in layers for name, value in layer.items()}
+    recipe = settings.get("recipe", Config.recipe)
+    resolved = recipe_settings(recipe, settings.get("model", Config.model))
+    resolved.setdefault("reference_batch", resolved.get("batch_size", Config.batch_size))
+    for at, layer in enumerate(layers):
+        before, after = (s.get("optimizer", Config.optimizer) for s in (resolved, resolved | layer))
+        if before != after and not any("lr" in later for later in layers[at:]):
+            raise UserError(
+                f"lr: {resolved.get('lr', Config.lr)} was chosen for optimizer {before!r}; "
+                f"give one for {after!r} with --lr (usual: {USUAL_LR.get(after, 'none')})"
+            )
+        resolved |= layer
+    return Config(**resolved)
+
+
+def changed(cfg: Config) -> dict[str, Any]:
+    """The settings that change the result and are not the recipe's own."""
+    usual = make_config({"model": cfg.model, "recipe": cfg.recipe}).result_settings()
+    return {name: value for name, value in cfg.result_settings().items() if value != usual.get(name)}

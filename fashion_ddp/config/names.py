@@ -1,0 +1,78 @@
+"""What a model and a dataset may be called. Known without importing the one or looking for the other."""
+
+import ast
+import os
+import re
+from collections.abc import Container
+from functools import cache
+
+from fashion_ddp.errors import UserError, nearest
+from fashion_ddp.files import PACKAGE
+
+DATASETS = ("fashion_mnist", "mnist", "kmnist", "synthetic")
+
+
+@cache
+def architectures() -> dict[str, tuple[str, ...]]:
+    """Our models by name, with the arguments each takes after (image_shape, classes).
+
+    Read from the source of models.py (its functions under `@architecture`), because importing it imports torch.
+    """
+    tree = ast.parse((PACKAGE / "models" / "architectures.py").read_text())
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    return {
+        f.name: tuple(a.arg for a in f.args.args[2:] + f.args.kwonlyargs)
+        for f in functions
+        if any(isinstance(d, ast.Name) and d.id == "architecture" for d in f.decorator_list)
+    }
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is that of a user's own code: package.module:Name."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def is_path(dataset: str) -> bool:
+    """Whether a dataset is a folder or an .npz file, by its name alone."""
+    return not is_code(dataset) and ("/" in dataset or dataset in (".", "..") or dataset.endswith(".npz"))
+
+
+def check_model(name: str) -> None:
+    if name not in architectures() and not is_code(name):
+        raise UserError(
+            f"model: unknown {name!r}; {nearest(name, architectures())}, or your own as package.module:Name"
+        )
+
+
+def check_model_args(model: str, texts: tuple[str, ...], besides: Container[str]) -> None:
+    """`texts`: each `name=value`; `besides`: names that the model is given in another way."""
+    given = [text.partition("=")[0] for text in texts]
+    if given and not is_code(model):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in architectures()[model]) or "none"
+        raise UserError(f"model_args are for a model of your own; {model!r} has flags: {flags}")
+    for text, name in zip(texts, given, strict=True):
+        if not name.isidentifier() or "=" not in text:
+            raise UserError(f"model_args: expected name=value, as dropout=0.2, got {text!r}")
+        if given.count(name) > 1 or name in besides:
+            raise UserError(f"model_args: {name} is given twice; keep one")
+
+
+def check_dataset(name: str) -> None:
+    if name not in DATASETS and not is_code(name) and not is_path(name):
+        raise UserError(
+            f"dataset: unknown {name!r}; {nearest(name, DATASETS)}, or your own: a folder with a / in its name (as "
+            f"./{name or 'mine'}), an .npz file, or package.module:function"
+        )
+
+
+def of_dataset(dataset: str) -> str:
+    """What a dataset is called in run folders and tables: without the folders that it lies in."""
+    if not is_path(dataset):
+        return dataset
+    name = os.path.basename(os.path.abspath(dataset)).removesuffix(".npz") or "root"
+    return f"own_{name}" if name in DATASETS else name
+
+
+def of_weights(init_from: str) -> str:
+    """What initial weights are called there: likewise."""
+    return os.path.basename(os.path.abspath(init_from)) or "root"

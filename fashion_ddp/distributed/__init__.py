@@ -1,0 +1,1 @@
+"""The machine and its ranks. Importing this package imports no torch; `world` does."""

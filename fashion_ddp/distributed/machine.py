@@ -1,0 +1,217 @@
+"""What the launcher asked for and what this machine has, and a refusal where the two do not meet.
+
+Every rank runs these checks before it talks to another. What a launcher asks beyond placing ranks (precision,
+accumulation, another engine) is refused by name: it would train something else than the command says.
+"""
+
+import contextlib
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fashion_ddp.config import Config
+from fashion_ddp.errors import UserError, counted
+
+TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
+
+
+class MachineError(UserError):
+    """What only this machine's ranks may find: told once per machine, with its name."""
+
+    of_machine = True
+
+    def __str__(self) -> str:
+        return f"{socket.gethostname()}: {super().__str__()}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands, as its launcher says."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """This process's place. Raises UserError for variables half set, or ranks asked for that were not made."""
+    if "WORLD_SIZE" not in env:
+        _refuse_lost_ranks(env)
+        return Place()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, world_size, local_rank = (int(env[name]) for name in names)
+        here = Place(rank, world_size, local_rank, int(env.get("LOCAL_WORLD_SIZE", world_size)))
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"WORLD_SIZE={env['WORLD_SIZE']} is set, but {'/'.join(names)} are not all whole numbers ({error}): "
+            f"start ranks with {TORCHRUN}, or unset WORLD_SIZE to train on one"
+        ) from None
+    if world_size > 1 and "MASTER_ADDR" not in env:
+        raise UserError(f"WORLD_SIZE={world_size} but no MASTER_ADDR: start ranks with {TORCHRUN}, or unset WORLD_SIZE")
+    return here
+
+
+def _refuse_lost_ranks(env: Mapping[str, str]) -> None:
+    """Several processes asked for, and each would train alone believing that it is the only one."""
+    # `accelerate launch` without --multi_gpu names a meeting point for N > 1 processes, then starts one.
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one, as it does for CPU ranks and where "
+            f"torch finds no card: for N CPU ranks use {TORCHRUN} --device cpu; for one rank give --num_processes 1, "
+            "and unset MASTER_ADDR if it was you who set it"
+        )
+    for variable, starter in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
+        if int(env.get(variable) or 1) > 1:
+            raise UserError(
+                f"{starter} started {env[variable]} processes without telling them their ranks, so each would train "
+                "alone: start one task per machine, and in it torchrun or accelerate launch"
+            )
+
+
+def _on(env: Mapping[str, str], name: str) -> bool:
+    """Whether Accelerate takes a variable for true."""
+    return env.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def refuse_launcher_settings(cfg: Config, env: Mapping[str, str] = os.environ) -> None:
+    """Refuse what `accelerate launch`, its files or ACCELERATE_* variables ask for beyond placing ranks."""
+    mixed = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    ours = {"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision)
+    # Each: the variable that the launcher sets, whether it asks for something else, and what to say.
+    refused = {
+        "ACCELERATE_DYNAMO_BACKEND": (env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no", "dynamo"),
+        "ACCELERATE_USE_FSDP": (_on(env, "ACCELERATE_USE_FSDP"), "FSDP"),
+        "ACCELERATE_USE_DEEPSPEED": (_on(env, "ACCELERATE_USE_DEEPSPEED"), "DeepSpeed"),
+        "ACCELERATE_USE_MEGATRON_LM": (_on(env, "ACCELERATE_USE_MEGATRON_LM"), "Megatron-LM"),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": (_on(env, "ACCELERATE_USE_PARALLELISM_CONFIG"), "a parallelism config"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") not in (None, "", "1"),
+            "gradient accumulation (here batch_size is global and --micro-batch cuts it)",
+        ),
+        "ACCELERATE_MIXED_PRECISION": (
+            mixed not in ("no", ours),
+            f"precision {mixed!r} where the run's is {cfg.precision} (choose it with --precision)",
+        ),
+        "ACCELERATE_USE_CPU": (
+            _on(env, "ACCELERATE_USE_CPU") and cfg.device == "cuda",
+            "the CPU where the run asks for cuda",
+        ),
+    }
+    for variable, (asks, what) in refused.items():
+        if asks:
+            raise UserError(
+                f"{variable}={env[variable]}: the launcher, its config file or the environment asks for {what}. "
+                "Start with `accelerate launch --config_file accelerate_config.yaml -m fashion_ddp.train ...`, "
+                f"which leaves the run to its own settings, and unset {variable} if you exported it"
+            )
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: its affinity, and a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return cores
+
+
+def ask(*words: str) -> list[str]:
+    """The lines that a program prints; none where it is not there, or fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def free_memory() -> int | None:
+    """Bytes of this machine's memory that can still be had: what is available, and a container's limit (cgroup v2).
+    None where the system does not tell."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used + int(stat["file"]))  # the cache of files makes room
+    return min(found, default=None)
+
+
+def require_memory(what: str, needed: int, free: int | None, on: str = "this machine") -> None:
+    """Raises UserError, with both sizes, where something does not fit into the memory that is free."""
+    if free is not None and needed > free:
+        raise UserError(
+            f"{what} takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB of memory are free on {on}: take fewer or "
+            "smaller images, fewer ranks on the machine, or another machine"
+        )
+
+
+def threads_per_rank(cfg: Config, local_world_size: int) -> int:
+    """CPU threads of one rank. Decided here because each launcher would choose another number, and the number
+    decides the order of additions: the last bits of the result."""
+    return cfg.threads or max(1, usable_cores() // local_world_size)
+
+
+def _cards_present() -> bool:
+    """Whether this machine has NVIDIA cards that nobody hid, whether or not torch can use them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "none"):
+        return False
+    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/nvidia0").exists()
+
+
+def choose_device(cfg: Config, here: Place, env: Mapping[str, str] = os.environ) -> Literal["cpu", "cuda"]:
+    """The kind of device that every rank of the run takes. Raises MachineError where it is not what was asked."""
+    import torch
+
+    asked_cpu = cfg.device == "cpu" or _on(env, "ACCELERATE_USE_CPU")
+    usable = not asked_cpu and torch.cuda.is_available()
+    if not asked_cpu and not usable:
+        if _cards_present():
+            raise MachineError(
+                f"there are NVIDIA cards, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them: "
+                "the driver is probably older than this build needs. `make setup LOCK=cuda12` takes one for drivers "
+                "from 525 to 579; --device cpu goes on without the cards"
+            )
+        if cfg.device == "cuda":
+            raise MachineError("--device cuda, but torch finds no NVIDIA card: check nvidia-smi, or use --device cpu")
+        if here.world_size > 1 and "ACCELERATE_MIXED_PRECISION" in env:
+            raise MachineError(
+                f"accelerate launch was asked for {here.world_size} GPU ranks, and there is no NVIDIA card here: "
+                "add --device cpu to train on CPU ranks"
+            )
+    if not usable:
+        if cfg.precision == "fp16":
+            raise MachineError("precision fp16 needs an NVIDIA card: choose fp32 or bf16")
+        return "cpu"
+    cards = torch.cuda.device_count()
+    if here.local_world_size > cards:
+        raise MachineError(
+            f"{here.local_world_size} ranks were started for {counted(cards, 'NVIDIA card')}: "
+            f"start {cards} (--num_processes {cards}), or add --device cpu"
+        )
+    if cfg.precision == "fp64":
+        raise MachineError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
+    name = torch.cuda.get_device_name(here.local_rank)
+    # By default torch says yes on older cards too: it emulates bf16 there, slowly.
+    if cfg.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise MachineError(f"precision bf16: {name} has no bf16 units; choose fp16 or fp32")
+    return "cuda"

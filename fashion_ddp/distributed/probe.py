@@ -1,0 +1,97 @@
+"""Whether the ranks that a launcher starts find a card each and can talk to each other, in half a minute."""
+
+import os
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fashion_ddp.config import Config
+from fashion_ddp.console import fail, say
+from fashion_ddp.distributed import machine, rendezvous
+from fashion_ddp.distributed.world import World, open_world, sum_
+from fashion_ddp.errors import TrainingFailed, UserError
+
+LIMIT = 20.0  # seconds for what takes milliseconds where all is well
+SIZES = {"118 KB, the gradient of cnn": 29_460, "40 MB": 10_000_000}
+ADVICE = """\
+the ranks cannot talk to each other. What to try, one by one:
+  NCCL_P2P_DISABLE=1            cards of a machine that cannot reach each other's memory: IOMMU or ACS is on
+  NCCL_SHM_DISABLE=1            a container with little shared memory (--shm-size)
+  NCCL_SOCKET_IFNAME=eth0       several machines: the network that they share, as `ip address` names it
+  GLOO_SOCKET_IFNAME=eth0       the same for CPU ranks
+  a firewall between machines   ranks meet at MASTER_PORT, and then use ports that the system chooses
+  NCCL_DEBUG=INFO               says how far it came"""
+
+
+@contextmanager
+def limit(rank: int, what: str, seconds: float) -> Iterator[None]:
+    """End this process, with advice, where what is done within takes longer: torch waits in C, and hears nothing."""
+
+    def give_up() -> None:
+        text = f"rank {rank} on {socket.gethostname()}: {what} did not end within {seconds:.0f} s"
+        say(f"error: {text}; {ADVICE if rank == 0 else 'what rank 0 says holds'}")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def describe(world: World) -> str:
+    """This rank's place and card."""
+    text = f"rank {world.rank} of {world.size} on {socket.gethostname()}: {world.device}"
+    if world.device.type != "cuda":
+        return f"{text}, {world.threads} threads"
+    free, total = torch.cuda.mem_get_info(world.device)
+    uuid = str(torch.cuda.get_device_properties(world.device).uuid)
+    asked = machine.ask(
+        "nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader"
+    )
+    held = [line.partition(", ")[2] for line in asked if uuid in line and f" {os.getpid()}," not in line]
+    return f"{text}, {world.device_name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free" + (
+        f", held by {'; '.join(held)}" if held else ""
+    )
+
+
+def seconds_of_all_reduces(world: World, size: int) -> list[float]:
+    """Of ten, after one that sets things up."""
+    found = []
+    for _ in range(11):
+        tensor = torch.ones(size, device=world.device)
+        world.share(None)  # begin together
+        start = time.perf_counter()
+        total = float(sum_(tensor)[0])
+        found.append(time.perf_counter() - start)
+        if total != world.size:
+            raise TrainingFailed(f"an all-reduce over {world.size} ranks of ones gave {total:g}")
+    return found[1:]
+
+
+def main() -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with limit(rank, "joining the other ranks", LIMIT + rendezvous.RENDEZVOUS), open_world(Config()) as world:
+            with limit(rank, "the first exchange", LIMIT):
+                lines = world.share(describe(world))
+            if rank == 0:
+                say("\n".join(lines))
+            for name, size in SIZES.items():
+                with limit(rank, f"an all-reduce of {name}", LIMIT):
+                    median = statistics.median(seconds_of_all_reduces(world, size))
+                if rank == 0:
+                    say(f"all-reduce of {name}: {1e6 * median:,.0f} microseconds (median of 10)")
+        if rank == 0:
+            say(f"the {world.size} ranks can train together")
+    except UserError as error:
+        fail(error, 2)
+    except TrainingFailed as error:
+        fail(error, 1)

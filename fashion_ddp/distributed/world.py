@@ -1,0 +1,214 @@
+"""The ranks of a run and every word between them: the only user of torch.distributed.
+
+Between two sync points (sync.py) ranks exchange gradients (and the statistics of global batch norm) and nothing else.
+"""
+
+import datetime
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from fashion_ddp.config import Config
+from fashion_ddp.distributed import machine, rendezvous, tuning
+from fashion_ddp.errors import Stopped, TrainingFailed, UserError
+
+T = TypeVar("T")
+
+LATER = 30.0  # seconds after a run's own watch at which torch gives up waiting: the watch knows what to say
+
+_arrivals = 0
+
+
+def arrive() -> None:
+    """This rank comes to where it meets the others: before a collective, or a backward pass that holds one."""
+    global _arrivals
+    _arrivals += 1
+
+
+def arrivals() -> int:
+    """How often it has; all ranks take the same way, so of two the one with fewer is behind. -1: it took leave."""
+    return _arrivals
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Add a tensor up over the ranks, in place; one rank alone keeps it as it is."""
+    arrive()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the run, as one of them sees it."""
+
+    accelerator: Accelerator
+    place: machine.Place
+    threads: int
+    recorded: list[torch.cuda.CUDAGraph] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def device_name(self) -> str:
+        """The card's name, or "cpu"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, one after another along a new first dimension: [W, *tensor.shape]."""
+        arrive()
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        every = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather(list(every.unbind(0)), tensor)
+        return every
+
+    def share(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        arrive()
+        values: list[Any] = [None] * self.size
+        if self.size == 1:
+            return [value]
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do work that may fail in a plain way on some ranks only: then every rank raises the same UserError, or
+        TrainingFailed."""
+        result: list[T] = []
+        problem = None
+        try:
+            result.append(work())
+        except (UserError, TrainingFailed) as error:
+            problem = socket.gethostname(), str(error), isinstance(error, UserError)
+        problems = [p for p in self.share(problem) if p is not None]
+        if problems:
+            by_host = {host: text for host, text, _ in reversed(problems)}  # the first rank of each host speaks for it
+            everywhere = len(problems) == self.size and len(set(by_host.values())) == 1
+            lines = by_host.values() if everywhere else (f"{host}: {text}" for host, text in by_host.items())
+            raise (UserError if problems[0][2] else TrainingFailed)("\n".join(dict.fromkeys(lines)))
+        return result[0]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do work on rank 0 alone, while the others wait; all get its result or raise its error."""
+        result: list[Any] = self.together(lambda: [work()] if self.rank == 0 else [None])
+        if self.size > 1:
+            arrive()
+            dist.broadcast_object_list(result, device=self.device)
+        return result[0]
+
+    def first_on_machine(self, work: Callable[[], object]) -> None:
+        """Do work on the first rank of each machine, for files that each machine has its own of."""
+        self.together(lambda: work() if self.place.local_rank == 0 else None)
+
+    def wrap(self, model: nn.Module, ddp: bool = True) -> nn.Module:
+        """The model on its device with the run's precision, and, with `ddp`, averaging gradients over the ranks."""
+        with warnings.catch_warnings():
+            # Later torch has another name for it, which earlier torch does not know.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            return self.accelerator.prepare_model(model, evaluation_mode=not ddp)
+
+    def release(self) -> None:
+        """Let recorded graphs go: NCCL waits for them when it ends, and would wait forever."""
+        while self.recorded:
+            self.recorded.pop().reset()
+
+    def leave(self) -> None:
+        """Take leave of the other ranks: what follows cannot hold them up."""
+        global _arrivals
+        _arrivals = -1
+        self.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            time.sleep(0.05)  # gloo's thread has yet to drop the last call's tensors; at Python's end it would abort
+
+
+LOST = "another rank ended before its time; its own words, or its launcher's, tell why"
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error means that another rank is gone, whose own words tell why."""
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
+# Kept until the process ends, so that DDP's reducer never holds a group's last reference: torch 2.10 would then join
+# gloo's threads without letting go of the interpreter's lock, which they may be waiting for.
+_groups: list[Any] = []
+
+
+@contextmanager
+def open_world(cfg: Config) -> Iterator[World]:
+    """Join the other ranks. Raises UserError where launcher, machine and command do not fit together or ranks do not
+    meet, TrainingFailed where another one ends before its time."""
+    here = machine.place()
+    try:
+        with _join(cfg, here) as world:
+            yield world
+    except Exception as error:
+        if isinstance(error, dist.DistError) and (plain := rendezvous.explained(error, here)):
+            raise plain from error
+        if lost(error):
+            raise TrainingFailed(f"{LOST}; the same command continues from the last checkpoint") from error
+        raise
+
+
+@contextmanager
+def _join(cfg: Config, here: machine.Place) -> Iterator[World]:
+    device = machine.choose_device(cfg, here)
+    threads = machine.threads_per_rank(cfg, here.local_world_size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate warns, and sets a number of its own
+    tuning.keep_freed()
+    if device == "cpu" and here.world_size > 1:
+        tuning.schedule_as_batch()
+    rendezvous.reach_first(here)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision={"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=cfg.timeout + LATER)),
+            # Buffers are equal on all ranks by construction; broadcasting them would cost a collective per step.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be recorded as a graph
+    if dist.is_initialized():
+        _groups.append(dist.group.WORLD)
+    if accelerator.num_processes != here.world_size:
+        raise machine.MachineError(
+            f"{here.world_size} ranks were asked for and {accelerator.num_processes} made: "
+            f"start them with {machine.TORCHRUN}"
+        )
+    world = World(accelerator, here, threads)
+    try:
+        yield world
+    except (UserError, TrainingFailed, Stopped):
+        world.leave()  # not behind any other error: other ranks may sit in a collective, and it would wait for them
+        raise
+    finally:
+        world.release()
+    world.leave()

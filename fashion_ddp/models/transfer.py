@@ -1,0 +1,143 @@
+"""Transfer learning: a model that is known from elsewhere, weights to start from, and parts that are not trained."""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fashion_ddp.config import Config
+from fashion_ddp.errors import UserError, nearest
+from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
+from fashion_ddp.models.weights import weights_file
+
+# Of ImageNet's red, green and blue, in [0, 1]: what torchvision's weights expect their input to be normalised with.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def resnet18(channels: int, classes: int) -> nn.Module:
+    """torchvision's ResNet-18 for images [N, channels, H, W] in [0, 1], with batch norm over the global batch."""
+    from torchvision.models import resnet18 as torchvisions  # takes seconds, for those who ask for it
+
+    model = torchvisions(num_classes=classes, norm_layer=GlobalBatchNorm2d)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    if channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+        mean, std = mean.mean().expand(channels).clone(), std.mean().expand(channels).clone()
+    # Not among the weights, so that their names are torchvision's.
+    model.register_buffer("mean", mean.view(-1, 1, 1), persistent=False)
+    model.register_buffer("std", std.view(-1, 1, 1), persistent=False)
+    model.register_forward_pre_hook(_normalise)
+    return model
+
+
+def _normalise(model: Any, inputs: tuple[Tensor]) -> Tensor:
+    return (inputs[0] - model.mean) / model.std
+
+
+def prepare(cfg: Config, model: nn.Module) -> list[str]:
+    """Give the run's new model its initial weights, and freeze what is not to be trained. Returns what was done, in
+    words; raises UserError where weights do not fit, or no parameter has a name."""
+    done = []
+    if (path := weights_file(cfg)) is not None:
+        done.append(_load(model, path))
+    if cfg.freeze:
+        done.append(_freeze(model, cfg.freeze))
+    return done
+
+
+def _load(model: nn.Module, path: Path) -> str:
+    """Weights by name. The last layer may be new, for other classes, and the first made for other channels."""
+    given, ours = _read(path), model.state_dict()
+    first, last = _first_and_last(model)
+    taken, new, misfits = {}, [], []
+    adapted = ""
+    for name, tensor in ours.items():
+        there = given.get(name)
+        if there is not None and there.shape == tensor.shape:
+            taken[name] = there
+        elif there is not None and name == first and _differ_in_channels(there, tensor):
+            taken[name] = _for_channels(there, tensor.shape[1])
+            adapted = f"; {name} made of {there.shape[1]} channels for {tensor.shape[1]}"
+        elif name in last:
+            new.append(name)
+        elif not name.endswith("num_batches_tracked"):  # which nothing depends on
+            misfits.append(f"{name} {_shape(there)} for {_shape(tensor)}")
+    misfits += [f"{name}, which the model has not" for name in given if name not in ours]
+    if misfits:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise UserError(
+            f"init_from {path}: holds another model's weights: {', '.join(misfits[:3])}{more}: choose the model that "
+            "they are of (only the last layer, and the channels of a first convolution, may differ)"
+        )
+    model.load_state_dict(taken, strict=False)
+    return f"initial weights from {path}" + adapted + (f"; new: {', '.join(new)}" if new else "")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file: loaded as data, which cannot run code."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own words advise to run what is in the file
+        raise UserError(
+            f"init_from {path}: cannot be read as weights ({type(error).__name__}): it must be a .safetensors file, or "
+            "torch.save(model.state_dict(), ...)"
+        ) from error
+    for key in ("state_dict", "model"):  # as many training programs wrap it
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"init_from {path}: holds no state_dict (tensors by name): save model.state_dict()")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}  # DDP's
+
+
+def _first_and_last(model: nn.Module) -> tuple[str, set[str]]:
+    """The names of the model's first weight, and of all that its last layer has."""
+    layers = [(name, m) for name, m in model.named_modules() if [*m.parameters(recurse=False)]]
+    name, layer = layers[-1]
+    last = {f"{name}.{own}" if name else own for own, _ in layer.named_parameters(recurse=False)}
+    return next(name for name, _ in model.named_parameters()), last
+
+
+def _differ_in_channels(one: Tensor, two: Tensor) -> bool:
+    """Whether both are weights of a convolution, of one shape but for the channels that come in."""
+    return one.dim() == two.dim() == 4 and one[:, 0].shape == two[:, 0].shape
+
+
+def _for_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weight for another number of channels: an image that is equal in all of them gives what
+    it gave before."""
+    return weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (weight.shape[1] / channels)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(list(tensor.shape))
+
+
+def _freeze(model: nn.Module, parts: tuple[str, ...]) -> str:
+    """Let the parameters below these names be as they are. A batch norm among them keeps its statistics."""
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(_is_below(name, part) for name in names):
+            choices = dict.fromkeys(name.partition(".")[0] for name in names)
+            raise UserError(f"freeze: no parameter's name starts with {part!r}; {nearest(part, choices)}")
+    for name, parameter in model.named_parameters():
+        if any(_is_below(name, part) for part in parts):
+            parameter.requires_grad_(False)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d and not module.weight.requires_grad:
+            module.__class__ = GlobalBatchNorm2d  # which, frozen, uses the statistics that it has
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not left:
+        raise UserError(f"freeze: {' '.join(parts)} leaves nothing to train: name fewer parts")
+    return (
+        f"frozen: {' '.join(parts)}; {left:,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained"
+    )
+
+
+def _is_below(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")

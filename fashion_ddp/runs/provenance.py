@@ -1,0 +1,70 @@
+"""What a run was made from: its settings, the source code, the versions and the data."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from fashion_ddp.models import weights
+from fashion_ddp import user_code
+from fashion_ddp.config import Config
+from fashion_ddp.files import PACKAGE
+from fashion_ddp.config.names import is_code
+
+
+def code_hash() -> str:
+    """sha256 over the package's own source and recipes: the code that made a run."""
+    digest = hashlib.sha256()
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]):
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the result."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in ("torch", "accelerate", "numpy")
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that the source stands at, with `+changes` where files differ from it; None outside git."""
+    submitted = PACKAGE.parent / "GIT_COMMIT"  # beside a copy of the source, which launch/snapshot.py made
+    if submitted.is_file():
+        return submitted.read_text() or None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(PACKAGE), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """What makes two commands ask for the same run."""
+    return {"model": cfg.model, "recipe": Path(cfg.recipe).stem, "seed": cfg.seed} | cfg.result_settings()
+
+
+def made_by(cfg: Config, data_md5: dict[str, str]) -> dict[str, Any]:
+    """What else must be equal for a finished run to stand for a new one."""
+    made = {"code": code_hash(), **versions()}
+    if is_code(cfg.model):
+        made["model source"] = user_code.source_hash(cfg.model) or "not found"
+    if cfg.model == "resnet18":
+        made["torchvision"] = importlib.metadata.version("torchvision")
+    if cfg.init_from is not None:
+        made["initial weights"] = weights.weights_hash(cfg) or ""
+    return made | {"data": data_md5}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`name: old -> new` for each entry that differs."""
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    shorten = {"code": "other source files", "data": "other data files", "model source": "another source of the model"}
+    shorten["initial weights"] = "other initial weights"
+    return [shorten.get(name, f"{name}: {old.get(name)} -> {new.get(name)}") for name in names]

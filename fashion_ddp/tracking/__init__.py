@@ -1,0 +1,1 @@
+"""Weights & Biases behind a guard, and what is shown there."""

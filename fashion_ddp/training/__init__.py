@@ -1,0 +1,1 @@
+"""What trains a model: batches, steps, sync points, checkpoints and records."""

@@ -1,0 +1,195 @@
+"""What a run finds, records and says before it trains."""
+
+import datetime
+import os
+import socket
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from fashion_ddp import data, user_code
+from fashion_ddp.config import Config, layers
+from fashion_ddp.config.cli import Command
+from fashion_ddp.config.names import is_code
+from fashion_ddp.console import say
+from fashion_ddp.distributed import machine
+from fashion_ddp.distributed.world import World
+from fashion_ddp.errors import UserError, counted
+from fashion_ddp.models import describe
+from fashion_ddp.redact import redact
+from fashion_ddp.runs import claim as claims
+from fashion_ddp.runs import provenance
+from fashion_ddp.runs.folder import RunFolder
+from fashion_ddp.runs.reading import read_run
+from fashion_ddp.training.step import Step
+
+
+def load_data(cfg: Config, world: World) -> data.Dataset:
+    """The run's data, on every rank; downloaded by one rank of each machine where it is missing."""
+    if cfg.dataset in data.PUBLISHED:
+        # A rank that sees the files needs no other: only where all agree that something is missing do they wait.
+        missing = any(world.share(data.locate(cfg.dataset, cfg.data_dir) is None))
+        if missing and cfg.data_dir is None:
+            world.first_on_machine(lambda: data.locate(cfg.dataset, None) or data.fetch(cfg.dataset))
+    dataset = world.together(lambda: data.load(cfg.dataset, cfg.data_dir))
+    if len({str(md5) for md5 in world.share(dataset.md5)}) > 1:
+        raise UserError(
+            f"dataset {cfg.dataset}: the ranks found different data: copy the same files to every machine, and let a "
+            "function return the same at every call"
+        )
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        what, where = f"dataset {cfg.dataset}, decoded,", f"{world.device_name} ({world.device})"
+        world.together(lambda: machine.require_memory(what, dataset.nbytes, free, where))
+    return dataset
+
+
+def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder | None:
+    """The run's folder, taken by rank 0; None where nothing is to be trained: checked only, or finished before."""
+    cfg = command.run
+    if command.check_only:
+        state = world.first(lambda: claims.check(cfg, made_by, command.fresh, command.reuse))
+        would = {
+            "nothing": "train",
+            "continue": "continue the run",
+            "aside": "keep what is there under another name, and train",
+            "finished": "find its run finished",
+        }[state]
+        _say(world, f"checked: this command would {would} in {claims.folder_of(cfg)}")
+        return None
+    folder = world.first(lambda: claims.claim(cfg, made_by, command.fresh, command.reuse))
+    if folder.finished:
+        _say(world, f"{folder.path} is finished: nothing to do; --fresh keeps it under another name and trains anew")
+        return None
+    return folder
+
+
+def _say(world: World, text: str) -> None:
+    if world.rank == 0:
+        say(text)
+
+
+def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, Any]:
+    """This start's entry of environment.json: where, on what and from which code the run is made. A collective."""
+    here = {"host": socket.gethostname(), "device": world.device_name, "cpu": machine.cpu_name()}
+    ranks = world.share(here | {"threads": world.threads})
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "made_by": provenance.made_by(cfg, dataset.md5),
+        "git_commit": provenance.git_commit(),
+        "cuda": torch.version.cuda,
+        "world_size": world.size,
+        "ranks": ranks,
+        # No setting: the run is the same whatever is trained beside it. Its launcher alone knows.
+        "side_by_side": int(os.environ.get("FASHION_DDP_SIDE_BY_SIDE", "1")),
+        "data_source": dataset.source,
+        "precision": cfg.precision,
+    }
+
+
+def announce(
+    cfg: Config,
+    world: World,
+    folder: RunFolder,
+    env: dict[str, Any],
+    model: nn.Module,
+    dataset: data.Dataset,
+    step: Step,
+    prepared: list[str],
+) -> dict[str, Any]:
+    """Print and record how the run starts. Returns what its summary says from the start."""
+    batches, mixed, at_once = step.batches, False, env["side_by_side"]
+    described = describe.summary(model, dataset.image_shape)
+    dependent = describe.rank_dependent(model)
+    if world.rank == 0:
+        starts = read_run(folder.path).environment
+        went_before = starts if step.done else []  # of others nothing is left
+        mixed = any(_conditions(start) != _conditions(env) for start in went_before)
+        at_once = max(_at_once(start) for start in [*went_before, env])
+        notes = [*_continued(step, mixed), *_notes(cfg, dataset, dependent)]
+        notes += [f"note: up to {at_once} runs are trained at once on this machine: times are shared"] * (at_once > 1)
+        for line in (_facts(cfg, world, env, dataset, step), described, *prepared, *notes):
+            say(line)
+        folder.write_json("environment.json", [*starts, env])
+        folder.write("model.txt", redact(described) + "\n")
+        if is_code(cfg.model) and (source := user_code.source(cfg.model)):
+            folder.write("model.py", source.read_bytes())
+    return {
+        "model": cfg.model,
+        "recipe": cfg.recipe,
+        "changed": layers.changed(cfg),  # here, because the recipe may be edited later
+        "seed": cfg.seed,
+        "world_size": world.size,
+        "rank_invariant": not dependent,
+        "dataset": dataset.name,
+        "classes": dataset.classes,
+        "image_shape": dataset.image_shape,
+        "training_images": batches.count,
+        "test_images": len(dataset.test_labels),
+        "device": world.device_name,
+        "threads": world.threads,
+        "precision": cfg.precision,
+        "cuda_graph": step.eager is None,
+        "batch_size": cfg.batch_size,
+        "lr": cfg.scaled_lr(),
+        "epochs": cfg.epochs,
+        "parameters": describe.parameters(model),
+        "parameters_trained": sum(p.numel() for p in step.trained),
+        "starts": len(starts) + 1 if world.rank == 0 else 1,
+        "timings_mixed": mixed,
+        "side_by_side": at_once,
+    }
+
+
+def _conditions(env: dict[str, Any]) -> tuple[Any, ...]:
+    """What the timings of a start stand for: each rank's device, processor and threads, and how many runs shared."""
+    return sorted((rank["device"], rank.get("cpu"), rank["threads"]) for rank in env["ranks"]), _at_once(env)
+
+
+def _at_once(env: dict[str, Any]) -> int:
+    """Runs that were trained at once, at most, this one among them."""
+    return env.get("side_by_side", 1)  # older folders do not say, and their runs were alone
+
+
+def _continued(step: Step, mixed: bool) -> list[str]:
+    if not step.done:
+        return []
+    position = f"continued after step {step.done:,}, in epoch {-(-step.done // step.batches.steps)}"
+    marked = "; on other hardware or beside other runs than before, so its timings are mixed"
+    return [position + (marked if mixed else "")]
+
+
+def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, step: Step) -> str:
+    batches, machines = step.batches, dict.fromkeys(rank["host"] for rank in env["ranks"])
+    devices = dict.fromkeys(rank["device"] for rank in env["ranks"])
+    last = batches.count - (batches.steps - 1) * batches.batch
+    shape = "x".join(map(str, dataset.image_shape))
+    scaled = f" ({cfg.lr:g} scaled, {cfg.lr_scaling})" if cfg.lr_scaling != "none" else ""
+    lines = {
+        "run": f"{cfg.model}, recipe {cfg.recipe}, seed {cfg.seed}: {claims.folder_of(cfg)}",
+        "ranks": f"{world.size} on {', '.join(machines)}; {counted(world.threads, 'CPU thread')} each",
+        "device": f"{', '.join(devices)}; precision {cfg.precision}",
+        "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "
+        f"{len(dataset.classes)} classes; from {dataset.source}",
+        "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, batches.shares))}; "
+        f"{batches.steps} steps an epoch, the last of {last}",
+        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {counted(cfg.epochs, 'epoch')}",
+    }
+    if world.device.type == "cuda":
+        lines["step"] = f"launched kernel by kernel: {step.eager}" if step.eager else "launched as one CUDA graph"
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _notes(cfg: Config, dataset: data.Dataset, dependent: list[str]) -> list[str]:
+    notes = []
+    if not cfg.shuffle and bool((dataset.train_labels[1:] >= dataset.train_labels[:-1]).all()):
+        notes.append("note: the training images come class after class, and are not shuffled: add --shuffle")
+    if dataset.synthetic:
+        notes.append("SYNTHETIC data: good for checking a machine; its figures mean nothing else")
+    if dependent:
+        kinds = ", ".join(dependent)
+        notes.append(f"note: {kinds} work on each rank's rows alone: the result depends on the number of ranks")
+    return notes

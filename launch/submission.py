@@ -1,0 +1,185 @@
+"""Which runs a submission asks for: models x seeds x the points of a sweep, each with its validated settings."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from fashion_ddp.config import Config, cli, field_types, layers
+from fashion_ddp.errors import UserError, nearest
+from fashion_ddp.report.text import in_common
+from fashion_ddp.runs import claim
+
+# Flags of fashion_ddp.train that mean nothing for many runs, and what does instead.
+REFUSED = {
+    "model": "several runs are named with --models",
+    "seed": "several runs are named with --seeds",
+    "config": "models, recipe and seeds are chosen here: make a recipe of the file (--recipe mine.yaml), or train that "
+    "one run with slurm/train.sbatch",
+    "check_only": "--dry-run checks everything, and shows what would be submitted",
+}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Which runs to submit, and what each of them gets. Any further flag is one of fashion_ddp.train, for all."""
+
+    models: tuple[str, ...] = ("linear", "relu", "mlp", "cnn")
+    """Architectures to train."""
+    recipe: str = "blog"
+    """Set of training settings: blog, lab, or the path of a YAML file."""
+    seeds: tuple[int, ...] = (42,)
+    """Each architecture is trained once per seed."""
+    sweep: tuple[str, ...] = ()
+    """Settings with several values, as lr=0.05,0.1: every combination is trained, and ranked by val/accuracy."""
+    nodes: int = 1
+    """Machines of each run."""
+    gpus_per_node: int = 0
+    """Cards of each machine, with one rank each; 0 trains on CPUs."""
+    ranks_per_node: int = 0
+    """Ranks of each machine: by default one per card, or one."""
+    cpus_per_rank: int = 2
+    """CPU cores of each rank, which computes with so many threads (--threads chooses another number)."""
+    time: int = 60
+    """Minutes after which a job ends; it is told two minutes ahead, saves, and goes on in a next one."""
+    partition: str | None = None
+    """SLURM's partition."""
+    account: str | None = None
+    """SLURM's account."""
+    slurm: tuple[str, ...] = ()
+    """Any other option of sbatch, as key=value, or a key alone: qos=long constraint=a100 exclusive."""
+    site: Path | None = None
+    """YAML file with what a group's jobs share (see slurm/site.yaml); $FASHION_DDP_SITE."""
+    at_once: int = 4
+    """How many runs may be under way at the same time."""
+    max_restarts: int = 100
+    """How often a job may start again before it is given up."""
+    executor: Literal["slurm", "local", "debug"] = "slurm"
+    """local: the same through Submitit on this machine, one run after another; debug: in this process."""
+    out: Path = Path("report")
+    """Folder of the report."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Check everything, print the runs' settings and the text for sbatch; submit nothing. Needs no SLURM."""
+    wait: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Follow the runs until the report is written. Ctrl-C ends the following, not the jobs."""
+
+    @property
+    def ranks(self) -> int:
+        """On each machine."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be meant."""
+        for name in ("nodes", "cpus_per_rank", "time", "at_once"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gpus_per_node", "ranks_per_node", "max_restarts"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.models or not self.seeds:
+            raise UserError("models and seeds need at least one value each")
+        if self.gpus_per_node and self.ranks != self.gpus_per_node:
+            raise UserError(
+                f"ranks_per_node={self.ranks_per_node} with gpus_per_node={self.gpus_per_node}: a rank has one card"
+            )
+        if self.executor != "slurm" and self.nodes > 1:
+            raise UserError(f"--executor {self.executor} has this machine alone: leave --nodes out")
+        if self.executor == "debug" and self.ranks > 1:
+            raise UserError(f"--executor debug has this process alone, one rank, and not {self.ranks}: use local")
+
+
+def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[cli.Command]:
+    """Every run, with its settings validated. `defaults`: flags that the command's own (`flags`) win over.
+
+    Raises UserError for a mistake in any of them.
+    """
+    asked.check()
+    check_flags(Submission, flags, REFUSED)
+    points = _sweep(asked.sweep, flags)
+    usual = ["--device", "cuda" if asked.gpus_per_node else "cpu"]
+    if asked.executor == "slurm":  # known here; from the job's view of its machine it could only be guessed
+        usual += ["--threads", str(asked.cpus_per_rank)]
+    found = [
+        cli.parse(["--model", model, "--recipe", asked.recipe, "--seed", str(seed), *usual, *defaults, *flags, *point])
+        for model in asked.models
+        for seed in asked.seeds
+        for point in points
+    ]
+    configs = [command.run for command in found]
+    refuse_twins(configs)
+    if asked.sweep and not all(cfg.validation for cfg in configs):
+        raise UserError(
+            "--sweep chooses among runs, and must not do so by the test set: hold out training images, as with "
+            "--validation 5000"
+        )
+    ranks = asked.nodes * asked.ranks
+    for cfg in configs:
+        if asked.gpus_per_node and cfg.device == "cpu":
+            raise UserError(f"--device cpu with gpus_per_node={asked.gpus_per_node}: leave one out")
+        if cfg.reduction_shards % ranks:
+            raise UserError(f"reduction_shards={cfg.reduction_shards} must be a multiple of the {ranks} ranks")
+    if group := shared_group(configs):
+        found = [replace(one, run=replace(one.run, wandb_group=group)) for one in found]
+    return found
+
+
+def refuse_twins(configs: list[Config]) -> None:
+    """Raises UserError where two runs would have one folder."""
+    if len(configs) > 1 and configs[0].run_dir is not None:
+        raise UserError(f"--run-dir names one folder, and these are {len(configs)} runs: give --runs-dir")
+    names = [claim.folder_of(cfg) for cfg in configs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two of the runs would be one, {twice}: name each model, seed and value once")
+
+
+def shared_group(configs: list[Config]) -> str | None:
+    """W&B's group for runs that are to be compared, by what they have in common: the recipe, and changes to it. The
+    same at every start; None where the user said one, or W&B's own variable does."""
+    if any(cfg.wandb_group for cfg in configs) or "WANDB_RUN_GROUP" in os.environ:
+        return None
+    common = in_common([layers.changed(cfg) for cfg in configs])
+    return "-".join([Path(configs[0].recipe).stem, *(f"{name}{value}" for name, value in common.items())])
+
+
+def check_flags(kind: type, flags: list[str], refused: Mapping[str, str]) -> None:
+    """Refuse what neither a command (the dataclass `kind`) nor fashion_ddp.train knows, or what means nothing here."""
+    fields = [field.name for one in (kind, cli.Command, Config) for field in dataclasses.fields(one)]
+    known = [name for name in fields if name != "run" and name not in refused]
+    for flag in (word.partition("=")[0] for word in flags if word.startswith("--")):
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in refused:
+            raise UserError(f"{flag} does not go with many runs: {refused[name]}")
+        if name.removeprefix("no_") not in known:
+            raise UserError(f"unknown flag {flag}; {nearest(name, known)}")
+
+
+def _sweep(texts: tuple[str, ...], flags: list[str]) -> list[list[str]]:
+    """The flags of each point of a sweep, given as `name=value,value,...`; one empty list where there is none."""
+    names = [*Config().result_settings(), "model_args", "init_from", "freeze"]
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in flags}
+    axes: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not all(values.split(",")):
+            raise UserError(f"--sweep {text}: expected name=value,value,... as in lr=0.05,0.1")
+        if name not in names:
+            raise UserError(f"--sweep {text}: {name!r} is no setting that changes a result; {nearest(name, names)}")
+        if name in axes or name in given:
+            raise UserError(f"--sweep {text}: {name} is given twice; name all its values once")
+        axes[name] = [_flag(name, value) for value in values.split(",")]
+    return [list(point) for point in itertools.product(*axes.values())]
+
+
+def _flag(name: str, value: str) -> str:
+    flag = name.replace("_", "-")
+    if field_types()[name] is not bool:
+        return f"--{flag}={value}"
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"--sweep {name}: must be true or false, got {value!r}")
+    return f"--{flag}" if value.lower() == "true" else f"--no-{flag}"

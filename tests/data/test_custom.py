@@ -1,0 +1,421 @@
+"""Datasets of the user's own: what is understood, what is refused, and whole runs on them."""
+
+import gzip
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKOUT, command, ranks
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fashion_ddp import data
+from fashion_ddp.data import image_folder
+from fashion_ddp.distributed import machine
+from fashion_ddp.training import startup
+from fashion_ddp.data import Dataset
+from fashion_ddp.errors import UserError
+from fashion_ddp.distributed.world import open_world
+from fashion_ddp.runs.reading import read_run
+from fashion_ddp.config.layers import make_config
+
+quick = pytest.mark.quick
+
+CLASSES = 7
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+COLOURS = {"blue": (2, 60), "green": (1, 50), "red": (0, 70)}  # by class: the channel that is bright, training images
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def seven(count: int, height: int = 12, width: int = 9) -> tuple[np.ndarray, np.ndarray]:
+    """Images [count, height, width] whose bright row tells their class, and labels."""
+    labels = np.arange(count) % CLASSES
+    images = np.random.default_rng(count).integers(0, 60, (count, height, width)).astype(np.uint8)
+    images[np.arange(count), labels] = 250
+    return images, labels.astype(np.uint8)
+
+
+def idx(values: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
+
+
+def idx_folder(folder: Path, packed: bool = True, **replaced: np.ndarray) -> Path:
+    folder.mkdir(parents=True)
+    values = dict(zip(IDX, (*seven(350), *seven(84)), strict=True)) | replaced
+    for name, array in values.items():
+        content = gzip.compress(idx(array)) if packed else idx(array)
+        (folder / (f"{name}.gz" if packed else name)).write_bytes(content)
+    return folder
+
+
+def picture_folder(folder: Path, size: int = 32) -> Path:
+    """Noise in colour, one channel of which is bright; and what an operating system leaves beside pictures."""
+    random = np.random.default_rng(0)
+    for part, share in (("train", 1.0), ("test", 0.4)):
+        for name, (channel, count) in COLOURS.items():
+            (folder / part / name).mkdir(parents=True)
+            for number in range(int(share * count)):
+                pixels = random.integers(0, 100, (size, size, 3)).astype(np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+            (folder / part / name / "Thumbs.db").write_bytes(b"no picture")
+    (folder / ".DS_Store").write_bytes(b"")
+    return folder
+
+
+def arrays(dataset: Dataset) -> list[np.ndarray]:
+    return [dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels]
+
+
+# --- What is understood -----------------------------------------------------------------------------------------
+
+
+@quick
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_of_whatever_content(packed: bool) -> None:
+    idx_folder(Path("letters"), packed)
+    found = data.load("./letters")
+    images, labels = seven(350)
+    assert found.image_shape == (1, 12, 9) and found.classes == tuple("0123456") and found.name == "letters"
+    assert np.array_equal(found.train_images[:, 0], images) and np.array_equal(found.train_labels, labels)
+    assert len(found.test_labels) == 84 and found.test_labels.dtype == np.int64 and not found.synthetic
+    assert found.train_images.flags.writeable and found.source == "./letters"
+
+
+@quick
+def test_idx_files_with_names_for_the_classes_and_under_other_names() -> None:
+    idx_folder(Path("set"))
+    for path in list(Path("set").iterdir()):
+        path.rename(path.with_name("emnist-days-" + path.name.replace("t10k", "test").replace("-idx", ".idx")))
+    Path("set/classes.txt").write_text("Mon\nTue\nWed\nThu\nFri\nSat\nSun\n")
+    assert data.load("set/").classes == ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+@quick
+def test_pictures_in_folders() -> None:
+    found = data.load(str(picture_folder(Path("art").absolute())))
+    assert found.classes == ("blue", "green", "red") and found.image_shape == (3, 32, 32) and found.name == "art"
+    assert np.bincount(found.train_labels).tolist() == [60, 50, 70]
+    brightest = found.train_images.mean((2, 3)).argmax(1)
+    assert np.array_equal(brightest, 2 - found.train_labels)  # channels and labels belong together
+    first = np.asarray(Image.open("art/test/red/0.png")).transpose(2, 0, 1)
+    assert any(np.array_equal(first, image) for image in found.test_images[found.test_labels == 2])
+    # Classes come mixed, for a recipe that does not shuffle: no class is missing from a batch.
+    assert all(len(set(found.train_labels[at : at + 25])) == 3 for at in range(0, 175, 25))
+
+
+@quick
+def test_the_order_of_pictures_is_that_of_no_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture_folder(Path("art"))
+    first, listed = data.load("./art"), Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: reversed(list(listed(path, pattern))))
+    Path("art").rename("elsewhere")
+    again = data.load("./elsewhere")
+    assert all(map(np.array_equal, arrays(first), arrays(again))) and first.md5 == again.md5
+
+
+@quick
+def test_grey_pictures_have_one_channel_and_one_in_colour_makes_three() -> None:
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            Path("art", part, name).mkdir(parents=True)
+            Image.new("L", (4, 5), 7).save(f"art/{part}/{name}/1.png")
+    assert data.load("./art").image_shape == (1, 5, 4)
+    Image.new("P", (4, 5)).save("art/train/b/2.PNG")
+    assert data.load("./art").image_shape == (3, 5, 4)
+
+
+@quick
+@pytest.mark.parametrize("names", [IDX, ("train_images", "train_labels", "test_images", "test_labels")])
+def test_an_npz_and_other_layouts_of_arrays(names: tuple[str, ...]) -> None:
+    images, labels = seven(70)
+    coloured = np.stack([images] * 3, axis=3)  # [N, H, W, C]
+    keys = ("x_train", "y_train", "x_test", "y_test") if names is IDX else names
+    np.savez("mine.npz", **dict(zip(keys, (coloured, labels[:, None], coloured, labels.astype(np.int32)), strict=True)))
+    found = data.load("mine.npz")
+    assert found.image_shape == (3, 12, 9) and np.array_equal(found.train_images[:, 1], images)
+    assert np.array_equal(found.train_labels, labels) and found.classes == tuple("0123456") and found.name == "mine"
+
+
+FUNCTION = """
+import numpy as np
+def two():
+    images = np.arange(4 * 3 * 5 * 6, dtype=np.uint8).reshape(4, 3, 5, 6)
+    return (images, [0, 1, 1, 0]), (images, [1, 0, 0, 1]), ["cat", "dog"]
+def broken():
+    return np.load("absent.npy")
+def one():
+    return two()[0]
+"""
+
+
+@quick
+def test_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("own_sets_1.py").write_text(FUNCTION)
+    monkeypatch.syspath_prepend(".")
+    found = data.load("own_sets_1:two")
+    assert found.image_shape == (3, 5, 6) and found.classes == ("cat", "dog") and found.name == "own_sets_1:two"
+    assert found.train_labels.tolist() == [0, 1, 1, 0] and found.train_images[1, 0, 0, 0] == 90
+
+
+@quick
+def test_the_function_of_the_page_about_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (CHECKOUT / "docs" / "data.md").read_text()
+    Path("own_sets_3.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.syspath_prepend(".")
+    found = data.load("own_sets_3:stripes")
+    assert found.image_shape == (1, 16, 16) and found.classes == ("lying", "standing")
+    assert found.train_images[0, 0, 4].all() and not found.train_images[0, 0, 5].any()
+    assert found.train_images[1, 0, :, 4].all() and not found.train_images[1, 0, :, 5].any()
+
+
+@quick
+def test_the_hash_tells_sets_apart() -> None:
+    def md5(images: np.ndarray, **more: Any) -> dict[str, str]:
+        labels = np.arange(len(images)) % 2
+        np.savez("mine.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels, **more)
+        return data.load("mine.npz").md5
+
+    images = np.zeros((4, 6, 4), np.uint8)
+    first = md5(images)
+    assert first == md5(images) and set(first) == {
+        "train_images",
+        "train_labels",
+        "test_images",
+        "test_labels",
+        "classes",
+    }
+    assert first["train_images"] != md5(images.reshape(4, 4, 6))["train_images"]
+    assert first["classes"] != md5(images, classes=np.array(["a", "b"]))["classes"]
+    images[3, 5, 3] = 1
+    assert first["test_images"] != md5(images)["test_images"]
+
+
+# --- What is refused --------------------------------------------------------------------------------------------
+
+
+def npz(**replaced: Any) -> str:
+    images, labels = seven(70)
+    held = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels} | replaced
+    np.savez("mine.npz", **{name: array for name, array in held.items() if array is not None})
+    return "mine.npz"
+
+
+def art(change: Callable[[Path], object]) -> str:
+    change(picture_folder(Path("art")))
+    return "./art"
+
+
+def own(name: str) -> str:
+    Path("own_sets_2.py").write_text(FUNCTION)
+    return f"own_sets_2:{name}"
+
+
+def remove_class(folder: Path, part: str, name: str) -> None:
+    for path in (folder / part / name).iterdir():
+        path.unlink()
+    (folder / part / name).rmdir()
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+REFUSED: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
+    "no such folder": (lambda: "./absent", ("dataset ./absent", "no such folder or file")),
+    "an empty folder": (lambda: str(Path("empty/x").mkdir(parents=True) or "./empty"), ("train-images-idx3", "none")),
+    "one file missing": (lambda: remove(idx_folder(Path("s")), f"{IDX[3]}.gz"), ("t10k-labels-idx1-ubyte", "none")),
+    "labels too high": (lambda: npz(test_labels=seven(70)[1] + 1), ("test labels", "from 0 to 6", "found 7")),
+    "labels negative": (lambda: npz(train_labels=np.arange(70) % 7 - 1), ("train labels", "found -1")),
+    "a class that is not tested": (lambda: npz(test_labels=np.arange(70) % 6), ("no test image of class '6'",)),
+    "a class that is not trained": (
+        lambda: npz(train_labels=np.arange(70) % 3, test_labels=np.arange(70) % 4, classes=np.array(list("abcd"))),
+        ("no train image of class 'd'",),
+    ),
+    "labels from 1": (
+        lambda: npz(**dict.fromkeys(("train_labels", "test_labels"), np.arange(70) % 7 + 1)),
+        ("'0'", "from 0"),
+    ),
+    "one class": (lambda: npz(**dict.fromkeys(("train_labels", "test_labels"), np.zeros(70, int))), ("one class",)),
+    "labels of another number": (lambda: npz(train_labels=np.arange(69)), ("70 whole numbers", "[69]")),
+    "labels that are no numbers": (lambda: npz(train_labels=np.array(["a"] * 70)), ("whole numbers", "<U1")),
+    "pixels from 0 to 1": (lambda: npz(test_images=np.zeros((70, 12, 9))), ("test images must be uint8", "float64")),
+    "flat images": (lambda: npz(train_images=np.zeros((70, 108), np.uint8)), ("[N, C, H, W]", "[70, 108]")),
+    "images of two shapes": (lambda: npz(test_images=np.zeros((70, 9, 12), np.uint8)), ("(1, 9, 12)", "(1, 12, 9)")),
+    "nothing in it": (
+        lambda: npz(test_images=np.zeros((0, 12, 9), np.uint8), test_labels=np.zeros(0, int)),
+        ("test set is empty",),
+    ),
+    "an array missing": (lambda: npz(test_labels=None), ("mine.npz: needs the arrays", "np.savez")),
+    "objects": (lambda: npz(classes=np.array([{}], object)), ("mine.npz: cannot be read", "no objects")),
+    "no npz": (lambda: str(Path("x.npz").write_bytes(b"1234") and "x.npz"), ("x.npz: cannot be read",)),
+    "idx of numbers with points": (
+        lambda: write(idx_folder(Path("s"), packed=False), IDX[0], b"\0\0\x0d\3" + bytes(12)),
+        (f"s/{IDX[0]}: cannot be read", "00000803, found 00000d03"),
+    ),
+    "half a gz": (lambda: cut(idx_folder(Path("s")), f"{IDX[2]}.gz"), (f"s/{IDX[2]}.gz: cannot be read",)),
+    "a class missing in test": (
+        lambda: art(lambda folder: remove_class(folder, "test", "red")),
+        ("dataset ./art", "no test image of class 'red'"),
+    ),
+    "a class missing in train": (
+        lambda: art(lambda folder: remove_class(folder, "train", "red")),
+        ("class 'red'", "none in train/"),
+    ),
+    "no test folder": (lambda: art(lambda folder: (folder / "test").rename("gone")), ("art/test: cannot be read",)),
+    "a picture of another size": (
+        lambda: art(lambda folder: Image.new("RGB", (40, 32)).save(folder / "test/red/x.png")),
+        ("is 32x32", "art/test/red/x.png is 40x32", "mogrify -resize 32x32!"),
+    ),
+    "a damaged picture": (
+        lambda: art(lambda folder: damaged(folder / "train/red/3.png")),
+        ("art/train/red/3.png: cannot be read as a picture", "mend or remove"),
+    ),
+    "no picture": (
+        lambda: art(lambda folder: (folder / "train/red/x.png").write_text("<html>")),
+        ("art/train/red/x.png: cannot be read as a picture",),
+    ),
+    "16 bits": (
+        lambda: art(lambda folder: Image.new("I;16", (32, 32)).save(folder / "train/red/x.png")),
+        ("art/train/red/x.png: has pixels of more than 8 bits",),
+    ),
+    "no such function": (lambda: own("absent"), ("dataset own_sets_2:absent", "check the name after the colon")),
+    "no such module": (lambda: "no_such_sets:f", ("no module 'no_such_sets'",)),
+    "a function that fails": (lambda: own("broken"), ("FileNotFoundError", "absent.npy", ", line ", "it must return")),
+    "a function of another shape": (lambda: own("one"), ("dataset own_sets_2:one", "it must return")),
+}
+
+
+def remove(folder: Path, name: str) -> str:
+    (folder / name).unlink()
+    return f"./{folder}"
+
+
+def write(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return f"./{folder}"
+
+
+def cut(folder: Path, name: str) -> str:
+    return write(folder, name, (folder / name).read_bytes()[:-20])
+
+
+@quick
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_cannot_be_trained_on_is_named(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(os.getcwd())
+    make, words = REFUSED[mistake]
+    with pytest.raises(UserError) as told:
+        data.load(make())
+    assert all(word in str(told.value) for word in words) and "\n" not in str(told.value), told.value
+
+
+@quick
+def test_a_set_that_does_not_fit_stops_with_the_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = machine.free_memory()
+    assert free is not None and 1e8 < free < 1e14
+    machine.require_memory("dataset x", free, free)
+    machine.require_memory("dataset x", 1, None)
+    picture_folder(Path("art"), size=16)
+    # As of 31 million pictures of 1000 x 1000.
+    monkeypatch.setattr(image_folder, "_shape", lambda folder, paths: (3, 1_000_000, 1_000_000))
+    with pytest.raises(
+        UserError, match=r"dataset art, decoded, takes [\d,]{6,}.00 GB, and [\d.,]+ GB of memory are free"
+    ):
+        data.load("./art")
+
+
+@quick
+def test_the_command_checks_a_set_of_ones_own(tmp_path: Path) -> None:
+    idx_folder(tmp_path / "letters")
+    done = command("python", "-m", "fashion_ddp.data", "--dataset", "./letters", cwd=tmp_path)
+    assert done.returncode == 0 and "350 training and 84 test images of 1x12x9" in done.stdout, done.stderr
+    assert "7 classes: 0, 1, 2, 3, 4, 5, 6" in done.stdout and "md5" not in done.stdout
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------
+
+LOCAL = ("python", "-m", "launch.local", "--device", "cpu", "--tracker", "none", "--ranks", "2", "--threads", "1")
+
+
+def compare(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
+    """Trains and compares as `make compare` does; the runs of the report by model."""
+    done = command(*LOCAL, *words, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "report" / "report.html").stat().st_size > 10_000
+    return {run["model"]: run for run in json.loads((folder / "report" / "report.json").read_text())["runs"]}
+
+
+def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None:
+    idx_folder(tmp_path / "letters")
+    (tmp_path / "letters" / "classes.txt").write_text("\n".join(f"day {n}" for n in range(7)))
+    words = ("--dataset", "./letters", "--models", "mlp", "cnn", "--batch-size", "25", "--epochs", "4")
+    runs = compare(tmp_path, *words, "--lr", "0.05", "--optimizer", "momentum")
+    for model, run in runs.items():
+        assert run["dataset"] == "letters" and run["classes"] == [f"day {n}" for n in range(7)]
+        assert run["image_shape"] == [1, 12, 9] and (run["training_images"], run["test_images"]) == (350, 84)
+        assert np.sum(run["confusion"]) == 84 and len(run["confusion"]) == 7
+        assert run["test/accuracy"] > 0.5, model
+        assert run["published"] is None
+    folder = tmp_path / "runs" / "mlp-blog-seed42-epochs4-batch_size25-optimizermomentum-lr0.05-datasetletters"
+    run = read_run(folder)
+    assert set(run.environment[0]["made_by"]["data"]) == {
+        *("train_images", "train_labels"),
+        "test_images",
+        "test_labels",
+        "classes",
+    }
+    examples = load_file(folder / "examples.safetensors")
+    assert examples["samples"].shape == (25, 1, 12, 9) and examples["image"].shape == (1, 12, 9)
+    assert load_file(folder / "predictions.safetensors")["logits"].shape == (84, 7)
+    # The same data is the same run, wherever it lies; other data under its name is not taken for it.
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "letters", tmp_path / "moved" / "letters")
+    again = ("python", "-m", "fashion_ddp.train", "--config", str(folder / "config.yaml"))
+    again += ("--dataset", "./moved/letters", "--device", "cpu", "--check-only")
+    assert "find its run finished" in command(*again, cwd=tmp_path).stdout
+    (tmp_path / "moved" / "letters" / "classes.txt").unlink()
+    assert "other data files" in command(*again, cwd=tmp_path).stderr
+
+
+def test_coloured_pictures_from_files_to_report(tmp_path: Path) -> None:
+    picture_folder(tmp_path / "art")
+    runs = compare(
+        tmp_path, "--dataset", "./art", "--models", "linear", "cnn", "--batch-size", "30", "--lr", "0.005", "--epochs",
+        "2", "--optimizer", "adam", "--shift", "2", "--flip", "0.5",
+    )  # fmt: skip
+    for run in runs.values():
+        assert run["image_shape"] == [3, 32, 32] and run["classes"] == ["blue", "green", "red"]
+        assert run["test/accuracy"] > 0.9 and np.sum(run["confusion"]) == 72
+
+
+def own_rank(folder: str) -> str:
+    os.chdir(folder)
+    with open_world(make_config({"dataset": "drawn:f", "device": "cpu"})) as world:
+        try:
+            startup.load_data(make_config({"dataset": "drawn:f"}), world)
+        except UserError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_ranks_that_find_other_data_are_told(tmp_path: Path) -> None:
+    (tmp_path / "drawn.py").write_text(
+        "import os\nimport numpy as np\n\n"
+        "def f():\n"
+        "    images, labels = np.full((20, 4, 4), os.environ['RANK'], np.uint8), np.arange(20) % 2\n"
+        "    return (images, labels), (images, labels), 'ab'\n"
+    )
+    said = ranks(2, own_rank, str(tmp_path))
+    assert said[0] == said[1] and "dataset drawn:f: the ranks found different data" in said[0]

@@ -1,0 +1,265 @@
+"""What the launcher asked for and what the machine has: accepted where they meet, refused in words where not.
+
+There is no card in a test: torch.cuda answers as the case says, and the machine's files lie below a folder of the test.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fashion_ddp.config import Config
+from fashion_ddp.distributed import machine
+from fashion_ddp.distributed.machine import MachineError, Place, choose_device, place, refuse_launcher_settings
+from fashion_ddp.errors import UserError
+
+pytestmark = pytest.mark.quick
+
+# What `accelerate launch` of 1.15 exports: to each of N ranks (here rank 1 of accelerate_config.yaml's four), and to
+# the one process that it starts where it finds no card or is told --cpu.
+DYNAMO = {
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+}
+TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "55363"}
+ACCELERATE_FOUR = DYNAMO | TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "no"}
+ACCELERATE_ONE = DYNAMO | {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}
+ACCELERATE_LOST = ACCELERATE_ONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # --num_processes 2
+
+
+# --- Ranks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Place()),
+        (TORCHRUN, Place(rank=1, world_size=4, local_rank=1, local_world_size=4)),
+        (ACCELERATE_FOUR, Place(rank=1, world_size=4, local_rank=1, local_world_size=4)),
+        (ACCELERATE_ONE, Place()),
+        (TORCHRUN | {"RANK": "5", "WORLD_SIZE": "8"}, Place(5, 8, 1, 4)),  # the second of two machines
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, Place()),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, Place()),  # one task of a larger allocation
+        (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2"}, Place(1, 4, 1, 4)),  # one torchrun per task
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, Place()),
+    ],
+)
+def test_place(env: dict[str, str], expected: Place) -> None:
+    assert place(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"WORLD_SIZE": "4"}, ("WORLD_SIZE=4", "RANK", "torchrun", "unset WORLD_SIZE")),
+        ({"WORLD_SIZE": "4", "RANK": "1"}, ("LOCAL_RANK",)),
+        (TORCHRUN | {"WORLD_SIZE": "four"}, ("WORLD_SIZE=four", "whole numbers")),
+        (TORCHRUN | {"RANK": "one"}, ("'one'",)),
+        (TORCHRUN | {"LOCAL_RANK": ""}, ("LOCAL_RANK",)),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "x"}, ("'x'",)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ("WORLD_SIZE=2", "MASTER_ADDR", "torchrun")),
+        (ACCELERATE_LOST, ("accelerate launch", "several processes and started one", "torchrun", "--num_processes 1")),
+        (ACCELERATE_LOST | {"ACCELERATE_USE_CPU": "True"}, ("several processes", "torchrun")),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, ("srun started 2 processes", "one task per machine")),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, ("mpirun started 3 processes", "one task per machine")),
+    ],
+)
+def test_ranks_half_described_or_lost(env: dict[str, str], said: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as told:
+        place(env)
+    assert all(words in str(told.value) for words in said) and "\n" not in str(told.value)
+
+
+# --- Launcher settings ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", [{}, TORCHRUN, ACCELERATE_FOUR, ACCELERATE_ONE])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
+def test_a_plain_launch_is_accepted(env: dict[str, str], precision: Any) -> None:
+    refuse_launcher_settings(Config(precision=precision), env)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_launcher_may_ask_for_the_precision_of_the_run(precision: Any) -> None:
+    refuse_launcher_settings(Config(precision=precision), ACCELERATE_ONE | {"ACCELERATE_MIXED_PRECISION": precision})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "what"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "True", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "1", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "yes", "parallelism config"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--micro-batch"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "--precision"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "--precision"),
+        ("ACCELERATE_USE_CPU", "true", "the CPU where the run asks for cuda"),
+    ],
+)
+def test_what_would_train_something_else_is_refused(variable: str, value: str, what: str) -> None:
+    with pytest.raises(UserError) as told:
+        refuse_launcher_settings(Config(device="cuda"), ACCELERATE_FOUR | {variable: value})
+    message = str(told.value)
+    assert message.startswith(f"{variable}={value}: ") and what in message and "\n" not in message
+    assert "--config_file accelerate_config.yaml" in message and f"unset {variable}" in message
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"ACCELERATE_USE_FSDP": "false"},
+        {"ACCELERATE_USE_DEEPSPEED": "0"},
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
+        {"ACCELERATE_USE_CPU": "true"},
+        {"ACCELERATE_LOG_LEVEL": "info"},
+    ],
+)
+def test_what_changes_nothing_is_accepted(harmless: dict[str, str]) -> None:
+    refuse_launcher_settings(Config(), ACCELERATE_ONE | harmless)
+
+
+# --- Device -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Let the machine have `present` cards, of which torch can use all or none."""
+    import torch
+
+    def have(present: int, usable: bool = True, bf16: bool = True) -> None:
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        for n in range(present):
+            (tmp_path / "dev" / f"nvidia{n}").touch()
+        monkeypatch.setattr(machine, "Path", lambda path: tmp_path / path.lstrip("/"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: usable and present > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: present)  # also where the driver is too old
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+        # As torch does, which emulates bf16 on cards without units for it.
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16
+        )
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return have
+
+
+def here(ranks: int) -> Place:
+    return Place(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
+
+
+def test_auto_takes_the_cards_where_there_are_any(cards: Any) -> None:
+    cards(0)
+    assert choose_device(Config(), here(1), {}) == "cpu"
+    assert choose_device(Config(precision="fp64"), here(3), {}) == "cpu"
+    assert choose_device(Config(precision="bf16"), here(2), TORCHRUN) == "cpu"
+    cards(2)
+    for precision in ("fp32", "bf16", "fp16"):
+        assert choose_device(Config(precision=precision), here(2), ACCELERATE_FOUR) == "cuda"
+    assert choose_device(Config(device="cuda"), here(1), {}) == "cuda"
+
+
+@pytest.mark.parametrize("value", ["1", "true", "True", "yes", "on"])
+def test_the_cpu_on_a_machine_with_cards(cards: Any, value: str) -> None:
+    cards(2)
+    assert choose_device(Config(device="cpu"), here(4), ACCELERATE_FOUR) == "cpu"
+    assert choose_device(Config(), here(1), ACCELERATE_ONE | {"ACCELERATE_USE_CPU": value}) == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_hidden_cards_are_none(cards: Any, monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+    cards(2, usable=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert choose_device(Config(), here(1), {}) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("present", "usable", "cfg", "ranks", "env", "said"),
+    [
+        (0, True, {"device": "cuda"}, 1, {}, ("--device cuda", "no NVIDIA card", "--device cpu")),
+        (2, False, {}, 1, {}, ("cannot use them", "driver", "make setup", "--device cpu")),
+        (2, False, {"device": "cuda"}, 2, {}, ("cannot use them", "driver")),
+        (0, True, {}, 4, ACCELERATE_FOUR, ("4 GPU ranks", "no NVIDIA card", "--device cpu")),
+        (2, True, {}, 4, TORCHRUN, ("4 ranks were started for 2 NVIDIA cards", "--num_processes 2", "--device cpu")),
+        (1, True, {}, 2, TORCHRUN, ("2 ranks were started for 1 NVIDIA card:",)),
+        (0, True, {"precision": "fp16"}, 1, {}, ("fp16", "NVIDIA card", "fp32")),
+        (1, True, {"precision": "fp64"}, 1, {}, ("fp64", "--device cpu")),
+    ],
+)
+def test_device_and_command_do_not_fit(
+    cards: Any, present: int, usable: bool, cfg: dict[str, Any], ranks: int, env: dict[str, str], said: tuple[str, ...]
+) -> None:
+    cards(present, usable)
+    with pytest.raises(MachineError) as told:
+        choose_device(Config(**cfg), here(ranks), env)
+    assert str(told.value).startswith(socket.gethostname() + ": ") and "\n" not in str(told.value)
+    assert all(words in str(told.value) for words in said)
+
+
+def test_bf16_wants_units_of_the_card(cards: Any) -> None:
+    cards(1, bf16=False)
+    with pytest.raises(MachineError, match=r"bf16: card 0 has no bf16 units; choose fp16 or fp32"):
+        choose_device(Config(precision="bf16"), here(1), {})
+    assert choose_device(Config(precision="fp16"), here(1), {}) == "cuda"
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "speaks"), [("0", "0", True), ("4", "0", True), ("1", "1", False)])
+def test_what_a_machine_finds_its_first_rank_tells(
+    rank: str, local_rank: str, speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fashion_ddp.console import fail
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit) as stop:
+        fail(MachineError("no card"), 2)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (f"error: {socket.gethostname()}: no card\n" if speaks else "")
+
+
+# --- Threads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"),
+    [
+        (None, 8),
+        ("max 100000", 8),
+        ("400000 100000", 4),
+        ("150000 100000", 1),
+        ("50000 100000", 1),
+        ("9900000 100000", 8),
+    ],
+)
+def test_usable_cores(cpu_max: str | None, cores: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if cpu_max is not None:
+        (tmp_path / "cpu.max").write_text(cpu_max + "\n")
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / Path(path).name)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert machine.usable_cores() == cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
+def test_a_process_bound_to_one_core_has_one() -> None:
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from fashion_ddp.distributed import machine; print(machine.usable_cores())"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env).stdout
+        == "1\n"
+    )
+
+
+@pytest.mark.parametrize(("asked", "ranks", "threads"), [(0, 1, 8), (0, 3, 2), (0, 16, 1), (5, 1, 5), (5, 16, 5)])
+def test_threads_per_rank(asked: int, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    assert machine.threads_per_rank(Config(threads=asked), ranks) == threads

@@ -1,0 +1,456 @@
+"""Told to stop, by a signal or by the launcher's death: saved, ended together, and continued by the same command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHECKOUT
+from faults import SMALL, STEPS, Fault, start
+from gates import ACCELERATE, PYTHON, TORCHRUN, Started, gate, living
+
+from fashion_ddp.distributed import signals
+
+EX_TEMPFAIL = 75
+FEW = ["--checkpoint-every", "1000"]  # so that a checkpoint is one that a stop has saved
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run" / "summary.json").read_text())
+
+
+def saved(folder: Path) -> list[int]:
+    """The steps at which the checkpoints of a run were saved."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in (folder / "run" / "checkpoints").iterdir())
+
+
+def record(folder: Path) -> list[Any]:
+    """What a run leaves, but for its timings."""
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+    files = ("steps.jsonl", "model.safetensors", "predictions.safetensors")
+    return [metrics, *((folder / "run" / name).read_bytes() for name in files)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+    """The record of the run that nothing stopped, by number of ranks; made when it is first asked for."""
+
+    class Records(dict[int, list[Any]]):
+        def __missing__(self, world_size: int) -> list[Any]:
+            folder = tmp_path_factory.mktemp("whole")
+            assert start(world_size, folder, every_step=False).wait() == [0] * world_size
+            self[world_size] = record(folder)
+            return self[world_size]
+
+    return Records()
+
+
+def assert_stopped(folder: Path, reason: str, times: int = 1) -> None:
+    """That a run says so, in its folder and once for each time on the screen."""
+    assert summary(folder)["status"] == "stopped"
+    assert summary(folder)["error"].startswith(f"stopped ({reason}) and saved in epoch ")
+    printed = "".join(path.read_text() for path in [*folder.glob("printed*"), *folder.glob("screen")])
+    assert printed.count("stopped (") == printed.count("the same command continues") == times
+    assert "Traceback" not in printed and not [p for p in folder.rglob(".*") if p.name.startswith(".step-")]
+
+
+# --- Ranks together ---------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_any_rank_stops_all_at_one_step_and_the_same_command_continues(
+    tmp_path: Path, whole: dict[int, list[Any]]
+) -> None:
+    stops = {  # the step, the ranks that are told, by what, and what they say was the reason
+        3: ([1], ["USR2"], "SIGUSR2"),
+        8: ([0, 1], ["TERM", "TERM", "USR1", "INT", "INT", "TERM"], "SIGTERM"),  # the second INT comes at once
+        26: ([1], ["INT"], "SIGINT"),
+    }
+    for times, (step, (ranks, names, reason)) in enumerate(stops.items(), start=1):
+        before = max([0, *(s for s in stops if s < step)])
+        faults = [Fault("step", name, rank=rank, count=step - before) for rank in ranks for name in names]
+        run = start(2, tmp_path, FEW, faults)
+        assert run.wait() == [EX_TEMPFAIL, EX_TEMPFAIL], run.printed()
+        assert saved(tmp_path) == sorted(stops)[:times][-2:]
+        assert_stopped(tmp_path, reason, times)
+    assert start(2, tmp_path, FEW).wait() == [0, 0]
+    assert record(tmp_path) == whole[2]
+    assert summary(tmp_path)["status"] == "finished" and "error" not in summary(tmp_path)
+
+
+@pytest.mark.slow
+def test_signals_are_remembered_wherever_they_come(tmp_path: Path, whole: dict[int, list[Any]]) -> None:
+    # Counted so that what a start writes is over: it is a checkpoint that is being written.
+    saving = [("save", 3), ("fsync", 15), ("before a rename", 9), ("after a rename", 9), ("saved", 2)]
+    # The first forward passes are of the warm-up, while Step is built.
+    start_up = [("parse", 1), ("rendezvous", 1), ("load", 1), ("claim", 1), ("forward", 1)]
+    training = [("forward", 5), ("sync point", 2), ("after the sync point", 2), ("append", 2), ("evaluation", 1)]
+    names = ["TERM", "INT", "USR1", "USR2"]
+    before = 0
+    for at, (point, count) in enumerate([*saving, *start_up, *training]):
+        every = "1000" if (point, count) in start_up else "0"
+        rank = 0 if point == "append" or (point, count) in saving else at % 2
+        name = names[at % 4]
+        run = start(2, tmp_path, ["--checkpoint-every", every], [Fault(point, name, rank, count)])
+        assert run.wait() == [EX_TEMPFAIL, EX_TEMPFAIL], (point, count, run.printed())
+        assert_stopped(tmp_path, f"SIG{name}", at + 1)
+        now = max(saved(tmp_path))
+        assert now == before + 1 if (point, count) in start_up else now > before
+        if (point, count) in saving:  # not before the first step, and not at an epoch's end
+            assert now >= before + 2 and now // STEPS == before // STEPS
+        before = now
+    assert start(2, tmp_path).wait() == [0, 0]
+    assert record(tmp_path) == whole[2]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_all_but_done_when_told_finishes(tmp_path: Path, whole: dict[int, list[Any]]) -> None:
+    faults = [Fault("evaluation", "TERM", 1, count=3), Fault("evaluated", "INT", 0, count=3)]
+    faults += [Fault("results", "USR1", 0), Fault("end", "USR2", 0), Fault("end", "TERM", 0)]
+    run = start(2, tmp_path, FEW, faults)
+    assert run.wait() == [0, 0], run.printed()
+    assert summary(tmp_path)["status"] == "finished" and record(tmp_path) == whole[2]
+    # Told in time for the last sync point, it stops there, and has the last evaluation still to do.
+    (tmp_path / "other").mkdir()
+    stopped = start(2, tmp_path / "other", FEW, [Fault("step", "TERM", 1, count=3 * STEPS)])
+    assert stopped.wait() == [EX_TEMPFAIL, EX_TEMPFAIL] and saved(tmp_path / "other") == [3 * STEPS]
+    assert start(2, tmp_path / "other", FEW).wait() == [0, 0]
+    assert record(tmp_path / "other") == whole[2]
+
+
+def test_a_second_interrupt_ends_a_rank_at_once_even_where_it_waits_for_one_that_stands_still(tmp_path: Path) -> None:
+    run = start(2, tmp_path, FEW, [Fault("step", "stand still", rank=1, count=5)])
+    steps, end = tmp_path / "run" / "steps.jsonl", time.monotonic() + 60
+    try:
+        while not (steps.exists() and len(steps.read_text().splitlines()) == 4):
+            assert run.processes[0].is_alive() and time.monotonic() < end, run.printed()
+            time.sleep(0.05)
+        while run.processes[0].is_alive():  # the first is heard, and none within two seconds of it
+            assert time.monotonic() < end, run.printed()
+            run.send(signal.SIGINT, rank=0)
+            time.sleep(0.2)
+    finally:
+        run.send(signal.SIGKILL, rank=1)
+    assert run.wait() == [128 + signal.SIGINT, -signal.SIGKILL]
+    assert run.printed().count("interrupt again") == run.printed().count("interrupted twice") == 1
+
+
+def test_ranks_stop_where_the_launcher_is_not_there_any_more(tmp_path: Path) -> None:
+    run = start(2, tmp_path, FEW, FASHION_DDP_LAUNCHER="1")  # as their parent had been, if it had died
+    assert run.wait() == [EX_TEMPFAIL, EX_TEMPFAIL], run.printed()
+    assert_stopped(tmp_path, "the launcher died")
+
+
+# --- Processes as people start them -----------------------------------------------------------------------------------
+
+
+def until_gone(run: Started, pids: list[int]) -> None:
+    run.until(lambda: not any(living(pid) for pid in pids))
+
+
+def test_a_plain_process_is_stopped_from_its_first_import_to_its_last_moment(tmp_path: Path) -> None:
+    with Started(tmp_path, [*PYTHON, *SMALL, *FEW], gate("torch")) as run:
+        [pid] = run.at_gate()
+        os.kill(pid, signal.SIGUSR1)
+        run.told()
+        assert run.wait() == EX_TEMPFAIL, run.printed()
+    assert saved(tmp_path) == [1]
+    assert_stopped(tmp_path, "SIGUSR1")
+    with Started(tmp_path, [*PYTHON, *SMALL, *FEW], gate("sync point")) as run:
+        [pid] = run.at_gate()
+        for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGTERM):  # as SLURM does where it preempts
+            os.kill(pid, number)
+        run.told()
+        run.let_through()
+        while run.process.poll() is None:  # to the end, when Python takes itself apart
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+                run.process.send_signal(number)
+            time.sleep(0.001)
+        assert run.process.returncode == EX_TEMPFAIL, run.printed()
+    assert saved(tmp_path) == [1, 2]
+    assert_stopped(tmp_path, "SIGTERM", times=2)
+
+
+def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
+    with Started(tmp_path, [*TORCHRUN, *SMALL, *FEW], gate("sync point")) as run:
+        ranks = run.at_gate(2)
+        run.process.kill()
+        run.process.wait()
+        run.let_through()
+        until_gone(run, ranks)
+    assert_stopped(tmp_path, "the launcher died")
+    assert saved(tmp_path) == [1]
+
+
+@pytest.mark.slow
+def test_the_same_torchrun_command_continues_however_it_was_stopped(
+    tmp_path: Path, whole: dict[int, list[Any]]
+) -> None:
+    words, said = [*TORCHRUN, *SMALL, *FEW], []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with Started(tmp_path, words, gate("sync point")) as run:
+            ranks = run.at_gate(2)
+            run.process.send_signal(number)
+            run.told(2)
+            assert run.wait() == 1
+            until_gone(run, ranks)
+            said.append(summary(tmp_path)["error"].partition(")")[0])
+    assert said == [f"stopped ({reason}" for reason in ("SIGTERM", "SIGINT", "SIGHUP")]
+    printed = (tmp_path / "screen").read_text()
+    assert printed.count("stopped (") == 3 and "fashion_ddp/" not in printed  # in no traceback
+    with Started(tmp_path, words) as run:
+        assert run.wait() == 0
+    assert record(tmp_path) == whole[2]
+
+
+@pytest.mark.slow
+def test_the_same_accelerate_command_continues_however_it_was_stopped(
+    tmp_path: Path, whole: dict[int, list[Any]]
+) -> None:
+    words, said = [*ACCELERATE, *SMALL, *FEW], []
+    # It does not hand signals on: its rank notices that it is gone. Where the rank is told, its launcher says 1.
+    for number, to_rank, code in ((signal.SIGTERM, False, -15), (signal.SIGUSR2, True, 1)):
+        with Started(tmp_path, words, gate("sync point")) as run:
+            [rank] = run.at_gate()
+            os.kill(rank if to_rank else run.process.pid, number)
+            if to_rank:
+                run.told()
+            else:
+                run.process.wait()
+            assert run.wait() == code
+            until_gone(run, [rank])
+            said.append(summary(tmp_path)["error"].partition(")")[0])
+    assert said == ["stopped (the launcher died", "stopped (SIGUSR2"]
+    with Started(tmp_path, words) as run:
+        assert run.wait() == 0
+    assert record(tmp_path) == whole[1]
+
+
+@pytest.mark.slow
+def test_a_run_in_the_background_goes_on_when_its_shell_ends(tmp_path: Path) -> None:
+    line = " ".join(["nohup", *PYTHON, *SMALL, "& wait"])
+    with Started(tmp_path, ["sh", "-c", line], gate("sync point")) as run:
+        [pid] = run.at_gate()
+        run.process.kill()
+        run.process.wait()
+        for number in (signal.SIGHUP, signal.SIGINT):  # of the terminal, to all that it started
+            os.kill(pid, number)
+        run.let_through()
+        until_gone(run, [pid])
+    assert summary(tmp_path)["status"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "exit_code"),
+    [
+        ([*PYTHON, *SMALL], EX_TEMPFAIL),
+        ([*TORCHRUN, *SMALL], 1),
+        ([*ACCELERATE, *SMALL], -signal.SIGINT),
+        (
+            ["bash", "-c", f"trap : INT; {' '.join([*PYTHON, *SMALL])} 2>&1 | tee log; exit ${{PIPESTATUS[0]}}"],
+            EX_TEMPFAIL,
+        ),
+    ],
+    ids=["python", "torchrun", "accelerate", "tee"],
+)
+def test_ctrl_c_on_a_terminal_saves_and_ends_without_a_traceback(
+    words: list[str], exit_code: int, tmp_path: Path
+) -> None:
+    with Started(tmp_path, words, gate("sync point"), terminal=True) as run:
+        ranks = run.at_gate(2 if "torchrun" in words[0] else 1)
+        run.type(b"\x03")
+        run.told(len(ranks))
+        assert run.wait() == exit_code, run.printed()
+        until_gone(run, ranks)
+    assert summary(tmp_path)["error"].startswith("stopped (SIGINT) and saved in epoch 1")
+    assert "fashion_ddp/" not in run.printed() and "BrokenPipe" not in run.printed()
+    if "python" in words[0]:
+        assert "Traceback" not in run.printed() and "the same command continues" in run.printed()
+    assert (tmp_path / "log").exists() == ("tee" in words[-1])
+
+
+# --- One process, without a run ---------------------------------------------------------------------------------------
+
+
+def listening(code: str, **env: str) -> subprocess.Popen[str]:
+    """A process that runs `code`, with what it needs at hand, and prints."""
+    head = "import os, signal, sys, time\nfrom fashion_ddp.distributed import signals\nme = os.getpid()\n"
+    head += "for one in (signal.SIGINT, signal.SIGHUP): signal.signal(one, signal.SIG_DFL)\n"
+    words = [sys.executable, "-c", head + textwrap.dedent(code)]
+    surroundings = {k: v for k, v in os.environ.items() if k != "RANK"} | env
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=CHECKOUT, env=surroundings, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+@pytest.mark.quick
+def test_every_signal_is_heard_and_a_second_call_forgets_none() -> None:
+    done = listening(
+        """
+        signals.listen()
+        for one in signals.SIGNALS[:3]: os.kill(me, one)
+        signals.listen()
+        for one in signals.SIGNALS[3:]: os.kill(me, one)
+        print(len(signals.heard()), signals.told())
+        """
+    )
+    assert done.communicate()[0] == "5 [True, True, True, True, True, False]\n"
+
+
+@pytest.mark.quick
+def test_listening_in_another_thread_is_refused_and_in_the_main_one_still_possible() -> None:
+    done = listening(
+        """
+        import threading
+        threading.Thread(target=signals.listen).start()
+        time.sleep(0.2)
+        signals.listen()
+        os.kill(me, signal.SIGTERM)
+        print(*signals.heard())
+        """
+    )
+    printed, said = done.communicate()
+    assert printed == "15\n" and "ValueError" in said and "main thread" in said
+
+
+@pytest.mark.quick
+def test_what_nohup_or_a_shell_shut_off_for_its_background_stays_off_and_no_more() -> None:
+    done = listening(
+        """
+        for one in signals.SIGNALS[:3]: signal.signal(one, signal.SIG_IGN)
+        signals.listen()
+        for one in signals.SIGNALS: os.kill(me, one)
+        print(*[one.name for one in signals.heard()])
+        """
+    )
+    assert done.communicate()[0] == "SIGTERM SIGUSR1 SIGUSR2\n"
+
+
+@pytest.mark.quick
+def test_a_process_started_with_signals_held_gets_them_when_it_listens() -> None:
+    done = listening(
+        """
+        import subprocess
+        signals.listen()
+        child = "import time, signal; from fashion_ddp.distributed import signals; input(); signals.listen(); "
+        child += "print(*signals.heard(), signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)"
+        with signals.held():
+            os.kill(me, signal.SIGUSR2)
+            process = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, text=True)
+        for one in signals.SIGNALS: process.send_signal(one)
+        process.communicate("go on")
+        print(process.returncode, *signals.heard())
+        """
+    )
+    heard = " ".join(str(int(one)) for one in (15, 2, 1, 10, 12))
+    assert done.communicate()[0] == f"{heard} set()\n0 12\n"
+
+
+@pytest.mark.quick
+def test_the_exit_code_stays_while_python_takes_itself_apart() -> None:
+    done = listening(
+        """
+        class Late:
+            def __del__(self, kill=os.kill, me=me, signals=signals.SIGNALS):
+                for one in signals: kill(me, one)
+                print("deleted", flush=True)
+        signals.listen()
+        late = Late()
+        sys.exit(75)
+        """
+    )
+    assert done.communicate()[0] == "deleted\n" and done.returncode == 75
+
+
+@pytest.mark.quick
+def test_a_storm_of_signals_over_a_process_s_end_changes_neither_its_exit_code_nor_what_it_prints() -> None:
+    for _ in range(20):  # one in five printed a traceback while handlers alone were taken away
+        done = listening("signals.listen(); print(1, flush=True); time.sleep(0.05); sys.exit(75)")
+        assert done.stdout and done.stdout.readline()
+        while done.poll() is None:
+            for one in signals.SIGNALS[2:]:
+                done.send_signal(one)
+        assert (done.returncode, *done.communicate()) == (75, "", "")
+
+
+@pytest.mark.quick
+def test_the_thread_that_attends_takes_no_signal_whose_handler_might_outlive_python() -> None:
+    done = listening(
+        """
+        signals.listen()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # in this thread
+        for one in signals.SIGNALS: os.kill(me, one)
+        time.sleep(0.1)
+        print(len(signal.sigpending()), signals.heard())
+        """
+    )
+    assert done.communicate()[0] == "5 []\n"
+
+
+@pytest.mark.quick
+def test_more_signals_than_can_be_taken_in_neither_block_nor_warn() -> None:
+    done = listening(
+        """
+        signals._attend = lambda readable: time.sleep(60)
+        signals.listen()
+        for _ in range(70_000): os.kill(me, signal.SIGUSR1)
+        print(*signals.heard())
+        """
+    )
+    assert done.communicate() == ("10\n", "")
+
+
+@pytest.mark.quick
+def test_an_interrupt_whose_reader_is_gone_ends_all_the_same_and_takes_a_launcher_s_children_with_it() -> None:
+    done = listening(
+        """
+        import subprocess
+        signals.AT_ONCE = 0.2
+        signals.listen()
+        signals.children = [subprocess.Popen(["sleep", "300"], stdout=subprocess.DEVNULL)]
+        print(signals.children[0].pid, flush=True)
+        time.sleep(100)
+        """
+    )
+    assert done.stdout and done.stderr
+    child = int(done.stdout.readline())
+    done.stderr.close()
+    while done.poll() is None:
+        done.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert done.returncode == 128 + signal.SIGINT
+    end = time.monotonic() + 60
+    while living(child):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.quick
+def test_interrupts_soon_after_the_first_are_one_with_it() -> None:
+    done = listening(
+        """
+        signals.AT_ONCE = 60.0
+        signals.listen()
+        for _ in range(5):
+            os.kill(me, signal.SIGINT)
+            time.sleep(0.1)
+        print(*signals.heard())
+        """
+    )
+    printed, said = done.communicate()
+    assert printed == "2\n" and said.count("interrupt again to end at once") == said.count("interrupted") == 1
+
+
+@pytest.mark.quick
+def test_a_rank_without_its_launcher_that_comes_to_no_sync_point_ends() -> None:
+    code = "signals.ORPHAN = 0.5\nsignals.listen()\ntime.sleep({})"
+    orphan = listening(code.format(100), FASHION_DDP_LAUNCHER="1")
+    launched = listening(code.format(2), TORCHELASTIC_RUN_ID="1")  # whose parent, this process, lives
+    assert "Traceback" not in orphan.communicate()[1] and orphan.returncode == 1
+    assert launched.wait() == 0

@@ -1,0 +1,322 @@
+"""launch.local --jobs: several runs at once, each with its share of the machine, its log and its true record."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+from conftest import CHECKOUT, command
+from faults import Fault, start_tiny
+from gates import LOCAL, Started, gate
+from reports import Report
+from test_local import EX_TEMPFAIL, SMALL, report, until_gone
+
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.distributed import machine
+from fashion_ddp.errors import UserError
+from launch.pool import train
+from launch.processes import Job, Running
+from launch.share import Share, announce, deal, visible_cards
+from launch.submission import Submission
+
+TWO_AT_ONCE = [*LOCAL, *SMALL, "--jobs", "2"]
+UUIDS = ["GPU-5a1c", "GPU-0b7f", "GPU-9d3e"]
+SYNTHETIC = ((1, 28, 28), 10, 12_000)
+
+# A model that fails in the middle of its first epoch: after the estimate and the warm-up, when it has a folder.
+BREAKS = (
+    "from torch import nn\n\n"
+    "class Net(nn.Sequential):\n"
+    "    calls = 0\n"
+    "    def __init__(self, image_shape, classes):\n"
+    "        super().__init__(nn.Flatten(), nn.Linear(784, classes))\n"
+    "    def forward(self, x):\n"
+    "        Net.calls += 1\n"
+    "        if Net.calls > 20:\n"
+    "            raise RuntimeError('the user s model broke')\n"
+    "        return super().forward(x)\n"
+)
+
+
+def of(folder: Path, model: str, name: str) -> Any:
+    """The content of a run's JSON file."""
+    [path] = folder.glob(f"runs/{model}-*/{name}.json")
+    return json.loads(path.read_text())
+
+
+# --- Who gets what ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("cards", "jobs", "ranks", "dealt"),
+    [
+        (["0", "1", "2", "3"], 4, 1, ["0", "1", "2", "3"]),
+        (["0", "1", "2", "3"], 2, 1, ["0", "1"]),
+        (["0", "1", "2", "3"], 2, 2, ["0,1", "2,3"]),
+        (["1", "3"], 2, 1, ["1", "3"]),
+        (["3", "1"], 2, 1, ["3", "1"]),
+        (UUIDS, 3, 1, UUIDS),
+        (["0", "1", "2", "3", "4"], 2, 2, ["0,1", "2,3"]),
+    ],
+)
+def test_each_run_has_cards_of_its_own(cards: list[str], jobs: int, ranks: int, dealt: list[str]) -> None:
+    assert deal(cards, jobs, ranks) == dealt
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("cards", "jobs", "ranks", "said"),
+    [
+        (
+            2,
+            4,
+            1,
+            "jobs=4 of 1 rank each need 4 NVIDIA cards, and there are 2: give --jobs 2 (JOBS=2), or --device cpu",
+        ),
+        (1, 2, 1, "jobs=2 of 1 rank each need 2 NVIDIA cards, and there are 1: give --jobs 1"),
+        (3, 2, 2, "jobs=2 of 2 ranks each need 4 NVIDIA cards, and there are 3: give --jobs 1"),
+    ],
+)
+def test_more_runs_than_cards_are_refused_with_both_numbers(cards: int, jobs: int, ranks: int, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        deal(visible_cards(cards, {}), jobs, ranks)
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("named", "count", "names"),
+    [
+        (None, 3, ["0", "1", "2"]),
+        ("1,3", 2, ["1", "3"]),
+        ("3, 1", 2, ["3", "1"]),
+        (",".join(UUIDS), 3, UUIDS),
+        ("2,0,-1,1", 2, ["2", "0"]),  # CUDA looks no further than -1
+    ],
+)
+def test_visible_cards_keep_the_names_that_the_user_gave(named: str | None, count: int, names: list[str]) -> None:
+    assert visible_cards(count, {} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == names
+
+
+@pytest.mark.quick
+def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = make_config({"device": "cpu"})
+    monkeypatch.setattr(machine, "usable_cores", lambda: 12)
+    shares = {(j, r): announce(j, r, cfg, [], SYNTHETIC) for j, r in [(1, 0), (3, 0), (3, 2), (5, 0), (16, 0), (8, 4)]}
+    assert {at: (share.ranks, share.threads) for at, share in shares.items()} == {
+        (1, 0): (4, 3),  # as ever: on all that there is
+        (3, 0): (1, 4),
+        (3, 2): (2, 2),
+        (5, 0): (1, 2),
+        (16, 0): (1, 1),
+        (8, 4): (4, 1),
+    }
+    assert shares[3, 2].cards == (None, None, None)
+    own = announce(3, 0, make_config({"device": "cpu", "threads": 7}), [], SYNTHETIC)
+    assert own.threads == 7
+
+
+@pytest.fixture
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[str | None, ...]]]:
+    """The cards, the runs at once and the rank that each process started since the last call saw."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json, os\nwith open(f'{os.getpid()}.json', 'w') as file:\n    json.dump(dict(os.environ), file)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{CHECKOUT}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-b,0")
+    monkeypatch.setenv("FASHION_DDP_SIDE_BY_SIDE", "9")  # of another launcher, above this one
+
+    def seen() -> list[tuple[str | None, ...]]:
+        files = list(tmp_path.glob("*.json"))
+        every = [json.loads(path.read_text()) for path in files]
+        for path in files:
+            path.unlink()
+        names = ("CUDA_VISIBLE_DEVICES", "FASHION_DDP_SIDE_BY_SIDE", "LOCAL_RANK")
+        return sorted(tuple(map(one.get, names)) for one in every)
+
+    return seen
+
+
+@pytest.mark.quick
+def test_runs_at_once_see_cards_of_their_own_and_how_many_they_are(
+    surroundings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = ("--no-such-flag",)
+    jobs = [Job(make_config({"seed": seed}), refused) for seed in (1, 2)]
+    assert train(jobs, Share(2, 1, ("1,3", "GPU-b,0", "2,4"))) == 1
+    assert surroundings() == [*(("1,3", "2", rank) for rank in "01"), *(("GPU-b,0", "2", rank) for rank in "01")]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in said if "begins" in line] == [
+        "[1/2] cnn-blog-seed1 begins on card 1,3",
+        "[2/2] cnn-blog-seed2 begins on card GPU-b,0",
+    ]
+    assert said[-1] == "2 of 2 runs failed: cnn-blog-seed1, cnn-blog-seed2"
+    assert train([*jobs, Job(make_config({"seed": 3}), refused)], Share(1, 1, ("3",))) == 1
+    assert surroundings() == [("3", "1", None)] * 3
+
+
+@pytest.mark.quick
+def test_a_run_that_is_alone_sees_what_its_launcher_sees(surroundings: Any) -> None:
+    running = Running(("--no-such-flag",), 1)
+    while (code := running.poll()) is None:
+        time.sleep(0.01)
+    assert code == 2 and surroundings() == [("1,3,GPU-b,0", "1", None)]
+
+
+@pytest.mark.quick
+def test_a_log_that_cannot_be_written_fails_its_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    jobs = [
+        Job(make_config({"runs_dir": tmp_path / "file"}), ("--no-such-flag",)),
+        Job(make_config({"runs_dir": tmp_path / "runs"}), ("--no-such-flag",)),
+    ]
+    assert train(jobs, Share(1, 1, (None,))) == 1
+    said = capsys.readouterr().out
+    assert "[1/2] cnn-blog-seed42 FAILED: it could not be begun: " in said and f"{tmp_path / 'file'}" in said
+    assert "2 of 2 runs failed" in said
+    assert "--no-such-flag" in (tmp_path / "runs" / "cnn-blog-seed42.log").read_text()
+
+
+def test_a_login_node_is_told_the_same_for_the_cluster(tmp_path: Path) -> None:
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    words = ("--models", "linear", "--jobs", "3", "--dataset", "synthetic")
+    done = command("python", "-m", "launch.local", *words, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    [line] = re.findall(r"`python -m launch.submit (.*?)`", done.stderr)
+    asked, flags = tyro.cli(Submission, args=shlex.split(line), return_unknown_args=True)
+    assert asked.at_once == 3 and flags == ["--dataset", "synthetic"]
+
+
+# --- Real runs --------------------------------------------------------------------------------------------------
+
+
+def test_two_at_once_go_on_when_one_fails_and_the_report_says_that_times_were_shared(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(BREAKS)
+    words = [*TWO_AT_ONCE, "--models", "linear", "mine:Net", "mlp"]
+    with Started(tmp_path, words, gate("sync point", count=2)) as run:
+        run.at_gate(2)  # linear stands there still when mlp has come: the two are trained at the same time
+        said = run.printed().splitlines()
+        assert run.wait() == 1, run.printed()
+    assert said[0].startswith("3 runs, 2 at once, of 1 rank with ")
+    begun = [next(n for n, line in enumerate(said) if line.startswith(f"[{k}/3]") and "begins" in line) for k in (1, 2)]
+    failed = next(n for n, line in enumerate(said) if line.startswith("[2/3] mine_Net-") and "FAILED" in line)
+    third = next(n for n, line in enumerate(said) if line.startswith("[3/3] mlp-") and "begins" in line)
+    assert begun[0] < begun[1] < failed < third  # it waited for a place
+    assert "    RuntimeError: the user s model broke" in said[failed:third]  # the log's last lines
+    ends = [line for line in run.printed().splitlines() if "finished: test accuracy" in line]
+    assert len(ends) == 2 and f"{100 * of(tmp_path, 'mlp', 'summary')['test/accuracy']:.2f} %" in " ".join(ends)
+    assert "1 of 3 runs failed: mine_Net-" in run.printed()
+    # What a run says itself stands in its own log, and nowhere else.
+    assert "epoch 1/2" not in run.printed() and "Traceback" not in run.printed().partition("[2/3]")[0]
+    [log] = tmp_path.glob("runs/mlp-*.log")
+    assert log.read_text().count("epoch 1/2 |") == log.read_text().count("epoch 2/2 |") == 1
+    assert str(log.relative_to(tmp_path)) in said[third] and "times are shared" in log.read_text()
+
+    assert report(tmp_path) == {"linear": "finished", "mlp": "finished", "mine:Net": "failed"}
+    threads = max(1, machine.usable_cores() // 2)
+    for model in ("linear", "mlp"):
+        kept, [start] = of(tmp_path, model, "summary"), of(tmp_path, model, "environment")
+        assert (kept["side_by_side"], kept["threads"], kept["world_size"]) == (2, threads, 1)
+        assert start["side_by_side"] == 2 and kept["timings_mixed"] is False
+    shown = Report(tmp_path / "report", run.printed())
+    assert shown.column("times shared by") == ["2 runs", "2 runs"]
+    for text in (shown.text, shown.markdown, shown.printed):
+        assert "Times shared by up to 2 runs at once: all runs." in text
+
+
+def test_a_run_that_goes_on_beside_others_has_mixed_times_and_keeps_the_mark(tmp_path: Path) -> None:
+    stop = [Fault("sync point", "TERM", count=3)]
+    assert start_tiny(1, tmp_path, [], stop, FASHION_DDP_SIDE_BY_SIDE="3").wait() == [75]
+    kept = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert kept["side_by_side"] == 3 and kept["timings_mixed"] is False
+    ranks = start_tiny(1, tmp_path)
+    assert ranks.wait() == [0] and "beside other runs than before, so its timings are mixed" in ranks.printed()
+    kept = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert kept["side_by_side"] == 3 and kept["timings_mixed"] is True
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [start["side_by_side"] for start in starts] == [3, 1]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Of each finished run, by its model."""
+    files = sorted(folder.glob("runs/*/model.safetensors"))
+    return {path.parent.name.partition("-")[0]: path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_side_by_side_or_not_stopped_or_not_the_weights_are_the_same(tmp_path: Path) -> None:
+    models = ["--models", "linear", "cnn", "mlp", "--hidden-units", "4"]
+    alone, beside, stopped = (tmp_path / name for name in ("alone", "beside", "stopped"))
+    for folder in (alone, beside, stopped):
+        folder.mkdir()
+    with Started(beside, [*TWO_AT_ONCE, *models]) as run:
+        assert run.wait() == 0, run.printed()
+    threads = str(of(beside, "cnn", "summary")["threads"])
+    with Started(alone, [*LOCAL, *SMALL, *models, "--ranks", "1", "--threads", threads]) as run:
+        assert run.wait() == 0, run.printed()
+    assert of(alone, "cnn", "summary")["side_by_side"] == 1
+    assert not list(alone.glob("runs/*.log")) and "epoch 1/2" in run.printed()  # the terminal is its own
+
+    with Started(stopped, [*TWO_AT_ONCE, *models], gate("sync point", count=2), terminal=True) as run:
+        run.at_gate(2)
+        run.type(b"\x03")
+        run.told(2)
+        assert run.wait() == EX_TEMPFAIL, run.printed()
+    assert run.printed().count("stopped, and saved") == 2 and "Traceback" not in run.printed()
+    assert run.printed().count("the same command continues") == run.printed().count("stopped (SIGINT)") == 1
+    assert not weights(stopped) and not list(stopped.glob("runs/mlp-*"))  # the third was not begun
+    for model in ("linear", "cnn"):
+        assert of(stopped, model, "summary")["status"] == "stopped"
+    assert not (stopped / "report").exists()
+    before = [(log, log.read_text()) for log in stopped.glob("runs/*.log")]
+    with Started(stopped, [*TWO_AT_ONCE, *models]) as run:
+        assert run.wait() == 0, run.printed()
+    assert len(before) == 2 and all(log.read_text().startswith(text) for log, text in before)
+    assert all("continued after step" in log.read_text() for log, _ in before)
+    assert report(stopped) == dict.fromkeys(("linear", "cnn", "mlp"), "finished")
+    assert sorted(weights(alone)) == ["cnn", "linear", "mlp"]
+    assert weights(alone) == weights(beside) == weights(stopped)
+
+    with Started(beside, [*TWO_AT_ONCE, *models]) as run:  # all are there
+        assert run.wait() == 0 and run.printed().count("taken as it is") == 3
+    with Started(beside, [*TWO_AT_ONCE, *models, "--fresh"]) as run:
+        assert run.wait() == 0, run.printed()
+    assert len(list(beside.glob("runs/*.1/summary.json"))) == 3 and weights(beside)["cnn"] == weights(alone)["cnn"]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_runs_at_once(tmp_path: Path) -> None:
+    words = [*TWO_AT_ONCE, "--models", "linear", "mlp", "--ranks", "2"]
+    with Started(tmp_path, words, gate("sync point"), terminal=True) as run:
+        pids = run.at_gate(4)
+        os.kill(pids[0], signal.SIGSTOP)
+        run.interrupt_until_it_ends()
+        until_gone(run, pids)
+        assert run.process.returncode == 128 + signal.SIGINT
+    assert run.printed().count("interrupted twice") == 1
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_ranks_of_all_runs_and_a_run_that_was_killed_fails_alone(tmp_path: Path) -> None:
+    words = [*TWO_AT_ONCE, "--models", "linear", "mlp", "--ranks", "2"]
+    with Started(tmp_path, words, gate("sync point", count=2)) as run:
+        run.at_gate(4)
+        run.process.send_signal(signal.SIGTERM)
+        run.told(4)
+        assert run.wait() == EX_TEMPFAIL, run.printed()
+    with Started(tmp_path, words, gate("sync point", count=2, word="mlp")) as run:
+        os.kill(run.at_gate(2)[0], signal.SIGKILL)
+        assert run.wait() == 1, run.printed()
+    assert "FAILED with exit code 137" in run.printed() and "1 of 2 runs failed: mlp-" in run.printed()
+    assert of(tmp_path, "linear", "summary")["status"] == "finished"
+    assert report(tmp_path)["mlp"] in ("failed", "interrupted")

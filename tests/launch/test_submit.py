@@ -1,0 +1,836 @@
+"""Submitting many runs: what is refused before anything is queued, what SLURM would be given, and Submitit's local and
+debug executors for real. A real SLURM is test_slurm.py's."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CHECKOUT, command, need
+
+from fashion_ddp import data
+from fashion_ddp.config import cli
+from fashion_ddp.errors import UserError
+from fashion_ddp.runs import claim, provenance
+from launch import job, sbatch, site, slurm, snapshot, status, submit, sweep
+
+quick = pytest.mark.quick
+SMALL = ["--dataset", "synthetic", "--epochs", "1", "--tracker", "none"]
+LINEAR = ["--models", "linear", *SMALL]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, on a machine without SLURM."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "no programs"))
+    monkeypatch.delenv("FASHION_DDP_DATA_DIR", raising=False)
+    return tmp_path
+
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def said(here: Path, capsys: pytest.CaptureFixture[str]) -> Said:
+    """Call a command's main in this process: its exit code, and what it printed."""
+
+    def call(main: Callable[[list[str]], int], *words: str) -> tuple[int, str, str]:
+        try:
+            code: Any = main(list(words))
+        except SystemExit as end:
+            code = end.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def lines(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+# --- What would be submitted ------------------------------------------------------------------------------------------
+
+
+@quick
+def test_a_dry_run_shows_what_sbatch_would_get_without_slurm_and_writes_nothing(here: Path, said: Said) -> None:
+    words = ["--models", "linear", "cnn", "--seeds", "0", "1", "--nodes", "2", "--gpus-per-node", "4", "--time", "8"]
+    words += ["--cpus-per-rank", "3", "--partition", "gpu", "--account", "team", "--slurm", "qos=long", "exclusive"]
+    code, out, err = said(submit.main, *words, "--at-once", "2", *SMALL, "--dry-run")
+    assert (code, err, list(here.iterdir())) == (0, "", [])
+    settings, runs_, comparison = out.split("--- sbatch, for ")
+    assert lines(settings, "--- ") == [
+        f"--- {here}/runs/{model}-blog-seed{seed}-epochs1-datasetsynthetic"
+        for model in ("linear", "cnn")
+        for seed in (0, 1)
+    ]
+    shown = [yaml.safe_load(text.partition("\n")[2]) for text in settings.split("--- ")[1:]]
+    assert [(one["model"], one["seed"], one["device"], one["threads"]) for one in shown] == [
+        ("linear", 0, "cuda", 3),
+        ("linear", 1, "cuda", 3),
+        ("cnn", 0, "cuda", 3),
+        ("cnn", 1, "cuda", 3),
+    ]
+    assert runs_.startswith("4 runs\n#!/bin/bash\n")
+    assert [line for line in lines(runs_, "#SBATCH") if "--output" not in line] == [
+        "#SBATCH --account=team",
+        "#SBATCH --array=0-3%2",
+        f"#SBATCH --chdir={here}",
+        "#SBATCH --cpus-per-task=3",
+        "#SBATCH --exclusive",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --job-name=fashion_ddp",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --qos=long",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --time=8",
+    ]
+    [srun] = lines(runs_, "srun ")
+    [base] = lines(runs_, "#SBATCH --output")
+    base = base.removeprefix("#SBATCH --output=").removesuffix("/%A_%a_0_log.out")
+    assert Path(base).parent == here / "runs" / ".submissions"
+    assert srun == (
+        f"srun --unbuffered --output {base}/%A_%a_%t_log.out --kill-on-bad-exit=1 --wait=180 --cpus-per-task=3 "
+        f"--export=ALL {sys.executable} -u -m submitit.core._submit {base}"
+    )
+    assert f'export PYTHONSAFEPATH=1 PYTHONPATH={base}/code:{here}"${{PYTHONPATH:+:$PYTHONPATH}}"' in runs_
+    assert [line for line in lines(comparison, "#SBATCH") if "--output" not in line] == [
+        "#SBATCH --account=team",
+        f"#SBATCH --chdir={here}",
+        "#SBATCH --cpus-per-task=1",
+        "#SBATCH --dependency=afterany:JOB",
+        "#SBATCH --job-name=fashion_ddp-report",
+        "#SBATCH --kill-on-invalid-dep=yes",
+        "#SBATCH --nodes=1",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --qos=long",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=USR2@90",
+        "#SBATCH --time=30",
+    ]
+
+
+def test_a_dry_run_needs_no_cluster_where_its_commands_are_installed(tmp_path: Path) -> None:
+    need("sbatch")
+    words = ("python", "-m", "launch.submit", *LINEAR, "--gpus-per-node", "4", "--dry-run")
+    done = command(*words, cwd=tmp_path, SLURM_CONF="/dev/null")
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", []) and "--- sbatch, for" in done.stdout
+
+
+@quick
+def test_a_single_run_is_no_array_and_a_short_job_is_told_in_time(said: Said) -> None:
+    _, out, _ = said(submit.main, *LINEAR, "--time", "1", "--dry-run")
+    assert "--array" not in out and "#SBATCH --signal=USR2@30\n" in out and "%j_0_log.out" in out
+    assert "--gpus-per-node" not in out
+
+
+@quick
+def test_paths_with_spaces_and_relative_ones_are_the_jobs_own(
+    here: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := here / "my work").mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "mine.yaml").write_text("all: {lr: 0.3}\n")
+    _, out, _ = said(submit.main, *LINEAR, "--recipe", "mine.yaml", "--data-dir", "da ta", "--dry-run")
+    shown = yaml.safe_load(out.split("--- ")[1].partition("\n")[2])
+    assert shown["recipe"] == str(folder / "mine.yaml") and shown["lr"] == 0.3
+    assert shown["data_dir"] == str(folder / "da ta") and shown["runs_dir"] == str(folder / "runs")
+    assert f"-m submitit.core._submit '{folder}/runs/.submissions/" in out
+    setup = next(line for line in out.splitlines() if line.startswith("export PYTHONSAFEPATH"))
+    told = subprocess.run(
+        ["/bin/bash", "-c", f'{setup}; printf "%s" "$PYTHONPATH"'],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": "/o ld:/x"},
+    )
+    first, *rest = told.stdout.split(":")
+    assert first.startswith(f"{folder}/runs/.submissions/") and rest == [str(folder), "/o ld", "/x"]
+
+
+@quick
+def test_a_sweep_is_every_combination_of_its_values(said: Said) -> None:
+    words = ["--sweep", "lr=0.1,0.2", "batch-norm=true,false", "--validation", "500", "--models", "cnn", *SMALL]
+    _, out, _ = said(submit.main, *words, "--dry-run")
+    shown = [yaml.safe_load(text.partition("\n")[2]) for text in out.split("--- sbatch")[0].split("--- ")[1:]]
+    assert [(one["lr"], one["batch_norm"], one["validation"]) for one in shown] == [
+        (0.1, True, 500),
+        (0.1, False, 500),
+        (0.2, True, 500),
+        (0.2, False, 500),
+    ]
+
+
+@quick
+def test_a_sweep_may_be_over_a_model_s_own_arguments(here: Path, said: Said) -> None:
+    (here / "swept.py").write_text(
+        "from torch import nn\n\n"
+        "def net(image_shape, classes, depth: int = 1):\n"
+        "    layers = [nn.Linear(784, 784) for _ in range(depth)]\n"
+        "    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(784, classes))\n"
+    )
+    words = ["--sweep", "model-args=depth=1,depth=2", "--validation", "500", "--models", "swept:net", *SMALL]
+    code, out, err = said(submit.main, *words, "--dry-run")
+    assert code == 0, err
+    shown = [yaml.safe_load(text.partition("\n")[2]) for text in out.split("--- sbatch")[0].split("--- ")[1:]]
+    assert [one["model_args"] for one in shown] == [["depth=1"], ["depth=2"]]
+
+
+# --- What is refused, before anything is queued or written ------------------------------------------------------------
+
+BAD = {
+    "--nodes 0": "nodes must be at least 1",
+    "--time 0": "time must be at least 1",
+    "--max-restarts -1": "max_restarts must be at least 0",
+    "--gpus-per-node 4 --ranks-per-node 2": "a rank has one card",
+    "--nodes 2 --executor local": "this machine alone",
+    "--ranks-per-node 2 --executor debug": "one rank, and not 2",
+    "--model cnn": "--models",
+    "--seed 3": "--seeds",
+    "--config x.yaml": "--recipe mine.yaml",
+    "--check-only": "--dry-run",
+    "--epoch 3": "did you mean 'epochs'?",
+    "--no-such-thing": "unknown flag --no-such-thing",
+    "--epochs 0": "epochs must be greater than 0",
+    "--recipe nope": "recipe: unknown 'nope'",
+    "--models linear lenear": "did you mean 'linear'?",
+    "--seeds 1 1": "two of the runs would be one",
+    "--seeds 1 2 --run-dir x": "--run-dir names one folder, and these are 2 runs",
+    "--device cuda": "give --gpus-per-node",
+    "--device cpu --gpus-per-node 2": "leave one out",
+    "--ranks-per-node 2 --reduction-shards 3": "must be a multiple of the 2 ranks",
+    "--precision fp16": "needs an NVIDIA card",
+    "--sweep lr": "expected name=value,value",
+    "--sweep lr=1,,2": "expected name=value,value",
+    "--sweep lt=1,2": "did you mean 'lr'?",
+    "--sweep threads=1,2": "no setting that changes a result",
+    "--sweep lr=0.1,0.2 lr=0.3 --validation 5": "given twice",
+    "--sweep lr=0.1,0.2 --lr 0.3 --validation 5": "given twice",
+    "--sweep lr=0.1,x --validation 5": "lr must be a number, got 'x'",
+    "--sweep shuffle=yes,no --validation 5": "must be true or false, got 'yes'",
+    "--sweep lr=0.1,1e-1 --validation 5": "two of the runs would be one",
+    "--sweep lr=0.1,0.2": "--validation 5000",
+    "--slurm nodes=2": "give --nodes",
+    "--slurm time=5": "give --time",
+    "--slurm output=x": "the log's place is known to launch.status",
+    "--slurm gpus-per-task=1": "use --gpus-per-node",
+    "--slurm parsable": "sbatch is called for you",
+    "--slurm =3": "expected an option of sbatch",
+    "--site nope.yaml": "nope.yaml: cannot be read",
+    "--out file/report": "file is no folder that can be written",
+    "--models mine:Net": "there is no module 'mine'",
+    "--dataset fashion_mnist --data-dir nope": "nope (from --data-dir)",
+    "": "sbatch is not here",
+}
+
+
+@quick
+@pytest.mark.parametrize(("words", "told"), BAD.items(), ids=lambda value: value[:50])
+def test_bad_input_is_told_once_and_leaves_nothing(here: Path, said: Said, words: str, told: str) -> None:
+    (here / "file").write_text("")
+    code, out, err = said(submit.main, *LINEAR, *words.split())
+    assert code == 2 and told in err and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert [path.name for path in here.iterdir()] == ["file"]
+
+
+@quick
+def test_a_users_model_is_tried_before_anything_is_queued(here: Path, said: Said) -> None:
+    (here / "wrong.py").write_text("from torch import nn\n\ndef Net(image_shape, classes):\n    return nn.Flatten()\n")
+    code, _, err = said(submit.main, "--models", "wrong:Net", *SMALL)
+    assert code == 2 and "must give logits of shape [2, 10]" in err and not (here / "runs").exists()
+
+
+@quick
+def test_a_users_package_with_data_in_it_is_not_copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("big/__init__.py", "big/sub/net.py", "big/.git/objects", "big/weights"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("x = 1\n" * 20)
+    monkeypatch.setattr(snapshot, "LARGEST", 500)
+    snapshot.take(here / "code", ["big.sub.net:Net", "linear", "torch:nn", "fashion_ddp.models.architectures:cnn"])
+    copied = {str(path.relative_to(here / "code")) for path in (here / "code").rglob("*") if path.is_file()}
+    assert {name for name in copied if not name.startswith(("fashion_ddp/", "launch/"))} == {
+        "GIT_COMMIT",
+        "big/__init__.py",
+        "big/sub/net.py",
+        "big/weights",
+    }
+    assert "fashion_ddp/config/recipes/blog.yaml" in copied and "launch/job.py" in copied
+    assert not any("__pycache__" in name for name in copied)
+    monkeypatch.setattr(snapshot, "LARGEST", 300)
+    with pytest.raises(UserError, match="holds no data"):
+        snapshot.users_code(["big.sub.net:Net"])
+
+
+# --- The site file ----------------------------------------------------------------------------------------------------
+
+SITE = """
+setup: ["module load cuda/12.8", 'source "/my env/bin/activate"']
+python: apptainer exec --nv /img.sif python
+runs_dir: $SCRATCH/runs
+environment: {WANDB_MODE: offline, OMP_PLACES: "a b"}
+slurm: {qos: normal, partition: batch, mail_type: FAIL, requeue: false, gres: "gpu:4", exclusive: true}
+report: {partition: login, mail-type: false}
+"""
+
+
+@quick
+def test_a_site_file_shapes_the_jobs_and_the_commands_own_words_win(
+    here: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "site.yaml").write_text(SITE)
+    monkeypatch.setenv("FASHION_DDP_SITE", "site.yaml")
+    monkeypatch.setenv("SCRATCH", str(here / "scratch"))
+    code, out, _ = said(submit.main, *LINEAR, "--partition", "fast", "--slurm", "qos=high", "--dry-run")
+    assert code == 0
+    runs_, comparison = out.split("--- sbatch, for ")[1:]
+    assert out.startswith(f"--- {here}/scratch/runs/linear-")
+    options = {line.removeprefix("#SBATCH --") for line in lines(runs_, "#SBATCH")}
+    assert options >= {"partition=fast", "qos=high", "mail-type=FAIL", "gres=gpu:4", "exclusive"}
+    assert not any(option.startswith("requeue") for option in options)
+    setup = runs_.partition("# setup\n")[2].splitlines()
+    assert setup[:4] == [
+        "module load cuda/12.8",
+        'source "/my env/bin/activate"',
+        "export WANDB_MODE=offline",
+        "export OMP_PLACES='a b'",
+    ]
+    assert " apptainer exec --nv /img.sif python -u -m submitit.core._submit " in runs_
+    options = {line.removeprefix("#SBATCH --") for line in lines(comparison, "#SBATCH")}
+    assert options >= {"partition=login", "qos=high"}
+    assert not any(option.startswith(("mail-type", "gres", "exclusive")) for option in options)
+    # The user's own variable says it better than the group's file.
+    monkeypatch.setenv("FASHION_DDP_RUNS_DIR", str(here / "own"))
+    assert said(submit.main, *LINEAR, "--dry-run")[1].startswith(f"--- {here}/own/linear-")
+    assert said(submit.main, *LINEAR, "--runs-dir", "flag", "--dry-run")[1].startswith(f"--- {here}/flag/linear-")
+
+
+@quick
+def test_the_site_file_that_is_shown_is_valid(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = CHECKOUT / "slurm" / "site.yaml"
+    assert said(submit.main, *LINEAR, "--site", str(example), "--dry-run")[0] == 0
+    # And so it is with every line in use.
+    text = re.sub(r"^# (\w+: )", r"\1", example.read_text(), flags=re.MULTILINE)
+    Path("site.yaml").write_text(text)
+    assert yaml.safe_load(text).keys() == {field.name for field in dataclasses.fields(site.Site)}
+    monkeypatch.setenv("USER", "me")
+    assert site.read(Path("site.yaml")).runs_dir == "/scratch/me/runs"
+
+
+@quick
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("set_up: []", "site.yaml:1: unknown key 'set_up'; did you mean 'setup'?"),
+        ("\nsetup: module load x", "site.yaml:2: setup must be a list of lines of shell"),
+        ("setup: [module: load]", "site.yaml:1: setup must be a list of lines of shell"),
+        ("python: 3", "site.yaml:1: python must be text, got 3"),
+        ("runs_dir: runs", "site.yaml:1: runs_dir must be a path from / on"),
+        ("runs_dir: /a/$NOT_SET_ANYWHERE", "site.yaml:1: runs_dir must be a path from / on, of variables that are set"),
+        ("environment: [A=1]", "site.yaml:1: environment must hold `name: value` lines"),
+        ("environment:\n  A: true", "site.yaml:2: environment.A must be text or a number, got True: put it in quotes"),
+        ("environment:\n  A-B: 1", "site.yaml:2: environment.A-B is no name of a variable"),
+        ("environment:\n  WANDB_API_KEY: abc", "site.yaml:2: environment.WANDB_API_KEY would be written"),
+        ("slurm:\n  mem: [1]", "site.yaml:2: slurm.mem must be text or a number, got [1]"),
+        ("slurm:\n  qos: a\n  ntasks: 4", "site.yaml:3: slurm.ntasks is the command's own: give --ranks-per-node"),
+        ("slurm: {error: x}", "site.yaml:1: slurm.error cannot be chosen"),
+        ("report:\n  array: 1", "site.yaml:2: report.array is the command's own"),
+        ("slurm: {", "not valid YAML"),
+        ("- a", "expected `name: value` lines"),
+    ],
+)
+def test_a_mistake_in_a_site_file_is_told_with_its_line(here: Path, said: Said, text: str, told: str) -> None:
+    (here / "site.yaml").write_text(text)
+    code, _, err = said(submit.main, *LINEAR, "--site", "site.yaml", "--dry-run")
+    assert code == 2 and told in err and err.count("\n") == 1
+    assert "abc" not in err
+
+
+@quick
+def test_a_key_of_a_site_file_without_a_value_is_left_out(here: Path) -> None:
+    (here / "site.yaml").write_text("setup:\n  # - module load x\nslurm:\n")
+    assert site.read(here / "site.yaml") == site.Site()
+
+
+# --- What is there already --------------------------------------------------------------------------------------------
+
+
+def make_run(here: Path, name: str = "linear", status: str | None = None, **note: str) -> Path:
+    """A run's folder as a submission leaves it, with this status."""
+    argv = ["--model", name, "--device", "cpu", "--threads", "2", *SMALL, "--seed", "42", "--recipe", "blog"]
+    cfg = cli.parse(argv).run
+    folder = here / claim.folder_of(cfg)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(cfg.to_yaml())
+    if status:
+        epoch = {"epoch": 1, "step": 94, "test/accuracy": 0.5, "throughput/images_per_s": 1234.5}
+        (folder / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+        (folder / "summary.json").write_text(json.dumps({"format": 1, "status": status, "epochs": 1, **epoch}))
+        made_by = provenance.made_by(cfg, data.load(cfg.dataset).md5)
+        start = {"made_by": made_by, "ranks": [{"host": "node7"}, {"host": "node8"}]}
+        (folder / "environment.json").write_text(json.dumps([start]))
+    if note:
+        known = {"user": "me", "host": "login", "log": "/logs/1", "submission": str(here / "sub"), "job": "12_3"}
+        (folder / "job.json").write_text(json.dumps(known | note))
+    return folder
+
+
+def change_code(folder: Path) -> None:
+    [start] = json.loads((folder / "environment.json").read_text())
+    start["made_by"]["code"] = "other"
+    (folder / "environment.json").write_text(json.dumps([start]))
+
+
+@quick
+def test_a_finished_run_is_taken_as_it_is_and_one_by_other_code_is_refused(here: Path, said: Said) -> None:
+    folder = make_run(here, status="finished")
+    before = sorted(path.name for path in folder.iterdir())
+    code, out, err = said(submit.main, *LINEAR)
+    assert (code, err) == (0, "") and "taken as it is" in out and "python -m fashion_ddp.compare" in out
+    change_code(folder)
+    code, _, err = said(submit.main, *LINEAR)
+    assert code == 2 and "finished by other code" in err and "--fresh" in err and "--reuse" in err
+    assert said(submit.main, *LINEAR, "--reuse")[0] == 0
+    # With another Python, as of a container, this one's versions say nothing.
+    [start] = json.loads((folder / "environment.json").read_text())
+    start["made_by"] |= {"code": provenance.code_hash(), "torch": "1.0"}
+    (folder / "environment.json").write_text(json.dumps([start]))
+    assert "torch: 1.0 -> " in said(submit.main, *LINEAR)[2]
+    (here / "site.yaml").write_text("python: apptainer exec x.sif python")
+    assert said(submit.main, *LINEAR, "--site", "site.yaml")[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@quick
+def test_a_folder_in_which_a_launcher_noted_a_start_and_no_more_is_free(here: Path) -> None:
+    cfg = cli.parse(["--model", "linear", *SMALL]).run
+    folder = claim.folder_of(cfg)
+    folder.mkdir(parents=True)
+    for name in ("starts.jsonl", ".meet-7_0-0"):
+        (folder / name).touch()
+    assert claim.check(cfg, {}) == "nothing"
+    (folder / "other").touch()
+    with pytest.raises(UserError, match="is no run folder"):
+        claim.check(cfg, {})
+
+
+@quick
+def test_a_folder_of_another_run_is_refused(here: Path, said: Said) -> None:
+    folder = make_run(here, status="stopped")
+    code, _, err = said(submit.main, *LINEAR, "--lr", "0.5", "--run-dir", str(folder))
+    assert code == 2 and "belongs to another run (lr: 0.1 -> 0.5)" in err
+
+
+@quick
+def test_a_run_whose_job_cannot_be_asked_for_is_not_submitted_twice(here: Path, said: Said) -> None:
+    folder = make_run(here, status="stopped", executor="slurm")
+    code, _, err = said(submit.main, *LINEAR)
+    assert code == 2 and "whether its job 12_3 is still queued cannot be told: squeue is not here" in err
+    for verb in ("cancel", "resubmit"):
+        code, _, err = said(status.main, verb, "runs")
+        assert code == 2 and "which of these runs are queued cannot be told: squeue is not here" in err
+    code, out, _ = said(status.main, str(folder))
+    assert code == 0 and "stopped, or queued" in out and "squeue is not here" in out
+
+
+@quick
+def test_status_tells_what_the_folders_know(here: Path, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(here, "linear", "finished", executor="slurm")
+    failed = make_run(here, "relu", "failed", executor="local", job="999999")
+    (failed / "summary.json").write_text(json.dumps({"status": "failed", "error": "it broke"}))
+    (failed / "starts.jsonl").write_text("{}\n{}\n{}\n")
+    make_run(here, "mlp", executor="local")
+    broken = make_run(here, "cnn", "stopped")
+    (broken / "metrics.jsonl").write_text("no json\n")
+    monkeypatch.setenv("FASHION_DDP_RUNS_DIR", "runs")
+    code, out, err = said(status.main)
+    assert (code, err) == (0, "")
+    table = [line.split() for line in out.splitlines()[:5]]
+    names = [f"{model}-blog-seed42-epochs1-datasetsynthetic" for model in ("cnn", "linear", "mlp", "relu")]
+    assert table[1:] == [
+        [names[0], "-", "damaged", "0/?", "-", "-", "0", "-", "-"],
+        [names[1], "12_3", "finished", "1/1", "50.00", "1,234", "0", "node7,", "node8", "-"],
+        [names[2], "12_3", "not", "begun", "0/1", "-", "-", "0", "-", "-"],
+        [names[3], "999999", "failed", "1/1", "50.00", "1,234", "2", "node7,", "node8", "-"],
+    ]
+    assert f"{names[3]}: it broke; log: /logs/1" in out
+    assert "python -m launch.status resubmit" in out
+
+
+@quick
+def test_resubmit_says_what_it_cannot_do(here: Path, said: Said) -> None:
+    make_run(here, "linear", "finished")
+    assert said(status.main, "resubmit")[:2] == (0, "nothing to do: every run is finished, or queued\n")
+    assert said(status.main, "cancel")[:2] == (0, "none of these runs waits or runs\n")
+    make_run(here, "mlp", "failed")
+    assert "not submitted by launch.submit" in said(status.main, "resubmit")[2]
+    make_run(here, "relu", "failed", executor="local")
+    code, _, err = said(status.main, "resubmit", "runs/relu-blog-seed42-epochs1-datasetsynthetic")
+    assert code == 2 and "submission.json cannot be used" in err and "submit these runs anew" in err
+    assert "no run folder there" in said(status.main, "elsewhere")[2]
+
+
+@quick
+def test_folders_that_other_machines_do_not_see_are_named(here: Path) -> None:
+    table = here / "mounts"
+    entries = ["/dev/a / ext4 rw 0 0", f"server:/x {here}/shared nfs4 rw 0 0", f"tmpfs {here}/sha\\040red tmpfs rw 0 0"]
+    entries += [f"server:/y {here}/shared/deep lustre rw 0 0", "none /empty xfs rw 0 0", "s:/z /empty nfs rw 0 0"]
+    table.write_text("\n".join(entries) + "\n")
+    folders = [here / name for name in ("a", "shared/runs", "sha red/runs", "shared/deep")] + [Path("/empty/x")]
+    assert sbatch.not_shared(folders, table) == [f"{here}/a (ext4)", f"{here}/sha red/runs (tmpfs)"]
+    assert sbatch.not_shared(folders, here / "none") == []
+
+
+@quick
+def test_what_slurm_told_a_job_is_not_told_to_those_it_submits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/conf")
+    monkeypatch.setenv("SLURM_NTASKS", "7")
+    with slurm.outside_of_a_job():
+        assert os.environ["SLURM_NTASKS"] == "7"  # someone's own: this is no job
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    with slurm.outside_of_a_job():
+        assert "SLURM_NTASKS" not in os.environ and "SLURM_JOB_ID" not in os.environ
+        assert os.environ["SLURM_CONF"] == "/conf"
+    assert os.environ["SLURM_NTASKS"] == "7"
+
+
+# --- On this machine, for real ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A sweep of two runs on two ranks each, through Submitit's local executor, to the report."""
+    folder = tmp_path_factory.mktemp("swept runs")
+    done = command(*SWEEP, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+SUBMIT = ("python", "-m", "launch.submit", "--executor", "local", "--threads", "1")
+TWO_RANKS = ("--ranks-per-node", "2")
+SWEEP = (*SUBMIT, *TWO_RANKS, *LINEAR, "--sweep", "lr=0.001,0.1", "--validation", "1000")
+
+
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/summary.json"))]
+
+
+def test_a_sweep_runs_here_to_its_ranked_report(swept: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = swept
+    assert [(one["status"], one["world_size"], one["threads"]) for one in summaries(folder)] == [("finished", 2, 1)] * 2
+    assert len(json.loads((folder / "report" / "report.json").read_text())["runs"]) == 2
+    table = done.stdout.partition("The sweep, by val/accuracy")[2].splitlines()
+    assert [("lr=0.001" in line) for line in table[2:]] == [False, True]
+    assert (folder / "report" / "sweep.md").read_text().count("lr=0.001") == 1
+    [base] = (folder / "runs" / ".submissions").iterdir()
+    assert (base / "code" / "fashion_ddp" / "train.py").exists() and not list(base.glob(".lock*"))
+    told = command("python", "-m", "launch.status", cwd=folder)
+    assert told.stdout.count("finished") == 2 and "resubmit" not in told.stdout
+    # Nothing is left to do, and the comparison is made again.
+    again = command(*SWEEP, cwd=folder)
+    assert again.returncode == 0 and again.stdout.count("taken as it is") == 2 and "The sweep" in again.stdout
+    assert "--- run " not in again.stdout
+
+
+def test_a_comparison_with_a_run_that_failed_is_made_and_says_so(
+    swept: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(swept[0] / "runs", tmp_path / "runs")
+    folders = sorted(str(path) for path in (tmp_path / "runs").glob("linear*"))
+    path = Path(folders[0]) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "failed"}))
+    with pytest.raises(SystemExit) as end:
+        job.Report((*folders, str(tmp_path / "runs" / "gone")), str(tmp_path / "out"))()
+    assert end.value.code == 1
+    said = capsys.readouterr().out
+    assert f"PARTIAL: of 3 runs 2 are not finished: {Path(folders[0]).name} (failed), gone (removed)" in said
+    kept = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
+    assert [run["status"] for run in kept] == ["finished", "failed"]
+
+
+def test_a_sweep_is_ranked_by_the_validation_set_over_all_seeds(
+    swept: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    first, second = sorted((swept[0] / "runs").glob("linear*"))  # lr 0.001, 0.1
+    folders = []
+    for seed, run, accuracy in ((1, first, 0.75), (2, first, 0.95), (1, second, 0.8), (2, second, 0.8)):
+        folders.append(tmp_path / f"{run.name}-{seed}")
+        shutil.copytree(run, folders[-1])
+        for name, new in (("config.yaml", {"seed": seed}), ("summary.json", {"val/accuracy": accuracy, "seed": seed})):
+            path = folders[-1] / name
+            path.write_text(json.dumps(yaml.safe_load(path.read_text()) | new))
+    table = sweep.ranking(sweep.read_results(folders))
+    assert table is not None
+    assert table.titles == ["", "what", "n", "val/accuracy %", "std", "val/loss", "test/accuracy %"]
+    assert [row[:5] for row in table.rows] == [
+        ["1", "SYNTHETIC linear lr=0.001", "2", "85.00", "14.14"],
+        ["2", "SYNTHETIC linear", "2", "80.00", "0.00"],
+    ]
+
+
+@quick
+def test_a_job_whose_starts_lead_nowhere_is_given_up_and_a_new_one_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(of: str, step: int, most: int = 100) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", of)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / f"step-{step:08}.pt").touch()
+        job._count_start(tmp_path, most)
+
+    for step in (0, 10, 10, 10):
+        start("7", step)
+    start("7", 10)  # the fourth at this step
+    with pytest.raises(UserError, match="the last 4 starts of job 7 all ended at step 10: given up"):
+        start("7", 10)
+    start("7", 20)
+    with pytest.raises(UserError, match=r"started 6 times by job 7: given up \(--max-restarts 5\)"):
+        start("7", 30, most=5)
+    start("8", 20)
+    counted = [json.loads(line)["job"] for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert counted == [*"777777", "8"]
+
+
+# A rank that ends in one way when it is asked to, in another when its time is over, and at its third start by itself.
+RANK = """
+import os, signal, sys, time
+rank, start = os.environ["SUBMITIT_LOCAL_GLOBALID"], os.environ["SLURM_RESTART_COUNT"]
+print(rank, start, os.environ["SUBMITIT_LOCAL_JOB_ID"], flush=True)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(7))  # at once: at Python's end a second signal would kill it
+signal.signal(signal.SIGUSR2, lambda *_: os._exit(75))
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+if sys.argv[1] == "fails" and rank == "1":
+    sys.exit(3)
+time.sleep(0 if start == "2" else 60)
+"""
+
+
+def controller(folder: Path, what: str, seconds: int) -> tuple[subprocess.Popen[bytes], Callable[[], list[str]]]:
+    """Start a job of two such ranks, and a function that tells what they have printed."""
+    (folder / "rank.py").write_text(RANK)
+    variables = {"NTASKS": 2, "COMMAND": f"{sys.executable} rank.py {what}", "TIMEOUT_S": seconds, "WITH_SHELL": ""}
+    env = {f"SUBMITIT_LOCAL_{name}": str(value) for name, value in variables.items()}
+    env |= {"SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0", "SUBMITIT_STDERR_TO_STDOUT": "1"}
+    words = [sys.executable, "-m", "launch.controller", str(folder / "logs")]
+    process = subprocess.Popen(words, cwd=folder, env=os.environ | env)
+    logs = [folder / "logs" / f"{process.pid}_{rank}_log.out" for rank in (0, 1)]
+    return process, lambda: [log.read_text() if log.exists() else "" for log in logs]
+
+
+@quick
+def test_a_rank_that_fails_ends_the_others_that_wait(tmp_path: Path) -> None:
+    process, printed = controller(tmp_path, "fails", seconds=100)
+    assert process.wait(timeout=25) == 7  # the first rank's
+    pid = process.pid
+    assert printed() == [f"0 0 {pid}\n", f"1 0 {pid}\n"]
+
+
+@quick
+def test_a_job_whose_time_is_over_begins_again_under_its_number(tmp_path: Path) -> None:
+    process, printed = controller(tmp_path, "waits", seconds=1)
+    assert process.wait(timeout=60) == 0
+    pid = process.pid
+    assert printed() == ["".join(f"{rank} {start} {pid}\n" for start in (0, 1, 2)) for rank in (0, 1)]
+
+
+@quick
+def test_a_job_that_is_told_to_end_does_not_begin_again(tmp_path: Path) -> None:
+    process, printed = controller(tmp_path, "waits", seconds=100)
+    while not all(printed()):
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=25) == 7
+    assert [text.count("\n") for text in printed()] == [1, 1]
+
+
+# A model whose steps take a tenth of a second or $PAUSE, until a file says otherwise: time enough to be disturbed.
+SLOW_MODEL = """
+import os, time
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, image_shape, classes):
+        super().__init__(nn.Flatten(), nn.Linear(784, classes))
+
+    def forward(self, images):
+        if self.training and not os.path.exists("fast"):
+            time.sleep(float(os.environ.get("PAUSE", "0.1")))
+        return super().forward(images)
+"""
+SLOW = (*SUBMIT, "--models", "slow:Net", *SMALL, "--batch-size", "1000", "--epochs", "40")
+RUN = "runs/slow_Net-blog-seed42-epochs40-batch_size1000-datasetsynthetic"
+
+
+class Foreground:
+    """A command in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, folder: Path, *words: str):
+        self.folder, self.printed = folder, folder / "printed"
+        (folder / "slow.py").write_text(SLOW_MODEL)
+        with open(self.printed, "a") as out:
+            # A shell shuts SIGINT off for tests in its background.
+            program = ["env", "--default-signal=INT", str(Path(sys.executable).parent / words[0]), *words[1:]]
+            self.process = subprocess.Popen(program, cwd=folder, stdout=out, stderr=out, start_new_session=True)
+
+    def until(self, holds: Callable[[], Any]) -> Any:
+        """Wait for something to be so; its value."""
+        limit = time.monotonic() + 120
+        while not (value := holds()):
+            assert self.process.poll() is None and time.monotonic() < limit, self.printed.read_text()
+            time.sleep(0.05)
+        return value
+
+    def trained(self, epochs: int = 1) -> None:
+        path = self.folder / RUN / "metrics.jsonl"
+        self.until(lambda: path.exists() and path.read_text().count("\n") >= epochs)
+
+    def end(self) -> int:
+        return self.process.wait(timeout=200)
+
+
+def ranks_of(folder: Path, variable: str = "SUBMITIT_LOCAL_GLOBALID") -> list[int]:
+    """The process ids of the ranks of jobs below a folder, by rank, which this variable of theirs tells."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_text().split("\0")
+            variables = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
+        except (OSError, UnicodeDecodeError):
+            continue
+        if "submitit.core._submit" in words and str(folder) in words[-2] and variable in variables:
+            found[int(variables[variable])] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def whole(folder: Path) -> None:
+    """The run is finished, and each of its epochs recorded once."""
+    [summary] = summaries(folder)
+    assert summary["status"] == "finished", summary
+    epochs = [json.loads(line)["epoch"] for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, 41))
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / RUN / "starts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
+    first = Foreground(tmp_path, *SLOW, *TWO_RANKS)
+    first.trained()
+    os.killpg(first.process.pid, signal.SIGINT)  # as the terminal does: to every process that was started
+    assert first.end() == 75, first.printed.read_text()
+    assert summaries(tmp_path)[0]["status"] == "stopped" and not ranks_of(tmp_path)
+    assert "the same command continues" in first.printed.read_text() and not (tmp_path / "report").exists()
+    (tmp_path / "fast").touch()
+    second = Foreground(tmp_path, *SLOW, *TWO_RANKS)
+    assert second.end() == 0, second.printed.read_text()
+    whole(tmp_path)
+    assert [start["step"] > 0 for start in starts(tmp_path)] == [False, True]
+
+
+@pytest.mark.slow
+def test_a_submission_here_is_seen_refused_twice_cancelled_and_resubmitted_from_another_shell(tmp_path: Path) -> None:
+    first = Foreground(tmp_path, *SLOW, "--seeds", "42", "43")
+    first.trained()
+    told = command("python", "-m", "launch.status", cwd=tmp_path)
+    assert [line.split()[2] for line in told.stdout.splitlines()[1:3]] == ["running", "waiting"], told.stdout
+    assert f"follow {Path(RUN).name}: tail -n +1 -F {tmp_path}/runs/.submissions/" in told.stdout
+    for run, state in ((RUN, "running"), (RUN.replace("seed42", "seed43"), "waiting")):
+        refused = command(*SLOW, "--seeds", run.partition("seed")[2][:2], cwd=tmp_path)
+        assert refused.returncode == 2 and f"{run} is {state} (process " in refused.stderr, refused.stderr
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    runs = str(tmp_path / "runs")
+    told = command("python", "-m", "launch.status", "cancel", runs, cwd=elsewhere)
+    assert f"process {first.process.pid} is told to end, with 2 runs" in told.stdout
+    assert first.end() == 75 and not ranks_of(tmp_path)
+    (tmp_path / "fast").touch()
+    (tmp_path / "slow.py").write_text("raise SyntaxError")  # the copy of it is what counts
+    done = command("python", "-m", "launch.status", "resubmit", runs, cwd=elsewhere)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one["status"] for one in summaries(tmp_path)] == ["finished"] * 2
+    assert [start["step"] > 0 for start in starts(tmp_path)] == [False, True]
+    assert len(json.loads((tmp_path / "report" / "report.json").read_text())["runs"]) == 2
+
+
+@pytest.mark.slow
+def test_a_job_that_reaches_its_time_goes_on_in_a_next_one(tmp_path: Path) -> None:
+    minutes = "import sys; from launch import here, submit; here.MINUTE = 20; sys.exit(submit.main())"
+    first = Foreground(tmp_path, "python", "-c", minutes, *SLOW[3:], "--time", "1")
+    first.until(lambda: (tmp_path / RUN / "starts.jsonl").exists() and len(starts(tmp_path)) > 1)
+    (tmp_path / "fast").touch()
+    assert first.end() == 0, first.printed.read_text()
+    whole(tmp_path)
+    one, two, *_ = starts(tmp_path)
+    assert one["job"] == two["job"] and one["step"] == 0 < two["step"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_its_run_and_the_others_are_compared(tmp_path: Path) -> None:
+    first = Foreground(tmp_path, *SLOW, *TWO_RANKS)
+    first.trained()
+    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
+    assert first.end() == 1, first.printed.read_text()
+    assert summaries(tmp_path)[0]["status"] == "failed" and not ranks_of(tmp_path)
+    assert f"PARTIAL: of 1 runs 1 are not finished: {Path(RUN).name} (failed)" in first.printed.read_text()
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["the command", "the controller"])
+def test_ranks_save_and_end_when_what_started_them_is_killed(tmp_path: Path, killed: str) -> None:
+    first = Foreground(tmp_path, *SLOW)
+    first.trained()
+    controller = int(Path(f"/proc/{ranks_of(tmp_path)[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(first.process.pid if killed == "the command" else controller, signal.SIGKILL)
+    limit = time.monotonic() + 60
+    while ranks_of(tmp_path) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not ranks_of(tmp_path) and summaries(tmp_path)[0]["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_what_is_edited_after_the_submission_changes_nothing(tmp_path: Path) -> None:
+    for package in ("fashion_ddp", "launch"):
+        shutil.copytree(CHECKOUT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "fast").touch()
+    (tmp_path / "mine.yaml").write_text("all: {lr: 0.1}\n")
+    first = Foreground(tmp_path, *SLOW, "--recipe", "mine.yaml")
+    first.until(lambda: list(tmp_path.glob("runs/.submissions/*/submission.json")))
+    for name in ("slow.py", "fashion_ddp/training/step.py", "fashion_ddp/train.py", "launch/job.py"):
+        (tmp_path / name).write_text("raise RuntimeError('edited')\n")
+    (tmp_path / "mine.yaml").write_text("all: {lr: 0.5}\n")
+    first.end()
+    [folder] = tmp_path.glob("runs/slow*")
+    [start] = json.loads((folder / "environment.json").read_text())
+    assert start["made_by"]["code"] == provenance.code_hash()
+    [summary] = summaries(tmp_path)
+    assert summary["status"] == "finished" and summary["lr"] == 0.1
+
+
+@pytest.mark.slow
+def test_debug_trains_in_this_process_and_fresh_keeps_what_was_there(tmp_path: Path) -> None:
+    words = ("python", "-m", "launch.submit", *LINEAR, "--executor", "debug")
+    for fresh in ((), ("--fresh",)):
+        done = command(*words, *fresh, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "epoch 1/1" in done.stdout
+    assert "kept what " in done.stdout
+    assert [one["status"] for one in summaries(tmp_path)] == ["finished"] * 2

@@ -1,0 +1,361 @@
+"""Architectures: their weights, shapes and cost, global batch norm, and models of the user's own."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fashion_ddp.config import Config
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.errors import UserError
+from fashion_ddp.models import architectures, describe
+from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
+
+pytestmark = pytest.mark.quick
+
+IMAGE = (1, 28, 28)
+
+
+def build(**settings: Any) -> nn.Module:
+    return architectures.build(make_config(settings), IMAGE, 10)
+
+
+def tutorial(model: str, hidden: int) -> list[nn.Module]:
+    """The tutorials' layers that have weights, created in the order of their forward pass."""
+    if model in ("linear", "relu", "mlp"):
+        return [nn.Linear(784, hidden), nn.Linear(hidden, 10)]
+    convolutions = [nn.Conv2d(into, hidden, 3, padding=1) for into in (1, hidden, hidden, hidden)]
+    return [*convolutions, nn.Linear(hidden * 7 * 7, 10)]
+
+
+# --- Ours -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"model": "linear"}, 784 * 10 + 10 + 10 * 10 + 10),  # 7,960
+        ({"model": "relu"}, 7_960),
+        ({"model": "mlp", "hidden_units": 32}, 784 * 32 + 32 + 32 * 10 + 10),
+        # One convolution of c into h channels: 9ch + h.
+        ({"model": "cnn", "recipe": "lab"}, (9 * 10 + 10) + 3 * (9 * 100 + 10) + 490 * 10 + 10),  # 7,740
+        ({"model": "cnn", "recipe": "blog"}, (9 * 25 + 25) + 3 * (9 * 625 + 25) + 1225 * 10 + 10),  # 29,460
+        ({"model": "cnn", "hidden_units": 4, "conv_blocks": 3}, (36 + 4) + 5 * (9 * 16 + 4) + 4 * 3 * 3 * 10 + 10),
+        ({"model": "cnn", "hidden_units": 4, "batch_norm": True}, (36 + 4) + 3 * 148 + 1960 + 10 + 4 * 8),
+    ],
+)
+def test_parameters(settings: dict[str, Any], count: int) -> None:
+    assert describe.parameters(build(**settings)) == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "hidden"),
+    [
+        ({"model": "linear"}, 10),
+        ({"model": "relu", "recipe": "lab"}, 10),
+        ({"model": "mlp"}, 10),
+        ({"model": "cnn"}, 25),
+        ({"model": "cnn", "recipe": "lab", "seed": 7}, 10),
+    ],
+)
+def test_initial_weights_are_the_tutorials(settings: dict[str, Any], hidden: int) -> None:
+    torch.manual_seed(settings.get("seed", 42))
+    expected = [p for layer in tutorial(settings["model"], hidden) for p in layer.parameters()]
+    torch.rand(5)  # whatever was drawn before
+    ours = list(build(**settings).parameters())
+    assert len(ours) == len(expected) and all(map(torch.equal, ours, expected))
+
+
+def test_double_precision_starts_from_the_same_weights() -> None:
+    single, double = (build(model="cnn", precision=precision) for precision in ("fp32", "fp64"))
+    for ours, theirs in zip(single.parameters(), double.parameters(), strict=True):
+        assert theirs.dtype == torch.float64 and torch.equal(ours.double(), theirs)
+
+
+def test_batch_norm_leaves_the_other_weights() -> None:
+    plain, normed = build(model="cnn"), build(model="cnn", batch_norm=True)
+    kept = [m for m in normed.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    expected = [m for m in plain.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(kept, expected, strict=True))
+    kinds = [type(m).__name__ for m in normed.children()]
+    assert kinds[:6] == ["Conv2d", "GlobalBatchNorm2d", "ReLU"] * 2 and kinds.count("GlobalBatchNorm2d") == 4
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "mlp", "cnn"])
+@pytest.mark.parametrize(("shape", "classes"), [((1, 28, 28), 10), ((3, 32, 20), 7)])
+def test_models_fit_the_data(name: str, shape: architectures.Shape, classes: int) -> None:
+    model = architectures.build(make_config({"model": name}), shape, classes)
+    images = torch.rand(5, *shape)
+    assert model(images).shape == (5, classes) and model.training
+
+
+def test_what_each_model_computes() -> None:
+    """linear is linear, relu gives no negative logit, mlp does; relu and mlp are one net up to there."""
+    x = torch.randn(64, *IMAGE)
+    linear, relu, mlp = (build(model=name) for name in ("linear", "relu", "mlp"))
+    zero = linear(torch.zeros(1, *IMAGE))
+    torch.testing.assert_close(linear(x) + linear(2 * x), linear(3 * x) + zero, rtol=0, atol=1e-5)
+    assert (mlp(x) < 0).any() and torch.equal(relu(x), mlp(x).relu())
+
+
+@pytest.mark.parametrize(("blocks", "fits"), [(1, True), (4, True), (5, False), (60, False)])
+def test_blocks_need_an_image_left(blocks: int, fits: bool) -> None:
+    if fits:
+        build(model="cnn", conv_blocks=blocks)
+        return
+    with pytest.raises(UserError, match=f"conv_blocks={blocks} halves a 28x28 image to nothing: at most 4"):
+        build(model="cnn", conv_blocks=blocks)
+
+
+# --- What is said about a model ---------------------------------------------------------------------------------
+
+CNN_FLOPS = {
+    hidden: 2 * (784 * 9 * hidden + 784 * 9 * hidden**2 + 2 * 196 * 9 * hidden**2 + 490 * hidden) for hidden in (10, 25)
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "flops"),
+    [
+        ({"model": "linear"}, 2 * (784 * 10 + 10 * 10)),  # 15,880
+        ({"model": "relu"}, 15_880),
+        ({"model": "cnn"}, CNN_FLOPS[25]),
+        ({"model": "cnn", "recipe": "lab"}, CNN_FLOPS[10]),
+    ],
+)
+def test_flops(settings: dict[str, Any], flops: int) -> None:
+    model = build(**settings)
+    assert describe.flops_per_image(model, IMAGE) == flops and model.training
+
+
+def test_summary_lists_the_layers() -> None:
+    lines = [line.split() for line in describe.summary(build(model="cnn", recipe="lab"), IMAGE).splitlines()]
+    assert lines[0] == ["layer", "output", "parameters"]
+    assert lines[1:6] == [
+        ["Conv2d", "10x28x28", "100"],
+        ["ReLU", "10x28x28", "0"],
+        ["Conv2d", "10x28x28", "910"],
+        ["ReLU", "10x28x28", "0"],
+        ["MaxPool2d", "10x14x14", "0"],
+    ]
+    assert lines[-2:] == [["Linear", "10", "4,910"], ["total", "7,740"]]
+    assert len(lines) == 14
+
+
+def test_summary_takes_every_model() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.unused = nn.Linear(784, 10), nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.shared(x.flatten(1)) + self.shared(x.flatten(1))
+
+    text = describe.summary(Odd(), IMAGE)
+    assert text.count("Linear") == 2 and re.search(r"total +7,863$", text)
+
+
+def test_feature_maps_are_the_layers_outputs() -> None:
+    model, image = build(model="cnn", recipe="lab").eval(), torch.rand(IMAGE)
+    maps = describe.feature_maps(model, image)
+    names = ["0.Conv2d", "2.Conv2d", "4.MaxPool2d", "5.Conv2d", "7.Conv2d", "9.MaxPool2d"]
+    assert list(maps) == names
+    x = image[None]
+    for at, layer in enumerate(model.children()):
+        x = layer(x)
+        if (name := f"{at}.{type(layer).__name__}") in maps:
+            assert torch.equal(maps[name], x[0]) and not maps[name].requires_grad
+    assert describe.feature_maps(build(model="linear"), image) == {}
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ([nn.Dropout(0.5)], ["Dropout"]),
+        ([nn.Dropout2d(), nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1))], ["BatchNorm2d", "Dropout2d"]),
+        ([nn.BatchNorm1d(3), nn.AlphaDropout()], ["AlphaDropout", "BatchNorm1d"]),
+        ([nn.SyncBatchNorm(3)], ["SyncBatchNorm"]),  # it counts the rows that only fill a rank's share
+        ([GlobalBatchNorm2d(3), nn.LayerNorm(3), nn.GroupNorm(1, 3)], []),
+    ],
+)
+def test_layers_that_see_one_ranks_rows_are_named(layers: list[nn.Module], names: list[str]) -> None:
+    assert describe.rank_dependent(nn.Sequential(*layers)) == names
+
+
+def test_our_models_do_not_depend_on_the_ranks() -> None:
+    for settings in ({"model": "linear"}, {"model": "relu"}, {"model": "mlp"}, {"model": "cnn", "batch_norm": True}):
+        assert describe.rank_dependent(build(**settings)) == []
+
+
+# --- Global batch norm on one process; on several: tests/distributed/test_equal_on_any_ranks.py ---
+
+
+def norms() -> tuple[nn.BatchNorm2d, GlobalBatchNorm2d]:
+    """torch's and ours, with equal, unlikely weights."""
+    theirs, ours = nn.BatchNorm2d(3).double(), GlobalBatchNorm2d(3).double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(3))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("absent", [[], [0], [3, 6]])
+def test_batch_norm_is_torchs_over_the_rows_that_count(absent: list[int]) -> None:
+    torch.manual_seed(0)
+    theirs, ours = norms()
+    weights = torch.ones(7, dtype=torch.float64)
+    weights[absent] = 0
+    here = weights == 1
+    if absent:
+        ours.row_weights = weights
+    for _ in range(3):
+        x = (5 + 3 * torch.randn(7, 3, 4, 5, dtype=torch.float64)).requires_grad_()
+        y = x.detach()[here].requires_grad_()
+        out, expected = ours(x)[here], theirs(y)
+        upstream = torch.randn_like(expected)
+        out.backward(upstream)
+        expected.backward(upstream)
+        assert x.grad is not None
+        pairs = [(out, expected), (x.grad[here], y.grad)]
+        pairs += [(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
+        pairs += list(zip(ours.buffers(), theirs.buffers(), strict=True))
+        for got, wanted in pairs:
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        assert not x.grad[~here].any()
+    assert ours.num_batches_tracked == 3
+    x = torch.randn(4, 3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-12, atol=1e-12)
+    assert ours.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm_keeps_the_type_of_its_input(dtype: torch.dtype) -> None:
+    x = 100 + torch.randn(16, 3, 8, 8).to(dtype)
+    theirs, ours = nn.BatchNorm2d(3), GlobalBatchNorm2d(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out, expected = ours(x), theirs(x)
+    assert out.dtype == dtype == expected.dtype
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-2)
+
+
+# --- A user's own model -----------------------------------------------------------------------------------------
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, image_shape, classes, hidden_units=4):
+        super().__init__()
+        channels, height, width = image_shape
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, hidden_units), nn.Dropout(),
+                                    nn.Linear(hidden_units, classes))
+    def forward(self, x):
+        return self.layers(x)
+
+def function(image_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
+
+def eleven(image_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 11))
+
+def one_number(image_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes), nn.Flatten(0))
+
+def pair(image_shape, classes):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+    return Pair()
+
+def no_module(image_shape, classes):
+    return "net"
+
+def takes_nothing():
+    return nn.Flatten()
+
+def wrong_inputs(image_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, classes))
+
+def no_weights(image_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(classes))
+
+class Early(nn.Module):
+    def __init__(self, image_shape, classes):
+        self.layer = nn.Flatten()
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module of the user's in the current folder, which is not yet importable."""
+    name = f"nets_{re.sub(r'[^a-z0-9]', '_', tmp_path.name.lower())}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    (tmp_path / f"broken_{name}.py").write_text("import no_such_package\n")
+    (tmp_path / f"faulty_{name}.py").write_text("import re\nre.no_such_function\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # what build() adds to it goes with the test
+    return name
+
+
+def test_a_model_of_ones_own(own: str) -> None:
+    assert build(model=f"{own}:function", recipe="lab")(torch.rand(2, *IMAGE)).shape == (2, 10)
+    net = build(model=f"{own}:Net", hidden_units=6, precision="fp64")
+    assert describe.parameters(net) == 785 * 6 + 7 * 10 and next(net.parameters()).dtype == torch.float64
+    assert describe.rank_dependent(net) == ["Dropout"]
+    again = build(model=f"{own}:Net", hidden_units=6, precision="fp64")
+    assert all(map(torch.equal, net.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("{own}:eleven", "[2, 1, 28, 28] to [2, 11]: it must give logits of shape [2, 10]"),
+        ("{own}:one_number", "to [20]: it must give logits of shape [2, 10]"),
+        ("{own}:pair", "logits of shape [2, 10]"),
+        ("{own}:no_module", "gave a str, not a torch.nn.Module"),
+        ("{own}:Absent", "has no 'Absent': check the name after the colon"),
+        ("no_such_module:Net", "there is no module 'no_such_module'"),
+        ("no.such.module:Net", "there is no module 'no'"),
+        ("{own}.deeper:Net", "there is no module"),
+        ("broken_{own}:Net", "there is no module 'no_such_package'"),
+        ("{own}:takes_nothing", "called with ((1, 28, 28), 10)"),
+        ("{own}:constant", "'int' object is not callable"),
+        ("{own}:wrong_inputs", "mat1 and mat2 shapes cannot be multiplied (2x784 and 100x10)"),
+        ("{own}:no_weights", "no parameters"),
+    ],
+)
+def test_a_model_that_cannot_be_trained(own: str, model: str, said: str) -> None:
+    name = model.format(own=own)
+    with pytest.raises(UserError) as told:
+        architectures.build(Config(model=name), IMAGE, 10)
+    assert f"model {name}" in str(told.value) and said in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_setting_that_ones_own_model_does_not_take(own: str) -> None:
+    with pytest.raises(UserError, match="unexpected keyword argument 'hidden_units'.*10, hidden_units=6"):
+        build(model=f"{own}:function", hidden_units=6)
+
+
+def test_an_error_of_ones_own_is_told_with_its_line(own: str) -> None:
+    Path("deep").mkdir()
+    Path("deep", f"typo_{own}.py").write_text("x = 1\ndef net(image_shape, classes)\n")
+    faulty = {
+        f"faulty_{own}:Net": f"importing faulty_{own}: AttributeError: .* .faulty_{own}.py, line 2.: correct",
+        f"deep.typo_{own}:net": f"SyntaxError: expected ':' .deep/typo_{own}.py, line 2.: correct it",
+        f"broken_{own}:Net": f"no module 'no_such_package' .broken_{own}.py, line 1.: run where",
+        "no_such_module:Net": "no module 'no_such_module': run where",  # no line of the user's asked for it
+        f"{own}:Early": rf"AttributeError: .* .{own}.py, line \d+.; it is called with",
+    }
+    for name, said in faulty.items():
+        with pytest.raises(UserError, match=said):
+            build(model=name)

@@ -1,0 +1,333 @@
+"""Weights to start from and parts that are not trained: random weights saved to a file stand for ImageNet's."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import command, ranks
+from faults import Fault, start
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.distributed.world import open_world
+from fashion_ddp.errors import UserError
+from fashion_ddp.models import architectures, describe, transfer
+from fashion_ddp.models import weights as initial_weights
+from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
+from fashion_ddp.runs import claim, provenance
+from fashion_ddp.training import optim
+from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.step import Step
+
+quick = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def theirs() -> nn.Module:
+    """torchvision's ResNet-18 with unlikely statistics, in evaluation mode."""
+    torch.manual_seed(7)
+    model = torchvision.models.resnet18()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(theirs: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "some.pth"
+    torch.save(theirs.state_dict(), path)
+    return path
+
+
+def prepared(shape: architectures.Shape = (3, 32, 32), classes: int = 7, **settings: Any) -> tuple[nn.Module, str]:
+    """The model of a run as training begins, and what is said of it."""
+    cfg = make_config({"model": "resnet18"} | settings)
+    model = architectures.build(cfg, shape, classes)
+    return model, "; ".join(transfer.prepare(cfg, model))
+
+
+# --- Weights to start from --------------------------------------------------------------------------------------
+
+
+@quick
+def test_it_computes_what_torchvision_s_does(theirs: nn.Module, weights: Path) -> None:
+    model, said = prepared(classes=1000, init_from=str(weights))
+    assert model.state_dict().keys() == theirs.state_dict().keys() and "new" not in said
+    images = torch.rand(2, 3, 40, 32)
+    normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), theirs(normalise(images)), rtol=1e-4, atol=1e-4)
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert "GlobalBatchNorm2d" in kinds and "BatchNorm2d" not in kinds and describe.rank_dependent(model) == []
+
+
+@quick
+@pytest.mark.parametrize("channels", [1, 2])
+def test_first_layer_and_head_are_made_for_the_data(channels: int, theirs: nn.Module, weights: Path) -> None:
+    fresh, _ = prepared((channels, 28, 28), 7)
+    model, said = prepared((channels, 28, 28), 7, init_from=str(weights))
+    assert model.eval()(torch.rand(4, channels, 28, 28)).shape == (4, 7)
+    given, ours = theirs.state_dict(), model.state_dict()
+    same = {name for name in ours if given[name].shape == ours[name].shape}
+    assert {*ours} - same == {"conv1.weight", "fc.weight", "fc.bias"}
+    assert all(torch.equal(ours[name], given[name]) for name in same)
+    for name in ("fc.weight", "fc.bias"):  # as drawn by the seed
+        assert torch.equal(ours[name], fresh.state_dict()[name])
+    grey = torch.rand(2, 1, 28, 28)
+    got = F.conv2d(grey.expand(-1, channels, -1, -1), ours["conv1.weight"])
+    expected = F.conv2d(grey.expand(-1, 3, -1, -1), given["conv1.weight"])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert said == (
+        f"initial weights from {weights}; conv1.weight made of 3 channels for {channels}; new: fc.weight, fc.bias"
+    )
+
+
+@quick
+@pytest.mark.parametrize("form", ["safetensors", "state_dict", "module"])
+def test_forms_of_files(form: str, theirs: nn.Module, tmp_path: Path) -> None:
+    state = theirs.state_dict()
+    path = tmp_path / "w.safetensors"
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        path = tmp_path / "w.pt"
+        wrapped = {f"module.{name}": t for name, t in state.items()} if form == "module" else {"state_dict": state}
+        torch.save(wrapped, path)
+    model, _ = prepared(init_from=str(path))
+    assert torch.equal(model.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+class Runs:
+    """What a file must not be able to do."""
+
+    def __reduce__(self) -> Any:
+        return (Path("was_run").touch, ())
+
+
+@quick
+def test_weights_that_do_not_fit_are_named(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save([1], "list.pt")
+    torch.save({"weight": Runs()}, "runs.pt")
+    Path("text.pth").write_text("<html>")
+    Path("photos").mkdir()
+    Path("begun").mkdir()
+    Path("begun/config.yaml").write_text("model: cnn\n")
+    cases = {
+        "absent.pth": "absent.pth is not there: name a file",
+        "photos": "is no run folder",
+        "begun": "begun/model.safetensors is not there: the run is not finished",
+        "list.pt": "holds no state_dict",
+        "runs.pt": "cannot be read as weights",
+        "text.pth": "cannot be read as weights",
+        str(weights): "holds another model's weights: 0.weight absent for [25, 3, 3, 3], ",
+    }
+    for path, said in cases.items():
+        model = {"model": "cnn"} if path == str(weights) else {}
+        with pytest.raises(UserError) as told:
+            prepared(init_from=path, **model)
+        assert said in str(told.value) and "\n" not in str(told.value)
+    assert not Path("was_run").exists()
+    save_file(architectures.build(make_config({"model": "mlp"}), (1, 28, 28), 10).state_dict(), "mlp.safetensors")
+    with pytest.raises(UserError, match=r"1.weight \[10, 784\] for \[10, 3072\]: choose the model"):
+        prepared(model="mlp", init_from="mlp.safetensors")
+
+
+@quick
+def test_imagenet_is_looked_for_where_torch_has_it(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    assert torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url == initial_weights.URL + place.name
+    with pytest.raises(UserError) as told:
+        prepared(init_from="imagenet")
+    assert str(told.value).startswith(f"init_from imagenet: {place} is not there")
+    assert f"curl --create-dirs -o {place} {initial_weights.URL}{place.name}" in str(told.value)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(weights.read_bytes())
+    with pytest.raises(UserError, match="is damaged: its sha256 starts"):
+        prepared(init_from="imagenet")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.setitem(initial_weights.IMAGENET, "resnet18", f"resnet18-{digest[:8]}.pth")
+    place.rename(place.with_name(f"resnet18-{digest[:8]}.pth"))
+    assert "new: fc.weight, fc.bias" in prepared(init_from="imagenet")[1]
+    with pytest.raises(UserError, match="init_from imagenet is for resnet18, not 'cnn'"):
+        make_config({"model": "cnn", "init_from": "imagenet"})
+
+
+@quick
+def test_weights_and_frozen_parts_are_part_of_the_run(weights: Path, tmp_path: Path) -> None:
+    cfg = make_config({"model": "resnet18", "init_from": str(weights), "freeze": ["layer1", "conv1"]})
+    assert claim.name(cfg) == "resnet18-blog-seed42-init_fromsome.pth-freezeconv1+layer1"
+    before = provenance.made_by(cfg, {})
+    assert before["initial weights"] == hashlib.sha256(weights.read_bytes()).hexdigest() and before["torchvision"]
+    copy = tmp_path / "some.pth"
+    copy.write_bytes(weights.read_bytes())
+    moved = make_config({"model": "resnet18", "init_from": str(copy), "freeze": ["conv1", "layer1"]})
+    assert provenance.identity(moved) == provenance.identity(cfg) and provenance.made_by(moved, {}) == before
+    torch.save({"other": torch.zeros(1)}, copy)
+    assert provenance.differences(before, provenance.made_by(moved, {})) == ["other initial weights"]
+
+
+@quick
+@pytest.mark.parametrize("cut", ["micro_batch", "reduction_shards"])
+def test_its_batch_is_not_cut(cut: str) -> None:
+    with pytest.raises(UserError, match=f"{cut} would change batch_norm's statistics"):
+        make_config({"model": "resnet18", cut: 2})
+
+
+# --- Parts that are not trained ---------------------------------------------------------------------------------
+
+
+@quick
+def test_frozen_parts_are_not_trained(weights: Path) -> None:
+    model, said = prepared(init_from=str(weights), freeze=["conv1", "bn1", "layer1"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if n.split(".")[0] in ("conv1", "bn1", "layer1")}
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"frozen: bn1 conv1 layer1; {left:,} of {describe.parameters(model):,} parameters are trained" in said
+    with open_world(make_config({"device": "cpu"})) as world:
+        images = np.random.default_rng(0).integers(0, 255, (12, 3, 32, 32)).astype(np.uint8)
+        cfg = make_config({"model": "resnet18", "device": "cpu", "batch_size": 6, "optimizer": "adamw", "lr": 0.01})
+        step = Step(cfg, world, model, Batches(cfg, world, images, np.arange(12) % 7))
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        assert sum(len(g["params"]) for g in step.optimizer.param_groups) == len([*model.parameters()]) - len(frozen)
+        step(0)
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    parts = ("conv1", "bn1", "layer1")
+    assert changed == {n for n in before if n.split(".")[0] not in parts}  # statistics among them
+    assert all(p.grad is None for name, p in model.named_parameters() if name in frozen)
+
+
+@quick
+def test_a_frozen_batch_norm_computes_as_in_evaluation_also_in_a_user_s_model() -> None:
+    class Net(nn.Sequential):
+        pass
+
+    torch.manual_seed(0)
+    model = Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+    nn.init.uniform_(model[1].running_mean)
+    x = torch.rand(5, 3, 8, 8)
+    expected = model.eval()[:2](x)
+    transfer._freeze(model.train(), ("0", "1"))
+    assert type(model[1]) is GlobalBatchNorm2d and type(model[2]) is nn.BatchNorm2d
+    assert torch.equal(model[:2](x), expected) and model[1].num_batches_tracked == 0
+    assert describe.rank_dependent(model) == ["BatchNorm2d"]
+
+
+@quick
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (["layer"], "no parameter's name starts with 'layer'; did you mean 'layer4'? choices: conv1, bn1, layer1"),
+        (["conv1", "layer1.conv"], "no parameter's name starts with 'layer1.conv'"),
+        (["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"], "leaves nothing to train"),
+    ],
+)
+def test_parts_that_are_not_there_or_too_many(parts: list[str], said: str) -> None:
+    with pytest.raises(UserError) as told:
+        prepared(freeze=parts)
+    assert said in str(told.value)
+
+
+@quick
+def test_a_last_batch_of_one_image_leaves_batch_norm_finite() -> None:
+    norm = GlobalBatchNorm2d(3)
+    out = norm(torch.rand(1, 3, 1, 1))
+    assert torch.isfinite(out).all() and all(torch.isfinite(b).all() for b in norm.buffers())
+
+
+def test_only_who_asks_for_it_imports_torchvision() -> None:
+    code = (
+        "import sys; from fashion_ddp.training import checkpoint, artifacts, startup\n"
+        "from fashion_ddp.models import architectures, describe, transfer; from fashion_ddp import train\n"
+        "from fashion_ddp.config.layers import make_config\n"
+        "models.build(make_config({'model': 'cnn'}), (1, 28, 28), 10)\n"
+        "assert 'torchvision' not in sys.modules\n"
+        "models.build(make_config({'model': 'resnet18'}), (1, 28, 28), 10)\n"
+        "assert 'torchvision' in sys.modules\n"
+    )
+    done = command("python", "-c", code, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+
+
+# --- On several ranks, and ended in between ---------------------------------------------------------------------
+
+
+def gradient(weights: Path, freeze: list[str], shards: bool = False) -> dict[str, torch.Tensor]:
+    settings: dict[str, Any] = {"model": "resnet18", "init_from": str(weights), "freeze": freeze}
+    settings |= {"device": "cpu", "threads": 1, "precision": "fp64", "batch_size": 10}
+    cfg = make_config(settings)
+    images = np.random.default_rng(0).integers(0, 255, (10, 1, 16, 16)).astype(np.uint8)
+    with open_world(cfg) as world:
+        model = architectures.build(cfg, (1, 16, 16), 3)
+        transfer.prepare(cfg, model)
+        step = Step(cfg, world, model, Batches(cfg, world, images, np.arange(10) % 3))
+        step.leave_gradient(0)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_number_of_ranks_changes_no_gradient(weights: Path) -> None:
+    freeze = ["conv1", "bn1", "layer1", "layer2.0"]
+    [alone] = ranks(1, gradient, weights, freeze)
+    assert alone and not any(name.split(".")[0] in freeze for name in alone)
+    for seen in ranks(3, gradient, weights, freeze):
+        assert seen.keys() == alone.keys()
+        for name, grad in alone.items():
+            torch.testing.assert_close(seen[name], grad, rtol=1e-8, atol=1e-10)
+
+
+def small_set(folder: Path) -> str:
+    random = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    images = (random.integers(0, 100, (120, 3, 8, 8)) + 50 * labels[:, None, None, None]).astype(np.uint8)
+    path = folder / "small.npz"
+    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    return str(path)
+
+
+def test_a_run_from_another_s_weights_continues_to_the_same_bits(tmp_path: Path, weights: Path) -> None:
+    words = ["--model", "resnet18", "--hidden-units", "None", "--dataset", small_set(tmp_path), "--batch-size", "40"]
+    words += ["--init-from", str(weights), "--freeze", "conv1", "bn1", "layer1", "layer2", "--epochs", "2"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = start(2, tmp_path / "whole", words)
+    assert set(whole.wait()) == {0}, whole.printed()
+    cut = start(2, tmp_path / "parts", words, [Fault("step", "kill", count=5)])
+    assert -9 in cut.wait(), cut.printed()
+    again = start(2, tmp_path / "parts", words)
+    assert set(again.wait()) == {0} and "continued after step" in again.printed(), again.printed()
+    assert "initial weights from" in again.printed() and "frozen: bn1 conv1 layer1 layer2; " in again.printed()
+    one, two = (load_file(tmp_path / name / "run" / "model.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    first = torch.load(weights)
+    assert all(
+        torch.equal(one[n], t) for n, t in first.items() if n.split(".")[0] in ("conv1", "bn1", "layer1", "layer2")
+    )
+    assert not torch.equal(one["layer4.0.conv1.weight"], first["layer4.0.conv1.weight"])
+    summary = json.loads((tmp_path / "parts" / "run" / "summary.json").read_text())
+    assert 0 < summary["parameters_trained"] < summary["parameters"] and summary["rank_invariant"] is True
+    # The folder of a finished run gives weights too; its images are of the same size, its classes others.
+    more = ["--model", "resnet18", "--hidden-units", "None", "--dataset", "synthetic", "--epochs", "1"]
+    (tmp_path / "more").mkdir()
+    more += ["--init-from", str(tmp_path / "parts" / "run"), "--freeze", "layer4", "--batch-size", "300"]
+    last = start(2, tmp_path / "more", more, images=600)
+    assert set(last.wait()) == {0} and "new: fc.weight, fc.bias" in last.printed(), last.printed()
+
+
+@quick
+def test_the_optimizer_has_what_is_trained_only() -> None:
+    model, _ = prepared(freeze=["fc"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    built = optim.build(make_config({"model": "resnet18"}), trained, torch.device("cpu"))
+    assert len(built.param_groups[0]["params"]) == len([*model.parameters()]) - 2

@@ -1,0 +1,278 @@
+"""Every command that a page shows is run.
+
+COMMANDS says how: here, in a copy of the checkout with a finished run, a report, pictures and a data set of one's own
+in it; or by the test, or the part of `.ci/run`, that is named; or why nothing can run it. What is added to a command
+only makes it short (other data, one epoch, folders of its own). A page marks as ```text what is no command, and as
+```console where commands follow a `$`. docs/change.md has a test of its own.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CHECKOUT, command, need
+from PIL import Image
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (CHECKOUT / "docs").glob("*.md"))]
+PAGES.remove("docs/change.md")
+PROGRAMS = ["python", "python3", "make", "accelerate", "torchrun", "sbatch", "srun", "wandb", "pip", "uv", "source"]
+PROGRAMS += ["export", "tail", "git", "apt-get"]
+RUN = "runs/cnn-blog-seed42"  # the finished run that the pages speak of
+
+
+@dataclass(frozen=True)
+class Here:
+    """Run it, with `more` behind it (of make: in its ARGS, and `variables` too), other words `instead` of some."""
+
+    more: str = ""
+    variables: str = ""
+    instead: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class There:
+    """What a test does, or .ci/run: the file, and a name or line in it, or the command itself."""
+
+    file: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Never:
+    """Why nothing runs it."""
+
+    why: str
+
+
+BRIEFLY = "--epochs 1 --tracker none"
+SMALL = f"--dataset ./mine {BRIEFLY}"
+TRAIN = f"{SMALL} --fresh"
+SHORT = f"--device cpu {SMALL}"
+A_CLUSTER = "test_an_array_of_models_on_two_nodes_to_the_report_equals_the_same_runs_here"
+PROGRAMS_NAMED = [
+    r"accelerate launch( --cpu| --num_processes 2)?",
+    r"torchrun -n2",
+    r"sbatch --test-only",
+    r"wandb sync",
+    r"nohup python -m \.\.\.",
+    r"python -m (fashion_ddp\.(train|push|predict)|launch\.submit( --sweep)?)",
+    r'python -c "import package\..*',
+    r"git pull",
+    r"uv python install \S+",
+    r"export( [A-Z0-9_]+=\S+)+",
+]
+
+# The first that matches the whole command counts.
+COMMANDS: list[tuple[str, Here | There | Never]] = [
+    # What a reader trains
+    (r"python -m fashion_ddp\.train --help", Here()),
+    (r"python -m fashion_ddp\.train .*--dataset (synthetic|\./mine .*)", Here(BRIEFLY)),
+    (r"python -m fashion_ddp\.train .*--init-from imagenet .*", Here(TRAIN, instead={"imagenet": "theirs.pth"})),
+    (r"python -m fashion_ddp\.train .*", Here(TRAIN)),
+    (r"torchrun .* -m fashion_ddp\.train .*", Here(TRAIN)),
+    (r"accelerate launch -m fashion_ddp\.train .*", Here(TRAIN)),
+    (r"accelerate launch --config_file .*", Here(f"{TRAIN} --device cpu")),  # four ranks, as on four cards
+    (r'make compare ARGS="--dataset \./mine --shuffle"', Here(f"--device cpu {BRIEFLY}", "MODELS=cnn")),
+    (r'make compare MODELS="linear cnn" RECIPE=lab .*', Here(SHORT, instead={'1 2"': '"'})),  # one seed of three
+    (r"make compare (SEEDS|GPUS|JOBS|RANKS|FORCE)=.*", Here(SHORT, "MODELS=linear")),
+    (r"(make compare|python -m launch\.local).*", Here(SHORT)),
+    # What a reader does with runs and data
+    (
+        r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict )\b.*",
+        Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"}),
+    ),
+    (r"pip install wandb-workspaces|.* --saved-report", There("tests/tracking/test_push.py", "--saved-report")),
+    (r"python -m fashion_ddp\.push .*", Here(env={"WANDB_MODE": "offline"})),
+    (r"(accelerate launch|python) -m fashion_ddp\.check", Here()),
+    (r"wandb leet inspect.*", There("tests/tracking/test_mirror.py", '"wandb", "leet", "inspect"')),
+    (r"wandb login", Never("needs an account; without one: tests/tracking/test_mirror.py")),
+    (r"python -m pytest tests/test_gpu\.py|python benchmarks/bench\.py --device cuda", Never("needs an NVIDIA card")),
+    # Setting up
+    (r"make setup.*", There("tests/setup/test_setup.py", "test_make_setup_on_a_fresh_machine")),
+    (r"source \.venv/bin/activate", Here("&& python -c 'import fashion_ddp'")),
+    (r"pip install -e \.", There("tests/setup/test_setup.py", "test_make_setup_on_a_fresh_machine")),  # its last step
+    (r"export FASHION_DDP_DATA_DIR=\.\./shared/data", Here("&& python -m fashion_ddp.data")),
+    (r"apt-get install python3-venv", There(".ci/run", "python3-venv")),
+    (r"apt-get install slurmctld .*", There(".ci/run", "slurmctld slurmd slurm-client slurmdbd munge mariadb-server")),
+    # A cluster
+    (
+        r"python -m launch\.submit --models cnn --gpus-per-node 8",
+        There("tests/launch/test_slurm.py", '"--gpus-per-node", "8"'),
+    ),
+    (r"python -m launch\.submit .*--sweep .*", Here(f"--executor local --dataset synthetic {BRIEFLY}")),
+    (r"python -m launch\.submit( --models [\w ]+)? --gpus-per-node \d", Here("--dry-run --dataset synthetic")),
+    (r"python -m launch\.submit --models .*", There("tests/launch/test_slurm.py", A_CLUSTER)),
+    (
+        r"python -m launch\.status( cancel .*| resubmit)",
+        There("tests/launch/test_slurm.py", "test_a_cancelled_run_is_saved"),
+    ),
+    (r"python -m launch\.status", Here()),
+    (r"(PYTHON=\S+ )?sbatch .*slurm/train\.sbatch .*", There("tests/launch/test_slurm.py", '"slurm" / "train.sbatch"')),
+    (r"sbatch --partition=high .*", There("tests/launch/test_slurm.py", "def preempt(")),
+    (r"tail -n 1 fashion_ddp-19\.log", Never("shows what the command above it printed")),
+    (r"python3 slurm/cluster/cluster\.py (up|down) .*", There("tests/launch/test_slurm.py", "def make_cluster(")),
+    # Developing
+    (r"make (test|test-slow|test-slurm|lint)", There(".ci/run")),
+    (r"make test-quick", There("tests/setup/test_setup.py", '"make", "test-quick"')),
+    (r"make soak.*", Here(variables="N=2")),
+    (
+        r"make bench",
+        Here("--cases linear-10 --recipes blog --repeats 1 --epochs 1", 'PARTS="--cases linear-10 --recipes blog"'),
+    ),
+    (r"make bench-scaling", Here("--cases linear-10 --ranks 1 2 --kinds strong --repeats 1")),
+    (r"make lock", Never("asks the registry, and changes the locks")),
+    (r"\.venv/bin/pre-commit install", Here()),
+    (r"python docs/results\.py > docs/results\.md", Here()),
+    (r"python benchmarks/page\.py scaling", Here()),
+    (r"python benchmarks/pictures\.py", Here("--only ranks")),
+    ("|".join(PROGRAMS_NAMED), Never("a program's name, or stands for something of the reader's")),
+]
+
+
+def text(page: str) -> str:
+    return (CHECKOUT / page).read_text()
+
+
+def fences(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> Iterator[str]:
+    """What a page tells people to type: in blocks, and inline where a program is given words."""
+    for kind, block in fences(page):
+        lines = [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
+        if kind == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        elif kind not in ("", "sh", "bash"):
+            continue
+        yield from (re.sub(r"\s+#\s.*$", "", line).strip() for line in lines)
+    without = re.sub(r"^```.*?^```$", "", text(page), flags=re.DOTALL | re.MULTILINE)
+    for typed in re.findall(r"`([^`\n]+)`", without):
+        words = re.sub(r"^([A-Z_]+=\S+ )+", "", typed).split()  # variables before the program
+        if len(words) > 1 and words[0] in PROGRAMS:
+            yield typed
+
+
+SHOWN = {typed: page for page in PAGES for typed in commands(page)}
+
+
+def how(typed: str) -> Here | There | Never | None:
+    return next((way for pattern, way in COMMANDS if re.fullmatch(pattern, typed)), None)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("typed", SHOWN)
+def test_a_command_has_its_test(typed: str) -> None:
+    way = how(typed)
+    if way is None:
+        pytest.fail(
+            f"{SHOWN[typed]} shows `{typed}`, and nothing runs it: add it to COMMANDS in {Path(__file__).name}, with "
+            "how it is run, the test that runs it, or why none can. Where it is no command, mark its block as ```text",
+            pytrace=False,
+        )
+    if isinstance(way, There):
+        assert (way.name or typed) in (CHECKOUT / way.file).read_text()
+
+
+@pytest.mark.quick
+def test_no_entry_is_left_over() -> None:
+    matched = [next((pattern for pattern, _ in COMMANDS if re.fullmatch(pattern, typed)), "") for typed in SHOWN]
+    assert {pattern for pattern, _ in COMMANDS} - set(matched) == set()
+
+
+# --- Run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout as its reader has it after a while."""
+    need("git")
+    place = tmp_path_factory.mktemp("prepared") / "fashion_ddp"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout.splitlines():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(CHECKOUT / name, place / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=place, check=True)
+    (place / ".venv").symlink_to(sys.prefix)
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("boot", "shirt"):
+            folder = place / "mine" / part / name
+            folder.mkdir(parents=True)
+            for number in range(20):
+                pixels = random.integers(0, 256, (28, 28), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    for name in ("boot.jpg", "shirt.png"):
+        Image.fromarray(random.integers(0, 256, (60, 40, 3), np.uint8)).save(place / name)
+    for line in (
+        f"python -m fashion_ddp.train --model cnn --run-dir {RUN} {SMALL}",
+        "python -m fashion_ddp.compare runs --out report",
+        "python -c 'import torch, torchvision as t; torch.save(t.models.resnet18().state_dict(), \"theirs.pth\")'",
+    ):
+        typed_in(place, line)
+    return place
+
+
+@pytest.fixture
+def checkout(prepared: Path, tmp_path: Path, data_dir: Path) -> Path:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "data").symlink_to(data_dir.absolute())
+    return Path(shutil.copytree(prepared, tmp_path / "fashion_ddp", symlinks=True))
+
+
+def typed_in(place: Path, line: str, **env: str) -> str:
+    """What a line of shell prints, typed in a folder with its environment active, by someone without settings."""
+    (home := place / "home").mkdir(exist_ok=True)
+    path = f"{place}/.venv/bin:{os.environ['PATH']}"
+    done = command("bash", "-c", line, cwd=place, PATH=path, PYTHONPATH=str(place), HOME=str(home), timeout=800, **env)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def made_short(typed: str, way: Here) -> str:
+    for word, other in way.instead.items():
+        typed = re.sub(rf"(?<!\S){re.escape(word)}(?!\S)", other, typed)
+    if not typed.startswith("make "):
+        return f"{typed} {way.more}"
+    typed = f"{typed} -o setup {way.variables}"  # the environment is there: make it not
+    return typed.replace('ARGS="', f'ARGS="{way.more} ') if "ARGS=" in typed else f'{typed} ARGS="{way.more}"'
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("typed", [typed for typed in SHOWN if isinstance(how(typed), Here)])
+def test_a_command_does_what_it_should(typed: str, checkout: Path, data_dir: Path) -> None:
+    way = how(typed)
+    assert isinstance(way, Here)
+    before = set(checkout.glob("runs/*"))
+    typed_in(checkout, made_short(typed, way), FASHION_DDP_DATA_DIR=str(data_dir), **way.env)
+    if "fashion_ddp.train --m" in typed or "compare" in typed.split():
+        assert set(checkout.glob("runs/*")) > before
+        assert all('"status": "finished"' in path.read_text() for path in checkout.glob("runs/*/summary.json"))
+    if "compare" in typed:
+        assert (checkout / "report" / "report.html").exists()
+
+
+PYTHON = [(page, block) for page in PAGES for kind, block in fences(page) if kind.startswith("python")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page}: {block[:30]!r}" for page, block in PYTHON])
+def test_python_of_a_page_runs(page: str, block: str, checkout: Path) -> None:
+    names = (
+        "from torch import nn\nfrom fashion_ddp.models.architectures import Shape, architecture\n"
+        if "nn.Module" in block
+        else ""
+    )
+    (checkout / "snippet.py").write_text(names + block)
+    typed_in(checkout, "python snippet.py")
+    if "def stripes" in block:
+        typed_in(checkout, f"python -m fashion_ddp.train --model linear --dataset snippet:stripes {BRIEFLY}")

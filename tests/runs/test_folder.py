@@ -1,0 +1,359 @@
+"""The run folder: what is in it, and what a crash or a reader at the wrong moment can find."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fashion_ddp.runs import lock, provenance, folder
+from fashion_ddp.errors import TrainingFailed, UserError
+from fashion_ddp.runs.folder import FORMAT, RunFolder, plain
+from fashion_ddp.runs.reading import find_runs, read_run
+from fashion_ddp.files import write_whole
+from fashion_ddp.config.layers import make_config
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A folder that this process works in, as it is right after it was claimed."""
+    path = tmp_path / "run"
+    held = lock.take(path)
+    (path / "config.yaml").write_text(make_config({"model": "linear"}).to_yaml())
+    return RunFolder(path, lock=held)
+
+
+def names(path: Path) -> set[str]:
+    """What a folder holds, but the lock."""
+    return {p.name for p in path.iterdir() if not p.name.startswith(".lock.")}
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_reads_back_as_written(folder: RunFolder) -> None:
+    rows: list[dict[str, Any]] = [
+        {"epoch": 1, "loss": 0.1 + 0.2},
+        {"epoch": 2, "loss": None, "text": "line\u2028break\n"},
+    ]
+    folder.append("metrics.jsonl", rows[:1])
+    folder.append("metrics.jsonl", rows[1:])
+    folder.append("steps.jsonl", [])
+    folder.write_json("summary.json", {"status": "running"})
+    run = read_run(folder.path)
+    assert run.metrics == rows and run.steps == [] and run.summary == {"status": "running"}
+    assert run.config["model"] == "linear" and run.environment == []
+
+
+def test_what_was_not_written_yet_is_empty(folder: RunFolder) -> None:
+    run = read_run(folder.path)
+    assert (run.summary, run.environment, run.metrics, run.steps) == ({}, [], [], [])
+
+
+def test_a_last_line_cut_short_is_left_out(folder: RunFolder) -> None:
+    folder.append("steps.jsonl", [{"step": n} for n in range(3)])
+    text = (folder.path / "steps.jsonl").read_text()
+    for end in range(len(text) + 1):
+        (folder.path / "steps.jsonl").write_text(text[:end])
+        assert read_run(folder.path).steps == [{"step": n} for n in range(text[:end].count("\n"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", "{"),
+        ("summary.json", ""),
+        ("summary.json", "[]"),
+        ("environment.json", "[1,"),
+        ("metrics.jsonl", '{"epoch": 1}\n{"epo\n{"epoch": 3}\n'),
+        ("steps.jsonl", "\x00\x00\x00\n"),
+        ("steps.jsonl", b"\xff\xfe\n"),
+        ("summary.json", b"\xff\x80"),
+        ("config.yaml", "a: b: c\n"),
+        ("config.yaml", "- a\n"),
+    ],
+)
+def test_a_damaged_file_is_named(folder: RunFolder, name: str, content: str | bytes) -> None:
+    (folder.path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError) as told:
+        read_run(folder.path)
+    assert str(folder.path / name) in str(told.value)
+
+
+def test_a_later_format_is_refused(folder: RunFolder) -> None:
+    folder.write_json("summary.json", {"format": FORMAT + 1})
+    with pytest.raises(UserError, match=f"{folder.path} was written by a later version"):
+        read_run(folder.path)
+
+
+@pytest.mark.parametrize("status", ["running", "finished", "stopped", "failed"])
+def test_a_run_whose_process_is_gone_was_interrupted(folder: RunFolder, status: str) -> None:
+    assert folder.lock is not None
+    folder.write_json("summary.json", {"status": status, "epoch": 2})
+    assert read_run(folder.path).summary == {"status": status, "epoch": 2}
+    folder.lock.release()
+    gone = "interrupted" if status == "running" else status
+    assert read_run(folder.path).summary == {"status": gone, "epoch": 2}
+    assert json.loads((folder.path / "summary.json").read_text())["status"] == status  # reading changes nothing
+    assert names(folder.path) == {"config.yaml", "summary.json"}
+
+
+def test_a_run_that_ends_while_it_is_read_was_not_interrupted(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(path: Path) -> str | None:
+        assert folder.lock is not None
+        folder.write_json("summary.json", {"status": "finished"})
+        folder.lock.release()
+        return lock.holder(path)
+
+    folder.write_json("summary.json", {"status": "running"})
+    monkeypatch.setattr("fashion_ddp.runs.reading.holder", ends)
+    assert read_run(folder.path).summary["status"] == "finished"
+
+
+def test_a_folder_without_config_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it has no config.yaml"):
+        read_run(tmp_path)
+
+
+def test_find_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("runs/b", "runs/a", "runs/a/deeper", "alone"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "runs" / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    a, b, alone = (tmp_path / name for name in ("runs/a", "runs/b", "alone"))
+    assert find_runs([Path("runs")]) == [a, b]
+    assert find_runs([Path("alone"), Path("runs/b"), Path("runs"), tmp_path / "alone"]) == [alone, b, a]
+    for nothing in (Path("runs/notes"), Path("nowhere"), Path("alone/config.yaml")):
+        with pytest.raises(UserError, match=f"{nothing}: no run folder there"):
+            find_runs([Path("runs"), nothing])
+
+
+# --- Files ------------------------------------------------------------------------------------------------------
+
+
+def test_plain_is_strict_json() -> None:
+    value = {
+        "a": [float("nan"), float("inf"), {"b": (-float("inf"), 1.5, True, None)}],
+        Path("key"): Path("some/path"),
+        3: "text",
+    }
+    assert plain(value) == {"a": [None, None, {"b": [None, 1.5, True, None]}], "key": "some/path", "3": "text"}
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_write_whole_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in ("one", b"two\xff", ""):
+        write_whole(path, content)
+        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        fsync(handle)
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        done.append((Path(name).name, Path(name).is_dir() or Path(name).read_text()))
+
+    def renamed(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append((source.name, target.name))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_whole(tmp_path / "file", "content")
+    temporary = done[0][0]
+    assert done == [(temporary, "content"), (temporary, "file"), (tmp_path.name, True)] and temporary != "file"
+
+
+@pytest.mark.parametrize(("code", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_may_not_know_how_to_sync_a_folder(
+    tmp_path: Path, code: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuses_folders(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    with pytest.raises(OSError) if fails else contextlib.nullcontext():
+        write_whole(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content" and names(tmp_path) == {"file"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fashion_ddp.runs.folder import write_whole
+for n in range(10**9):
+    write_whole(Path(sys.argv[1]), str(n % 10) * 3_000_000)
+    print(n, flush=True)
+"""
+
+
+def test_a_kill_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    for moment in np.random.default_rng(0).uniform(0, 0.03, 8):
+        with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True, env=env) as one:
+            assert one.stdout is not None
+            written = int(one.stdout.readline())
+            time.sleep(moment)
+            one.kill()
+            written = int(([str(written)] + one.stdout.read().split())[-1])
+        content = path.read_text()
+        assert content in (str(n % 10) * 3_000_000 for n in (written, written + 1))
+        assert all(name.startswith(".checkpoint.") and name.endswith(".part") for name in names(tmp_path) - {path.name})
+
+
+def test_two_threads_may_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    contents = [str(n) * 200_000 for n in range(4)]
+    errors = []
+
+    def write(content: str) -> None:
+        try:
+            for _ in range(10):
+                write_whole(path, content)
+                assert path.read_text() in contents
+        except Exception as error:  # noqa: BLE001 - told below
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and names(tmp_path) == {"summary.json"}
+
+
+@pytest.mark.parametrize("end", ["", "{", '{"step": 3', '{"step": 3}', "\x00" * 40, b"\xff\xfe"])
+def test_half_a_last_line_is_mended(folder: RunFolder, end: str | bytes) -> None:
+    path = folder.path / "steps.jsonl"
+    rows: list[dict[str, Any]] = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": None}]
+    folder.append("steps.jsonl", rows)
+    whole = path.read_bytes()
+    with open(path, "ab") as file:
+        file.write(end.encode() if isinstance(end, str) else end)
+    folder.keep_lines("steps.jsonl", read_run(folder.path).steps)
+    assert path.read_bytes() == whole
+    folder.append("steps.jsonl", [{"step": 3}])
+    assert read_run(folder.path).steps == [*rows, {"step": 3}]
+
+
+def test_lines_that_are_to_stay_are_not_touched(folder: RunFolder) -> None:
+    path = folder.path / "steps.jsonl"
+    folder.keep_lines("steps.jsonl", [])
+    assert not path.exists()
+    rows = [{"step": n, "loss": float("nan")} for n in range(5)]
+    folder.append("steps.jsonl", rows)
+    for keep in (rows, rows[:2], rows[:2], []):
+        before = path.stat()
+        shorter = path.read_text().count("\n") > len(keep)
+        folder.keep_lines("steps.jsonl", keep)
+        assert [row["step"] for row in read_run(folder.path).steps] == [row["step"] for row in keep]
+        assert (path.stat().st_ino != before.st_ino) == shorter  # replaced whole, or left alone
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: folder.write("summary.json", "x" * 100_000),
+        lambda folder: folder.append("summary.json", [{"text": "x" * 100_000}]),
+        lambda folder: folder.make("summary.json/checkpoints"),
+    ],
+    ids=["write", "append", "make"],
+)
+def test_what_cannot_be_written_is_told_with_the_way_out(folder: RunFolder, write: Any) -> None:
+    folder.append("summary.json", [{"text": "old"}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # of a file, as a disk that is full
+    try:
+        with pytest.raises(TrainingFailed) as told:
+            write(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{folder.path / 'summary.json'}" in str(told.value) and "give the same command again" in str(told.value)
+    assert (folder.path / "summary.json").read_text().startswith('{"text": "old"}\n')
+    assert names(folder.path) == {"config.yaml", "summary.json"}
+
+
+def test_a_disk_that_is_full_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    code = (
+        "import resource, sys; from pathlib import Path; from fashion_ddp.runs.folder import write_whole\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_whole(Path(sys.argv[1]), b'x' * 100_000)\n"
+        "except OSError: print('failed')"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code, path], check=True, capture_output=True, text=True, env=env)
+    assert done.stdout == "failed\n" and path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_sees_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    contents = [json.dumps({"n": n, "filling": "x" * 50_000 * n}) for n in (1, 2, 3)]
+    write_whole(path, contents[0])
+
+    def write() -> None:
+        for content in 10 * contents:
+            write_whole(path, content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen.add(path.read_text())
+    assert seen <= set(contents) and len(seen) > 1
+
+
+def test_the_source_has_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "a.py").write_text("a")
+    (tmp_path / "recipes" / "r.yaml").write_text("r")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    seen = {provenance.code_hash()}
+    for name, content in (("a.py", "b"), ("recipes/r.yaml", "s"), ("b.py", ""), ("c.py", "")):
+        (tmp_path / name).write_text(content)
+        seen.add(provenance.code_hash())
+    assert len(seen) == 5
+    (tmp_path / "notes.txt").write_text("not code")
+    assert provenance.code_hash() in seen
+
+
+def test_the_commit_tells_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance.git_commit() is None
+    (tmp_path / "file").write_text("1")
+    who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for words in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "-m", "first"]):
+        subprocess.run(["git", *words], check=True, cwd=tmp_path)
+    commit = provenance.git_commit()
+    assert commit is not None and len(commit) == 40
+    (tmp_path / "file").write_text("2")
+    assert provenance.git_commit() == f"{commit}+changes"

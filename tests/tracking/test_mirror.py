@@ -1,0 +1,633 @@
+"""What W&B is told, over all starts of a run, and that nothing that happens to W&B stops or changes training.
+
+Real runs on real ranks; W&B is the real one, or a package that stands in its way: one writes down what it is told,
+others do their worst.
+"""
+
+import atexit
+import json
+import math
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import faults
+import pytest
+from conftest import CHECKOUT, _server, command
+from faults import Fault, Ranks
+from wandb_server import WandbServer
+
+from fashion_ddp.runs.reading import Run, read_run
+from fashion_ddp.tracking import mirror
+
+STEPS = 3 * faults.TINY_STEPS
+KEY = "0123456789" * 4  # of the right length, and nobody's
+
+
+def _prepared(packages: Path | None, limits: dict[str, float], target: Callable[..., None], args: Any) -> None:
+    if packages:
+        sys.path.insert(0, str(packages))
+
+    for name, value in limits.items():
+        setattr(mirror, name, value)
+    try:
+        target(*args)
+    finally:
+        atexit._run_exitfuncs()  # as a Python of its own would, and not one that multiprocessing started
+
+
+def start(
+    folder: Path,
+    words: Sequence[str] = (),
+    strikes: Sequence[Fault] = (),
+    packages: Path | None = None,
+    limits: dict[str, float] | None = None,
+    world_size: int = 1,
+    **env: str,
+) -> Ranks:
+    """Start the tiny run, mirrored to W&B: the one of `packages` where that is given, with other limits of time."""
+
+    def process(target: Callable[..., None], args: Any) -> Any:
+        return _server.Process(target=_prepared, args=(packages, limits or {}, target, args))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "_server", SimpleNamespace(Process=process))
+        return faults.start_tiny(world_size, folder, ["--tracker", "auto", *words], strikes, **env)
+
+
+def whole(folder: Path, *args: Any, **kwargs: Any) -> tuple[Run, list[str]]:
+    """A run that must finish; its records, and what it said of W&B."""
+    ranks = start(folder, *args, **kwargs)
+    assert set(ranks.wait()) == {0}, ranks.printed()
+    return finished(folder), wandb_lines(ranks.printed())
+
+
+def finished(folder: Path) -> Run:
+    run = read_run(folder / "run")
+    assert run.summary["status"] == "finished"
+    assert [row["epoch"] for row in run.metrics] == [1, 2, 3]
+    assert [point["step"] for point in run.steps] == list(range(1, STEPS + 1))
+    return run
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "run" / "model.safetensors").read_bytes()
+
+
+def wandb_lines(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("W&B: ")]
+
+
+def until(found: Callable[[], Any], seconds: float = 120) -> Any:
+    """What `found` returns once that is something."""
+    limit = time.monotonic() + seconds
+    while not (result := found()):
+        if time.monotonic() > limit:
+            pytest.fail("waited in vain")
+        time.sleep(0.02)
+    return result
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of the run that W&B has nothing to do with."""
+    folder = tmp_path_factory.mktemp("untracked")
+    _, lines = whole(folder, ["--tracker", "none"])
+    assert not lines and not (folder / "run" / "wandb").exists()
+    return weights(folder)
+
+
+@contextmanager
+def silent_server() -> Iterator[tuple[str, list[bytes]]]:
+    """A server that takes every connection and never answers, as behind a firewall; what it was sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections, sent = [], list[bytes]()
+
+        def attend() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                    connections.append(connection)
+                    sent.append(connection.recv(200))
+                except OSError:  # closed
+                    return
+
+        threading.Thread(target=attend, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", sent
+        for connection in connections:
+            connection.close()
+
+
+# --- Offline, the real W&B --------------------------------------------------------------------------------------
+
+
+def inspected(fragment: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What W&B has in a folder that it wrote offline: its overview, and the rows that were logged."""
+    inspect = "wandb", "leet", "inspect", "--json"
+    overview = command(*inspect, "--summary", str(fragment), cwd=fragment)
+    records = command(*inspect, str(fragment), cwd=fragment)
+    assert overview.returncode == records.returncode == 0, overview.stderr + records.stderr
+    rows = [json.loads(line) for line in records.stdout.splitlines()]
+    return json.loads(overview.stdout), [row["history"]["item"] for row in rows if row["type"] == "history"]
+
+
+def told_of(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What W&B is to be told of a run."""
+    names = ("loss", "accuracy", "lr")
+    points = [{"step": point["step"], **{f"step/{name}": point[name] for name in names}} for point in run.steps]
+    return points, run.metrics
+
+
+def sorted_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows that W&B was told, as points and epochs in their order, without W&B's own entries and without what is shown
+    at the end."""
+    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    rows = [row for row in rows if "step" in row]
+    points, epochs = ([row for row in rows if ("epoch" in row) == of_epoch] for of_epoch in (False, True))
+    return sorted(points, key=lambda row: row["step"]), sorted(epochs, key=lambda row: row["epoch"])
+
+
+def check_whole(run: Run, fragment: Path) -> dict[str, Any]:
+    """The fragment holds all of the run, each point and row once; its overview."""
+    overview, rows = inspected(fragment)
+    for found, expected in zip(sorted_out(rows), told_of(run), strict=True):
+        assert found == [pytest.approx(row) for row in expected]
+    assert (overview["state"], overview["exit_code"]) == ("finished", 0)
+    assert overview["run_id"] == run.summary["wandb_id"]
+    numbers = {k: v for k, v in run.summary.items() if isinstance(v, int | float | str) and k != "step"}
+    assert {name: overview["summary"][name] for name in numbers} == pytest.approx(numbers)
+    return overview
+
+
+def test_without_an_account_wandb_mirrors_the_run_offline(tmp_path: Path, untracked: bytes) -> None:
+    with silent_server() as (url, sent):
+        run, lines = whole(tmp_path, WANDB_PROJECT="mine", WANDB_NAME="ignored", WANDB_BASE_URL=url)
+    assert sent == []  # not to report its own use, either: that would hold up the end behind a firewall
+    assert len(lines) == 1 and lines[0].startswith("W&B: offline, in run/wandb; `wandb sync run/wandb/offline-run-*`")
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    overview = check_whole(run, fragment)
+    assert (overview["project"], overview["name"]) == ("mine", "run")
+    settings = {"model": "cnn", "recipe": "blog", "lr": 0.01, "batch_size": 250, "seed": 42, "world_size": 1}
+    settings |= {"gpu": "cpu", "git_commit": run.environment[0]["git_commit"]}
+    assert overview["config"] == overview["config"] | settings
+    assert not any(isinstance(value, dict | list) for value in overview["config"].values())
+    assert run.summary["wandb_mode"] == "offline" and weights(tmp_path) == untracked
+
+    records = records_of(fragment)
+    assert records["run"][0]["job_type"] == "train"
+    assert "run_group" not in records["run"][0] and "tags" not in records["run"][0]
+    assert "memory_percent" in records["stats"][0]["item"]  # system metrics
+    kinds = {artifact["type"]: artifact["name"] for artifact in records["artifact"]}
+    assert set(kinds) == {"run_table"}  # and no weights
+
+
+def records_of(fragment: Path) -> dict[str, list[dict[str, Any]]]:
+    """All that W&B has in a folder that it wrote offline, by type."""
+    told = command("wandb", "leet", "inspect", "--json", str(fragment), cwd=fragment)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in told.stdout.splitlines():
+        record = json.loads(line)
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
+    words = ["--wandb-project", "flagged", "--wandb-group", "a group", "--wandb-tags", "one, two", "--wandb-weights"]
+    run, _ = whole(tmp_path, [*words, "--wandb-notes", "why"], WANDB_PROJECT="variable", WANDB_TAGS="three")
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    records = records_of(fragment)
+    [told] = records["run"]
+    said = {name: told[name] for name in ("project", "run_group", "tags", "notes")}
+    assert said == {"project": "flagged", "run_group": "a group", "tags": ["one", "two"], "notes": "why"}
+
+    def table(key: str) -> dict[str, Any]:
+        [path] = (fragment / "files" / "media" / "table").glob(f"{key}_[0-9]*.table.json")
+        return json.loads(path.read_text())
+
+    predictions, labels = run.predictions["predicted"].tolist(), run.predictions["labels"].tolist()
+    shown = table("predictions")
+    assert shown["columns"] == ["id", "label", "predicted", "right", "confidence", "image"]
+    places = [row[0] for row in shown["data"]]
+    assert len(places) == 200 and places == sorted(set(places)) and places[-1] > 300  # of 333, in every run the same
+    name = run.summary["classes"].__getitem__
+    for at, label, predicted, right, confidence, _ in shown["data"]:
+        assert (label, predicted, right) == (name(labels[at]), name(predictions[at]), labels[at] == predictions[at])
+        logits = run.predictions["logits"][at].astype(float)
+        assert confidence == pytest.approx(math.exp(logits.max()) / sum(map(math.exp, logits)))
+    counted = {(true, found): count for true, found, count in table("confusion_matrix_table")["data"]}
+    assert counted == {
+        (name(i), name(j)): list(zip(labels, predictions, strict=True)).count((i, j))
+        for i in range(10)
+        for j in range(10)
+    }
+    seconds = dict(table("timings_table")["data"])
+    assert sum(seconds.values()) == pytest.approx(run.summary["time/total_s"])
+    assert seconds["training"] == run.summary["time/train_total_s"]
+    [row] = [row["item"] for row in records["history"] if "prediction_grid.count" in row["item"]]
+    assert row["prediction_grid.count"] == 9
+    assert {(a["type"], a["name"]) for a in records["artifact"]} >= {
+        ("model", "run"),
+        ("run_table", f"run-{told['run_id']}-predictions"),
+    }
+    staged = tmp_path / "run" / "wandb" / "artifacts" / "staging"
+    assert weights(tmp_path) in [path.read_bytes() for path in staged.iterdir()]
+
+
+def test_the_id_that_a_sweep_gave_is_read_back(tmp_path: Path) -> None:
+    run, _ = whole(tmp_path, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="of-agent")
+    assert run.summary["wandb_id"] == "of-agent"
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*-of-agent")
+    check_whole(run, fragment)
+
+
+def test_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
+    whole(tmp_path, ["--wandb-group", "of the flag"], WANDB_CONFIG_DIR=str(tmp_path))
+    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    [told] = records_of(fragment)["run"]
+    assert (told["project"], told["run_group"]) == ("of the file", "of the flag")
+
+
+def child_named(parent: int, name: str) -> int | None:
+    """The process id of a process's child by name."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, _, rest = stat.read_text().partition(" (")
+        except OSError:  # it ended
+            continue
+        comm, _, rest = rest.rpartition(") ")
+        if comm == name and int(rest.split()[1]) == parent:
+            return int(pid)
+    return None
+
+
+def stands(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
+def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untracked: bytes) -> None:
+    def names(folder: str) -> set[str]:
+        return {path.name for path in (tmp_path / "run" / "wandb" / folder).glob("offline-run-*")}
+
+    killed_before_it_saved = start(tmp_path, strikes=[Fault("save", "kill")])
+    assert killed_before_it_saved.wait() == [-9] and len(names(".")) == 1
+    first = read_run(tmp_path / "run").summary["wandb_id"]
+
+    # Killed while its service lives on.
+    killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "stand still", count=10)])
+    process = killed.processes[0].pid
+    until(lambda: stands(process))
+    service = child_named(process, "wandb-core")
+    assert service is not None
+    os.kill(service, signal.SIGSTOP)
+    os.kill(process, signal.SIGKILL)
+    assert killed.wait() == [-9]
+    try:
+        stopped = start(tmp_path, strikes=[Fault("step", "TERM", count=12)])
+        assert stopped.wait() == [75], stopped.printed()
+        fragments = names(".")
+        assert len(fragments) == 1 and len(names("superseded")) == 2
+        overview, rows = inspected(tmp_path / "run" / "wandb" / fragments.pop())
+        assert overview["exit_code"] == 1 and len(sorted_out(rows)[0]) == 12
+    finally:
+        os.kill(service, signal.SIGCONT)
+    until(lambda: not Path(f"/proc/{service}").exists())  # it notices, and leaves
+
+    run, _ = whole(tmp_path)
+    [newest] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    check_whole(run, newest)
+    assert len(names("superseded")) == 3 and newest.name not in names("superseded")
+    assert run.summary["wandb_id"] == first and run.summary["starts"] == 4
+    assert all(name.endswith(first) for name in names("superseded") | {newest.name})
+    assert weights(tmp_path) == untracked
+
+
+# --- Online, the real W&B and as much of its server as it talks to --------------------------------------------------
+
+
+@pytest.mark.slow
+def test_its_server_has_all_of_a_run_with_many_starts_once(tmp_path: Path, untracked: bytes) -> None:
+    with WandbServer() as server:
+        stopped = start(tmp_path, strikes=[Fault("step", "TERM", count=10)], **server.env)
+        assert stopped.wait() == [75], stopped.printed()
+        assert (server.exits, server.preempting) == ([1], [True])
+        # What it tells in its last seconds does not arrive.
+        killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "kill", count=10)], **server.env)
+        assert killed.wait() == [-9], killed.printed()
+        run, lines = whole(tmp_path, **server.env)
+        assert len(lines) == 3 and set(lines) == {
+            f"W&B: online at {server.url}/me/fashion_ddp/runs/{run.summary['wandb_id']}"
+        }
+        assert len(server.history) == 1 and server.exits == [1, 0]
+        for found, expected in zip(sorted_out(server.rows(run.summary["wandb_id"])), told_of(run), strict=True):
+            assert found == [pytest.approx(row) for row in expected]
+    assert run.summary["wandb_mode"] == "online" and weights(tmp_path) == untracked
+
+
+@pytest.mark.slow
+def test_a_server_that_falls_silent_holds_nothing_up(tmp_path: Path, untracked: bytes) -> None:
+    with WandbServer() as server:
+        ranks = start(tmp_path, strikes=[Fault("step", "wait", count=10)], limits={"FINISH": 2.0}, **server.env)
+        until(lambda: server.history)
+        server.silent.set()
+        (tmp_path / "go").touch()
+        assert ranks.wait() == [0], ranks.printed()
+    assert [line.partition(" ")[2][:7] for line in wandb_lines(ranks.printed())] == ["online ", "did not"]
+    finished(tmp_path)
+    assert weights(tmp_path) == untracked
+
+
+# --- Over many starts, told to a W&B that writes it down ---------------------------------------------------------
+
+SCRIBE = """
+import json, os, types
+def told(*what):
+    with open("told.jsonl", "a") as file:
+        file.write(json.dumps(what) + "\\n")
+class Summary:
+    def update(self, figures): told("summary", figures)
+    def get(self, name):  # what the server has
+        return json.load(open("server.json")).get(name) if os.path.exists("server.json") else None
+class Run:
+    url, id, summary = "https://somewhere", None, Summary()
+    def define_metric(self, *names, **axis): pass
+    def log(self, row):
+        told("log", row)
+        if os.environ["ACCOUNT"] == "yes":
+            row = {name: max(row.get(name, 0), self.summary.get(name) or 0) for name in ("step", "epoch")}
+            with open("server.json", "w") as file:
+                json.dump(row, file)
+    def log_artifact(self, artifact): told("artifact", artifact)
+    def mark_preempting(self): told("mark_preempting", None)
+    def finish(self, exit_code): told("finish", exit_code)
+def Settings(**settings): return settings
+def login(prompt, verify): return os.environ["ACCOUNT"] == "yes"
+def teardown(): pass
+def setup():
+    known = types.SimpleNamespace(project=os.environ.get("WANDB_PROJECT"), run_job_type=None)
+    return types.SimpleNamespace(settings=known)
+def init(**settings):
+    told("init", settings)
+    Run.id = settings["id"]
+    return Run()
+def Table(columns, data): return [columns, *data]
+def Image(pixels, caption=None): return str(pixels.shape)
+class plot:
+    def confusion_matrix(**of): return of["class_names"]
+    def bar(table, *columns, title): return table
+told("import", os.environ["RANK"])
+"""
+
+
+def package(tmp_path: Path, source: str) -> Path:
+    """A folder whose package wandb is this."""
+    folder = tmp_path / "packages"
+    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    (folder / "wandb" / "__init__.py").write_text(source)
+    return folder
+
+
+class Told:
+    """What one start told the scribe."""
+
+    def __init__(self, folder: Path):
+        path = folder / "told.jsonl"
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+
+    def all(self, name: str) -> list[Any]:
+        return [what for called, what in self.lines if called == name]
+
+    @property
+    def points(self) -> list[int]:
+        return [point["step"] for point in sorted_out(self.all("log"))[0]]
+
+    @property
+    def epochs(self) -> list[int]:
+        return [row["epoch"] for row in sorted_out(self.all("log"))[1]]
+
+
+def test_an_online_run_is_told_each_point_once_over_all_starts(tmp_path: Path, untracked: bytes) -> None:
+    scribe = package(tmp_path, SCRIBE)
+
+    def started(code: int, *words: str, strikes: Sequence[Fault] = (), account: str = "yes") -> Told:
+        ranks = start(tmp_path, words, strikes, scribe, ACCOUNT=account)
+        assert ranks.wait() == [code], ranks.printed()
+        told = Told(tmp_path)
+        assert told.all("import") == ["0"] * len(told.all("import"))
+        return told
+
+    def steps(first: int, last: int) -> list[int]:
+        return list(range(first, last + 1))
+
+    stopped = started(75, strikes=[Fault("step", "TERM", count=10)])
+    # It goes on without saving: what it told of steps 11 to 13 is not told again by the next.
+    failed = started(1, "--checkpoint-every", "1000", strikes=[Fault("step", "raise", count=4)])
+    again = started(75, strikes=[Fault("step", "TERM", count=8)])
+    assert (stopped.points, failed.points, again.points) == (steps(1, 10), steps(11, 13), steps(14, 18))
+    assert (stopped.epochs, failed.epochs, again.epochs) == ([1], [], [2])
+    for told, preempted in ((stopped, [None]), (failed, []), (again, [None])):
+        assert (told.all("mark_preempting"), told.all("finish")) == (preempted, [1])
+    offline = started(75, strikes=[Fault("step", "TERM", count=2)], account="no")
+    assert offline.points == steps(1, 20) and offline.epochs == [1, 2]  # as its file is to be whole
+    online = started(75, strikes=[Fault("step", "TERM", count=2)])
+    assert online.points == steps(19, 22) and online.epochs == []
+    without = started(75, "--tracker", "none", strikes=[Fault("step", "TERM")])
+    assert without.lines == []
+    last = started(0)
+    assert last.points == steps(23, STEPS) and last.epochs == [3] and last.all("finish") == [0]
+    assert last.all("summary")[0]["test/accuracy"] == finished(tmp_path).summary["test/accuracy"]
+
+    inits = [told.all("init")[0] for told in (stopped, failed, again, offline, online, last)]
+    assert {init["id"] for init in inits} == {finished(tmp_path).summary["wandb_id"]}
+    assert [init["mode"] for init in inits] == ["online", "online", "online", "offline", "online", "online"]
+    assert {init["resume"] for init in inits if init["mode"] == "online"} == {"allow"}
+    # Nothing that nobody said, so that W&B's own settings hold.
+    ours = {"project", "job_type", "mode", "id", "resume", "name", "dir", "config", "allow_val_change", "settings"}
+    assert [set(init) for init in inits] == [ours] * 6
+    assert weights(tmp_path) == untracked
+
+    assert started(0).lines == []  # it is finished: W&B is not even imported
+
+
+# --- W&B at its worst -------------------------------------------------------------------------------------------
+
+GOES_WRONG = """
+import time
+def never(*args, **settings):
+    while True: time.sleep(3600)
+def fail(*args, **settings): raise ConnectionResetError('the service is gone')
+def nothing(*args, **settings): return True
+class Summary:
+    update = nothing
+    def get(self, name): pass
+class Run:
+    url, id, summary = 'nowhere', 'x', Summary()
+    define_metric = log = mark_preempting = finish = nothing
+class Setup:
+    class settings: project = run_job_type = None
+class plot: confusion_matrix = bar = nothing
+login = Settings = teardown = Table = Image = nothing
+def setup(): return Setup
+def init(**settings): return Run()
+"""
+WORST = {
+    "missing": "raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')",
+    "broken": "raise SyntaxError('two versions of protobuf')",
+    "the tables raise": GOES_WRONG + "Table = fail",
+    "everything raises": "def __getattr__(name): raise RuntimeError(f'{name}: no such luck')",
+    "every call raises": GOES_WRONG + "login = Settings = init = teardown = fail",
+    "log raises": GOES_WRONG + "Run.log = fail",
+    "the summary raises": GOES_WRONG + "Summary.update = fail",
+    "finish raises": GOES_WRONG + "Run.finish = teardown = fail",
+    "it has no address": GOES_WRONG + "del Run.url",
+    "its import never ends": GOES_WRONG + "never()",
+    "login never ends": GOES_WRONG + "login = never",
+    "init never ends": GOES_WRONG + "init = never",
+    "log never ends": GOES_WRONG + "Run.log = never",
+    "finish never ends": GOES_WRONG + "Run.finish = never",
+    "its teardown never ends": GOES_WRONG + "teardown = never",
+}
+SOON = {"START": 1.0, "FINISH": 1.0, "FINISH_EARLY": 1.0, "INIT": 1.0}
+
+
+@pytest.mark.parametrize("worst", WORST)
+def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path, untracked: bytes) -> None:
+    ranks = start(tmp_path, packages=package(tmp_path, WORST[worst]), limits=SOON)
+    assert ranks.wait() == [0] and "Traceback" not in ranks.printed(), ranks.printed()
+    finished(tmp_path)
+    assert weights(tmp_path) == untracked
+    lines = wandb_lines(ranks.printed())
+    assert 1 <= len(lines) <= 2, lines
+
+
+@pytest.mark.slow
+def test_a_wandb_that_does_not_keep_up_is_left_in_one_line(tmp_path: Path, untracked: bytes) -> None:
+    packages = package(tmp_path, GOES_WRONG + "Run.log = never")
+    run, lines = whole(tmp_path, packages=packages, limits={"BEHIND": 10, "FINISH_EARLY": 1.0})
+    assert len(lines) == 2 and "does not keep up, and is left" in lines[1] and weights(tmp_path) == untracked
+    assert run.summary["wandb_mode"] is None  # so that a later start tells it all
+
+
+@pytest.mark.slow
+def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) -> None:
+    waits = (
+        "def wait(path):\n"
+        "    while not os.path.exists(path): time.sleep(0.01)\n"
+        "def init(**settings):\n"
+        "    wait('run/steps.jsonl')\n"  # that training has begun
+        "    return Run()\n"
+        "def finish(self, exit_code):\n"
+        "    import torch.distributed\n"
+        "    told('finish', torch.distributed.is_initialized())\n"
+        "    wait('go')\n"
+        "Run.finish = finish\n"
+    )
+    scribe = package(tmp_path, SCRIBE + "import time\n" + waits)
+    ranks = start(tmp_path, ["--timeout", "8"], packages=scribe, world_size=2, ACCOUNT="no")
+    until(lambda: ranks.processes[1].exitcode is not None or not ranks.processes[0].is_alive())
+    assert ranks.processes[1].exitcode == 0 and ranks.processes[0].is_alive(), ranks.printed()
+    (tmp_path / "go").touch()
+    assert ranks.wait() == [0, 0], ranks.printed()
+    told = Told(tmp_path)
+    assert told.all("finish") == [False]  # it has taken leave of the other rank
+    assert told.points == list(range(1, STEPS + 1)) and told.all("import") == ["0"]
+    assert finished(tmp_path).summary["wandb_mode"] == "offline"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
+@pytest.mark.parametrize(
+    ("number", "at", "said"),
+    [
+        (signal.SIGKILL, "step", "W&B: stopped (log: "),
+        (signal.SIGSTOP, "step", "W&B: did not finish in time"),
+        pytest.param(signal.SIGSTOP, "end", "W&B: did not finish in time", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "end", "W&B: stopped (", marks=pytest.mark.slow),
+    ],
+    ids=["killed", "stands still", "stands still at the end", "ended by whoever ends the job"],
+)
+def test_training_outlives_wandbs_service(
+    number: signal.Signals, at: str, said: str, tmp_path: Path, untracked: bytes
+) -> None:
+    ranks = start(tmp_path, strikes=[Fault(at, "stand still", count=10 if at == "step" else 1)], limits={"FINISH": 3.0})
+    process, service = ranks.processes[0], None
+    try:
+        until(lambda: stands(process.pid))
+        service = child_named(process.pid, "wandb-core")
+        assert service is not None, ranks.printed()
+        os.kill(service, number)
+        ranks.send(signal.SIGCONT)
+        assert ranks.wait() == [0], ranks.printed()
+    finally:
+        if service is not None and number == signal.SIGSTOP:
+            os.kill(service, signal.SIGKILL)
+    assert "Traceback" not in ranks.printed() and "Exception" not in ranks.printed(), ranks.printed()
+    lines = wandb_lines(ranks.printed())
+    assert len(lines) == 2 and lines[1].startswith(said), lines
+    finished(tmp_path)
+    assert weights(tmp_path) == untracked
+
+
+# --- No account, no network -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"WANDB_MODE": "disabled"}, []),
+        ({"WANDB_API_KEY": "too-short"}, ["W&B: offline"]),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, ["W&B: online failed", "W&B: offline"]),
+        pytest.param(
+            {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "silent"},
+            ["W&B: online failed", "W&B: offline"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["disabled", "malformed key", "server refuses", "server is silent"],
+)
+def test_no_network_and_no_key_stop_nothing(
+    tmp_path: Path, env: dict[str, str], said: list[str], untracked: bytes
+) -> None:
+    with silent_server() as (url, _):
+        env = {name: url if value == "silent" else value for name, value in env.items()}
+        _, lines = whole(tmp_path, limits={"INIT": 2.0}, **env)
+    assert len(lines) == len(said) and all(map(str.startswith, lines, said)), lines
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == said.count("W&B: offline")
+    assert weights(tmp_path) == untracked
+
+
+# --- The program as users start it ------------------------------------------------------------------------------
+
+
+def test_no_question_is_asked_on_a_terminal(tmp_path: Path) -> None:
+    words = ["--dataset", "synthetic", "--model", "linear", "--epochs", "1", "--device", "cpu", "--run-dir", "run"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"WANDB_MODE": "online"}
+    line = [sys.executable, "-m", "fashion_ddp.train", *words]
+    ours, its = pty.openpty()
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), its)
+    with subprocess.Popen(line, cwd=tmp_path, env=env | {"PYTHONPATH": str(CHECKOUT)}, **streams) as process:
+        os.close(its)
+        shown = b""
+        try:
+            # Nothing is ever typed: a question would leave the terminal silent.
+            while select.select([ours], [], [], 60)[0]:
+                shown += os.read(ours, 65536)
+            process.kill()
+        except OSError:  # the program has closed its end
+            pass
+        assert process.wait(timeout=60) == 0, shown.decode()
+    os.close(ours)
+    assert read_run(tmp_path / "run").summary["status"] == "finished"
+    assert shown.count(b"W&B: offline") == shown.count(b"W&B: online failed") == 1

@@ -1,0 +1,273 @@
+"""Which rows make a batch, who takes them, and what augmentation does to them: each against a slow reference."""
+
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fashion_ddp.config import Config
+from fashion_ddp.data import Dataset
+from fashion_ddp.distributed.machine import Place
+from fashion_ddp.distributed.world import World
+from fashion_ddp.errors import UserError
+from fashion_ddp.training.batches import Batches, split, to_unit
+
+pytestmark = pytest.mark.quick
+
+COUNT = 103  # a prime: no batch size divides it
+HEIGHT, WIDTH = 9, 12
+IMAGES = np.random.default_rng(0).integers(1, 256, (COUNT, 2, HEIGHT, WIDTH), dtype=np.uint8)
+LABELS = np.arange(COUNT)  # each image's label is its index, so that it is known wherever it turns up
+
+
+def batches(rank: int = 0, size: int = 1, images: np.ndarray = IMAGES, epoch: int = 1, **settings: Any) -> Batches:
+    """One rank's batches, with an epoch drawn."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    world = World(accelerator, Place(rank, size, rank, size), threads=1)
+    ours = Batches(Config(model="linear", **settings), world, images, np.arange(len(images)))
+    ours.draw(epoch)
+    return ours
+
+
+def every_rank(size: int, **settings: Any) -> list[Batches]:
+    return [batches(rank, size, **settings) for rank in range(size)]
+
+
+def rows(ours: Batches, step: int) -> list[int]:
+    """The real rows of one rank's step."""
+    labels = torch.stack([ours.piece(step, piece)[1] for piece in range(ours.pieces)])
+    return labels[ours.weights[step] == 1].tolist()
+
+
+def order_of(**settings: Any) -> list[int]:
+    """The epoch's order of the images, from one process that takes the set in one batch."""
+    return rows(batches(**settings | {"batch_size": COUNT}), 0)
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------
+
+CUTS: list[dict[str, Any]] = [{}, {"micro_batch": 3}, {"micro_batch": 1000}, {"reduction_shards": 60}]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("batch_size", [1, 2, 10, 50, 51, 60, 103, 200])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_each_batch_is_cut_into_the_ranks_rows(size: int, batch_size: int, cut: dict[str, Any]) -> None:
+    world = every_rank(size, batch_size=batch_size, **cut)
+    order = order_of()
+    batch = min(batch_size, COUNT)
+    assert {ours.steps for ours in world} == {-(-COUNT // batch)}
+    shapes = {tuple(t.shape) for ours in world for t in (ours.index, ours.weights, ours.loss_weights)}
+    assert shapes == {(world[0].steps, world[0].pieces, world[0].rows)}
+    for k in range(world[0].steps):
+        expected = order[k * batch : (k + 1) * batch]
+        assert sorted(row for ours in world for row in rows(ours, k)) == sorted(expected)
+        if not cut:
+            assert [rows(ours, k) for ours in world] == [expected[rank::size] for rank in range(size)]
+        for ours in world:
+            assert ours.in_batch[k] == len(expected)
+            # DDP divides the sum of the ranks' gradients by their number; shards are added up as they are.
+            averaged = 1 if "reduction_shards" in cut else size
+            share = torch.where(ours.weights[k] == 1, averaged / len(expected), 0.0)
+            torch.testing.assert_close(ours.loss_weights[k], share)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_the_parts_of_a_batch_have_the_size_asked_for(cut: dict[str, Any]) -> None:
+    for size, batch_size in product((1, 2, 3), (7, 50, 1000)):
+        ours = batches(0, size, batch_size=batch_size, **cut)
+        batch = min(batch_size, COUNT)
+        share = -(-batch // (cut.get("reduction_shards") or size))
+        assert ours.rows == min(cut.get("micro_batch") or share, share)
+        held = ours.rows * ours.pieces * size
+        assert batch <= held
+        if not cut:
+            assert held < batch + size  # as little padding as equal shapes allow
+
+
+def test_shards_hold_the_same_rows_on_any_number_of_ranks() -> None:
+    alone = batches(batch_size=50, reduction_shards=12)
+    for size in (2, 3, 4):
+        world = every_rank(size, batch_size=50, reduction_shards=12)
+        assert torch.equal(torch.cat([ours.index for ours in world], dim=1), alone.index)
+        assert torch.equal(torch.cat([ours.loss_weights for ours in world], dim=1), alone.loss_weights)
+
+
+def test_shards_that_ranks_cannot_share_out() -> None:
+    with pytest.raises(UserError, match="reduction_shards=12 must be a multiple of the 5 ranks"):
+        batches(0, 5, reduction_shards=12)
+
+
+def test_images_go_with_their_labels() -> None:
+    ours = batches(1, 3, batch_size=50)
+    for k in range(ours.steps):
+        images, labels = ours.piece(k, 0)
+        assert torch.equal(images, torch.from_numpy(IMAGES[labels.numpy()]).float() / 255)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.float32), ("fp64", torch.float64)]
+)
+def test_pixels_are_numbers_from_0_to_1(precision: Any, dtype: torch.dtype) -> None:
+    assert batches(precision=precision).piece(0, 0)[0].dtype == dtype
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_unit(every, dtype), torch.arange(256, dtype=dtype) / 255)
+
+
+# --- Draws ------------------------------------------------------------------------------------------------------
+
+
+def test_not_shuffled_is_the_order_of_the_file() -> None:
+    for epoch in (1, 2):
+        assert order_of(shuffle=False, epoch=epoch) == list(range(COUNT))
+
+
+def test_each_seed_and_epoch_has_a_draw_of_its_own() -> None:
+    def draw(**given: Any) -> tuple[Any, ...]:
+        ours = batches(batch_size=COUNT, shift=2, flip=0.5, erase=0.5, **given)
+        assert ours.noise is not None
+        return tuple(ours.index.flatten().tolist()), tuple(ours.noise.flatten().tolist())
+
+    cases = [{"seed": seed, "epoch": epoch} for seed, epoch in product((0, 1, 11, 111, 2**63 - 1), (1, 2, 11, 111))]
+    draws = [draw(**case) for case in cases]
+    assert draws == [draw(**case) for case in cases]
+    orders, noises = (set(part) for part in zip(*draws, strict=True))
+    assert len(orders) == len(noises) == len(cases)
+    assert all(sorted(order) == list(range(COUNT)) for order in orders)
+
+
+def test_a_draw_leaves_no_trace() -> None:
+    """Neither torch's own random numbers nor an earlier epoch changes a draw, nor are they changed."""
+    ours = batches(epoch=3, flip=0.5)
+    expected, state = ours.index.clone(), torch.get_rng_state()
+    for epoch in (1, 2, 3):
+        torch.rand(7)
+        before = torch.get_rng_state()
+        ours.draw(epoch)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(ours.index, expected) and not torch.equal(torch.get_rng_state(), state)
+
+
+def dataset(count: int) -> Dataset:
+    images, labels = np.zeros((count, 1, 2, 2), np.uint8), np.zeros(count, np.int64)
+    return Dataset("small", ("a",), images, labels, images[:1], labels[:1], md5={}, source="")
+
+
+@pytest.mark.parametrize("held", [0, 1, 40, 99])
+def test_validation_takes_its_images_from_training(held: int) -> None:
+    trained_on, held_out = (np.arange(100)[index] for index in split(Config(validation=held), dataset(100)))
+    assert len(held_out) == held and sorted([*trained_on, *held_out]) == list(range(100))
+    assert list(trained_on) == sorted(trained_on)  # the order of the file, for recipes that do not shuffle
+
+
+def test_validation_is_drawn_by_seed() -> None:
+    drawn = [tuple(split(Config(validation=20, seed=seed), dataset(100))[1]) for seed in (1, 2, 3, 1)]
+    assert len(set(drawn)) == 3 and drawn[0] == drawn[3]
+    assert all(set(indices) != set(range(20)) for indices in drawn)
+    # Its seed alone: what else the run draws leaves it the same.
+    other = Config(validation=20, seed=1, epochs=9, batch_size=3, flip=0.5)
+    assert tuple(split(other, dataset(100))[1]) == drawn[0]
+
+
+@pytest.mark.parametrize("held", [100, 101])
+def test_validation_must_leave_images(held: int) -> None:
+    with pytest.raises(UserError, match=f"validation must leave images to train on: {held} of 100"):
+        split(Config(validation=held), dataset(100))
+
+
+# --- Augmentation -----------------------------------------------------------------------------------------------
+
+
+def augmented(image: np.ndarray, noise: list[int]) -> np.ndarray:
+    """One image [C, H, W] as its row of noise says, pixel by pixel: flipped, moved, blanked."""
+    down, right, flip, top, bottom, left, far_right = noise
+    out = np.zeros_like(image)
+    for y, x in product(range(HEIGHT), range(WIDTH)):
+        from_y, from_x = y - down, x - right
+        inside = 0 <= from_y < HEIGHT and 0 <= from_x < WIDTH
+        blank = top <= y < bottom and left <= x < far_right
+        if inside and not blank:
+            out[:, y, x] = image[:, from_y, WIDTH - 1 - from_x if flip else from_x]
+    return out
+
+
+AUGMENTATIONS: list[dict[str, Any]] = [
+    {"shift": 3},
+    {"flip": 0.5},
+    {"flip": 1.0},
+    {"erase": 1.0},
+    {"shift": 2, "flip": 0.5, "erase": 0.5},
+    {"shift": 50},  # further than the image is wide
+]
+
+
+@pytest.mark.parametrize("settings", AUGMENTATIONS, ids=str)
+def test_augmentation_does_what_its_noise_says(settings: dict[str, Any]) -> None:
+    ours = batches(batch_size=COUNT, **settings)
+    assert ours.noise is not None
+    images, labels = ours.piece(0, 0)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        expected = augmented(IMAGES[label], ours.noise[label].tolist())
+        assert np.array_equal((image * 255).round().byte().numpy(), expected)
+
+
+def test_no_augmentation_leaves_images_as_they_are() -> None:
+    assert batches().noise is None
+    still = batches(batch_size=COUNT, flip=1e-300)  # drawn, and never so
+    images, labels = still.piece(0, 0)
+    assert torch.equal(images, to_unit(torch.from_numpy(IMAGES), torch.float32)[labels])
+
+
+def test_each_kind_of_noise_acts_alone() -> None:
+    kinds: list[dict[str, Any]] = [{"shift": 1}, {"flip": 1.0}, {"erase": 1.0}]
+    for settings in kinds:
+        noise = batches(**settings).noise
+        assert noise is not None
+        down, right, flip, top, bottom, _, _ = noise.T
+        acts = {"shift": down.any() or right.any(), "flip": flip.any(), "erase": (bottom > top).any()}
+        assert {kind: bool(does) for kind, does in acts.items()} == {kind: kind in settings for kind in acts}
+
+
+@pytest.mark.parametrize("cut", CUTS[:2] + [{"reduction_shards": 12}], ids=str)
+def test_noise_belongs_to_the_image_wherever_it_is_computed(cut: dict[str, Any]) -> None:
+    def images_by_label(world: list[Batches]) -> torch.Tensor:
+        seen = torch.zeros(COUNT, *IMAGES.shape[1:])
+        for ours in world:
+            for k, piece in product(range(ours.steps), range(ours.pieces)):
+                images, labels = ours.piece(k, piece)
+                seen[labels] = images
+        return seen
+
+    noisy: dict[str, Any] = {"batch_size": 20, "shift": 2, "flip": 0.5, "erase": 0.5}
+    alone = images_by_label(every_rank(1, **noisy))
+    for size in (2, 3, 4):
+        assert torch.equal(images_by_label(every_rank(size, **noisy, **cut)), alone)
+
+
+def test_how_often_and_how_much() -> None:
+    """Over 40,000 images of 28 x 28; the draw is fixed, so nothing here is left to chance."""
+    many = np.zeros((40_000, 1, 28, 28), np.uint8)
+    noise = batches(images=many, shift=2, flip=0.3, erase=0.6).noise
+    assert noise is not None
+    down, right, flip, top, bottom, left, far_right = noise.double().T
+    assert float(flip.mean()) == pytest.approx(0.3, abs=0.01)
+    for moves in (down, right):
+        counts = torch.bincount(moves.long() + 2)
+        assert len(counts) == 5 and float(counts.min()) > 0.95 * 8000 and float(counts.max()) < 1.05 * 8000
+    assert abs(float(torch.corrcoef(torch.stack([down, right, flip])).fill_diagonal_(0).abs().max())) < 0.02
+    erased = bottom > top
+    assert float(erased.double().mean()) == pytest.approx(0.6, abs=0.01)
+    tall, wide = (bottom - top)[erased], (far_right - left)[erased]
+    assert bool((top >= 0).all() and (bottom <= 28).all() and (left >= 0).all() and (far_right <= 28).all())
+    area, aspect = tall * wide / 28**2, (tall / wide).log()
+    assert float(area.mean()) == pytest.approx((0.02 + 0.33) / 2, abs=0.01)
+    # Sides are whole pixels, so small rectangles miss 2 % and 0.3 a little.
+    assert 0.01 < float(area.min()) < 0.03 and 0.31 < float(area.max()) < 0.36
+    assert float(aspect.mean()) == pytest.approx(0.0, abs=0.02) and float(aspect.abs().max()) < 1.6
+    # It lies anywhere that it fits: as far from one side as from the other.
+    assert float((top + bottom)[erased].mean()) == pytest.approx(28, abs=0.3)
+    assert float((left + far_right)[erased].mean()) == pytest.approx(28, abs=0.3)
+    assert float(top[erased].min()) == 0 and float(bottom[erased].max()) == 28

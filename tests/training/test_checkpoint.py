@@ -1,0 +1,592 @@
+"""The file that a run continues from: what goes in comes out, whole or not at all, and nothing else is ever loaded.
+
+One rank in this process, with the real step, recorder and run folder; only the Accelerator is replaced. That a run
+ends in the same bits however often it was ended: tests/resume/test_resume.py.
+"""
+
+import contextlib
+import copy
+import errno
+import hashlib
+import io
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fashion_ddp import user_code
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.distributed.machine import Place
+from fashion_ddp.distributed.world import World
+from fashion_ddp.errors import Stopped, TrainingFailed
+from fashion_ddp.models import architectures
+from fashion_ddp.runs.folder import RunFolder
+from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.checkpoint import Checkpoints
+from fashion_ddp.training.recorder import Recorder
+from fashion_ddp.training.step import Step
+from fashion_ddp.training.timing import Timings
+
+pytestmark = pytest.mark.quick
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
+LABELS = np.random.default_rng(1).integers(0, 10, 40)
+STEPS = 5  # of an epoch
+BASE: dict[str, Any] = {"model": "cnn", "hidden_units": 2, "conv_blocks": 1, "batch_norm": True, "optimizer": "adam"}
+BASE |= {"lr": 0.01, "device": "cpu", "batch_size": 8, "epochs": 2, "tracker": "none", "checkpoint_every": 0.0}
+
+
+class Training:
+    """What train() builds, on one rank in this process: begun, or continued from what the folder holds."""
+
+    def __init__(self, path: Path, **given: Any):
+        self.path, self.cfg = path, make_config(BASE | given)
+        accelerator: Any = SimpleNamespace(device=torch.device("cpu"), scaler=None, no_sync=contextlib.nullcontext)
+        accelerator.prepare_model = lambda model, evaluation_mode: model
+        world = World(accelerator, Place(), threads=1)
+        self.model = architectures.build(self.cfg, (1, 8, 8), 10)
+        self.step = Step(self.cfg, world, self.model, Batches(self.cfg, world, IMAGES, LABELS))
+        self.step.sync.seconds = 0.0  # a sync point after every step
+        self.timings = Timings(0.0)
+        path.mkdir(exist_ok=True)
+        (path / "config.yaml").write_text(self.cfg.to_yaml())
+        self.folder = RunFolder(path)
+        self.saved = Checkpoints(self.cfg, world, self.folder, self.step, self.timings)
+        self.recorder = Recorder(self.folder, self.cfg, {}, self.saved.recorder)
+
+    def until(self, done: int) -> "Training":
+        """Train on until so many steps are done."""
+        for epoch in self.saved.epochs():
+            self.recorder.begin_epoch(epoch, STEPS)
+            self.step.batches.draw(epoch)
+            phase = self.timings.measure("train")  # not `with`: what ends within an epoch ends without a word
+            phase.__enter__()
+            for window in self.step.sync.windows(STEPS, self.saved.steps_of(epoch)):
+                for k in window:
+                    self.step(k)
+                    torch.rand(1)  # as a layer that draws would
+                self.recorder.steps(self.step.read(window))
+                self.saved.keep(self.recorder)
+                if self.step.done == done:
+                    return self
+            phase.__exit__(None, None, None)
+            with self.timings.measure("eval"):
+                pass
+        return self
+
+    def everything(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        parts = {"step": self.step.state(), "own": self.step.own_state(), "clock": self.step.clock.state()}
+        return copy.deepcopy(parts | {"seconds": dict(self.timings.seconds), "record": self.recorder.state()})
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in (self.path / "checkpoints").iterdir())
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def sealed(state: Any) -> bytes:
+    """A checkpoint's file of any content, with a right digest."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue() + hashlib.sha256(file.getvalue()).digest()
+
+
+def opened(path: Path) -> dict[str, Any]:
+    return torch.load(io.BytesIO(path.read_bytes()[:-32]), weights_only=True)
+
+
+def file(path: Path, step: int) -> Path:
+    return path / "checkpoints" / f"step-{step:09}.pt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are too small for more, which would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def at_7(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was ended without a word in its second epoch. To be copied."""
+    return Training(tmp_path_factory.mktemp("at") / "run").until(7).path
+
+
+@pytest.fixture(scope="module")
+def at_6(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Everything of the same run, a step earlier."""
+    return Training(tmp_path_factory.mktemp("at") / "run").until(6).everything()
+
+
+@pytest.fixture
+def run(at_7: Path, tmp_path: Path) -> Path:
+    copied = tmp_path / "run"
+    (copied / "checkpoints").mkdir(parents=True)
+    for path in at_7.rglob("*"):
+        if path.is_file():
+            (copied / path.relative_to(at_7)).write_bytes(path.read_bytes())
+    return copied
+
+
+def of_steps(state: dict[str, Any]) -> dict[str, Any]:
+    """What of everything does not depend on the time of day."""
+    return {name: state[name] for name in ("step", "own", "record")}
+
+
+# --- What is saved comes back -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+def test_what_is_saved_comes_back(optimizer: str, tmp_path: Path) -> None:
+    first = Training(tmp_path / "run", optimizer=optimizer).until(7)
+    torch.manual_seed(99)
+    second = Training(tmp_path / "run", optimizer=optimizer)
+    assert same(second.everything(), first.everything())
+    assert second.saved.epochs() == range(2, 3) and second.saved.steps_of(2) == 2
+    assert first.step.norms[0].running_mean is not None and first.step.norms[0].running_mean.any()
+
+
+def test_it_goes_on_as_if_it_had_not_ended(run: Path, tmp_path: Path) -> None:
+    whole = Training(tmp_path / "whole").until(10)
+    Training(run).until(8)
+    parts = Training(run).until(10)
+    assert same(of_steps(parts.everything()), of_steps(whole.everything()))
+    assert (run / "steps.jsonl").read_text() == (tmp_path / "whole" / "steps.jsonl").read_text()
+
+
+def test_the_optimizer_keeps_settings_of_its_own(run: Path) -> None:
+    """`fused` depends on the device, so that the saved settings are not taken."""
+    state = opened(file(run, 7))
+    assert "param_groups" not in state["step"]["optimizer"] and set(state["step"]["optimizer"]) == set(range(10))
+    [group] = Training(run).step.optimizer.param_groups
+    [fresh] = Training(run.with_name("fresh")).step.optimizer.param_groups
+    assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in fresh.items() if k != "params"}
+
+
+def test_the_last_step_of_an_epoch_leaves_its_evaluation_to_be_done(tmp_path: Path) -> None:
+    Training(tmp_path / "run").until(5)
+    second = Training(tmp_path / "run")
+    assert second.saved.epochs() == range(1, 3) and second.saved.steps_of(1) == 5 and second.saved.steps_of(2) == 0
+
+
+def test_the_newest_two_are_kept_and_nothing_else(run: Path) -> None:
+    assert Training(run).names() == ["step-000000006.pt", "step-000000007.pt"]
+    (run / "checkpoints" / ".step-000000008.pt.4711").write_bytes(b"half")
+    (run / "checkpoints" / "step-000000004.pt").write_bytes(b"left by a kill between two removals")
+    assert Training(run).until(8).names() == ["step-000000007.pt", "step-000000008.pt"]
+
+
+def test_a_parameter_that_no_loss_reaches_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle, self.frozen, self.used = nn.Linear(2, 2), nn.Linear(1, 1), nn.Linear(64, 10)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.used(images.flatten(1))
+
+    monkeypatch.setattr(user_code, "find", lambda name, what: lambda shape, classes: Unused())
+    given = {"model": "mine:Unused", "hidden_units": None, "conv_blocks": None, "batch_norm": False}
+    first = Training(tmp_path / "run", **given).until(7)
+    assert same(Training(tmp_path / "run", **given).everything(), first.everything())
+
+
+# --- What is damaged is not used --------------------------------------------------------------------------------
+
+
+def check_falls_back(run: Path, content: bytes, at_6: dict[str, Any], screen: Callable[[], str]) -> str:
+    """With this as its newest file the run continues from the other, says so once, and keeps this. Returns the
+    warning."""
+    file(run, 7).write_bytes(content)
+    training = Training(run)
+    assert same(of_steps(training.everything()), of_steps(at_6))
+    [said] = [line for line in screen().splitlines() if "warning" in line.lower()]
+    assert "step-000000007.pt cannot be used" in said and "an older one is looked for" in said and len(said) < 400
+    assert training.names() == ["step-000000006.pt", "step-000000007.pt.broken"]
+    assert file(run, 7).with_suffix(".pt.broken").read_bytes() == content
+    file(run, 7).with_suffix(".pt.broken").unlink()
+    return said
+
+
+def test_a_cut_file_is_not_used(run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    whole = file(run, 7).read_bytes()
+    lengths = {0, 1, 31, 32, 33, 64, len(whole) - 33, len(whole) - 32, len(whole) - 31, len(whole) - 1}
+    for length in sorted(lengths | set(range(100, len(whole), len(whole) // 20))):
+        said = check_falls_back(run, whole[:length], at_6, lambda: capsys.readouterr().out)
+        assert "it is damaged" in said
+    check_falls_back(run, whole + b"\0", at_6, lambda: capsys.readouterr().out)
+    check_falls_back(run, bytes(len(whole)), at_6, lambda: capsys.readouterr().out)
+
+
+def test_a_flipped_bit_is_noticed(run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    whole = file(run, 7).read_bytes()
+    places = {0, 1, len(whole) - 32, len(whole) - 1} | set(range(17, len(whole), len(whole) // 30))
+    for place in sorted(places):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        said = check_falls_back(run, bytes(flipped), at_6, lambda: capsys.readouterr().out)
+        assert "it is damaged" in said
+
+
+def other_run(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"run": state["run"] | {"seed": 43}}
+
+
+def later_step(state: dict[str, Any]) -> dict[str, Any]:
+    moved = copy.deepcopy(state)
+    moved["step"]["done"] = moved["recorder"]["step"] = 2 * STEPS + 1
+    moved["timings"]["seconds"] = {"train": [1.0, 1.0], "eval": [1.0, 1.0]}
+    return moved
+
+
+def other_shape(state: dict[str, Any]) -> dict[str, Any]:
+    wide = architectures.build(make_config(BASE | {"hidden_units": 3}), (1, 8, 8), 10)
+    return state | {"step": state["step"] | {"model": wide.state_dict()}}
+
+
+FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another run": (other_run, "another run"),
+    "another length": (lambda state: state | {"run": state["run"] | {"epochs": 2}}, "another run"),
+    "a later format": (lambda state: state | {"format": 2}, "this version"),
+    "a later step": (later_step, "its step 11"),
+    "another model": (other_shape, "its part 'step'"),
+    "weights alone": (lambda state: state["step"]["model"], "this version"),
+    "a list": (lambda state: [state], "this version"),
+    "nothing": (lambda state: None, "this version"),
+    "a tensor": (lambda state: torch.ones(3), "this version"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_not_used(
+    kind: str, run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    forge, why = FOREIGN[kind]
+    content = sealed(forge(opened(file(run, 7))))
+    assert why in check_falls_back(run, content, at_6, lambda: capsys.readouterr().out)
+
+
+def test_another_length_is_another_run_where_the_schedule_depends_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Training(tmp_path / "run", schedule="cosine").until(3)
+    assert Training(tmp_path / "run", schedule="cosine").step.done == 3
+    assert Training(tmp_path / "run", schedule="cosine", epochs=3).step.done == 0
+    assert "it belongs to another run" in capsys.readouterr().out
+
+
+def test_another_length_is_the_same_run_where_nothing_depends_on_it(run: Path) -> None:
+    longer = Training(run, epochs=4)
+    assert longer.step.done == 7 and longer.saved.epochs() == range(2, 5)
+
+
+class Code:
+    """What a pickle would run when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("kind", ["a part of the state", "the whole file", "a plain pickle"])
+def test_code_in_a_file_is_not_run(
+    kind: str,
+    run: Path,
+    at_6: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Code()))
+    assert Path("executed").exists()  # so it would run
+    Path("executed").unlink()
+    state = opened(file(run, 7))
+    plain = pickle.dumps(Code(), protocol=2)
+    contents = {
+        "a part of the state": sealed(state | {"recorder": state["recorder"] | {"lr": Code()}}),
+        "the whole file": sealed(Code()),
+        "a plain pickle": plain + hashlib.sha256(plain).digest(),
+    }
+    said = check_falls_back(run, contents[kind], at_6, lambda: capsys.readouterr().out)
+    assert "holds more than data" in said and "weights_only" not in said
+    assert not Path("executed").exists()
+
+
+# --- Everything is checked before anything is changed -----------------------------------------------------------
+
+
+def nodes(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every part of a state, with the way to it; of many that are alike, the first two and the last."""
+    if way:
+        yield way, value
+    parts = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    for key, part in parts if len(parts) < 8 else [*parts[:2], parts[-1]]:
+        yield from nodes(part, (*way, key))
+
+
+def wrong(value: Any) -> Iterator[Any]:
+    """What a part of a state must not be instead."""
+    yield "text"
+    yield from [None] * (value is not None)
+    if isinstance(value, torch.Tensor):
+        other = torch.float64 if value.dtype == torch.float32 else torch.float32
+        yield from (value.unsqueeze(0), value.to(other), value.to("meta"), value.tolist(), {})
+        yield from [value.to_sparse()] * bool(value.dim())
+    elif isinstance(value, dict):
+        yield from (value | {"another": None}, list(value.values()), list(value), *[{}] * bool(value))
+    elif isinstance(value, list):
+        yield from ([*value, None], dict(enumerate(value)), *[[]] * bool(value))
+    else:
+        yield from (1 if isinstance(value, float | bool) else 1.5, torch.ones(()).bool(), [value])
+        yield from [True] * (not isinstance(value, bool))
+
+
+def changed(state: dict[str, Any], way: tuple[Any, ...], value: Any, remove: bool = False) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    above: Any = state
+    for key in way[:-1]:
+        above = above[key]
+    if remove:
+        del above[way[-1]]
+    else:
+        above[way[-1]] = value
+    return state
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = opened(file(run, 7))
+    training = Training(run.with_name("fresh"))
+    (training.path / "checkpoints").mkdir()
+    before, tried = training.everything(), 0
+
+    def look(state: dict[str, Any]) -> int:
+        """Which step the run continues from."""
+        file(training.path, 7).write_bytes(sealed(state))
+        Checkpoints(training.cfg, training.saved.world, training.folder, training.step, training.timings)
+        return training.step.done
+
+    for way, value in nodes(good):
+        if way == ("ranks", 0, "cuda_generator"):  # of a card that this machine has not
+            continue
+        forgeries = [changed(good, way, bad) for bad in wrong(value)]
+        for state in [*forgeries, changed(good, way, None, remove=True)]:
+            done = look(state)
+            assert done == 0, f"{way} was {value}"
+            assert same(training.everything(), before), f"{way} was {value}"
+            tried += 1
+    assert tried > 250 and capsys.readouterr().out.count("cannot be used") == tried
+    assert look(good) == 7
+
+
+SUBTLE: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "a generator that is none": (("ranks", 0, "generator"), torch.zeros(5056, dtype=torch.uint8)),
+    "no rank": (("ranks",), []),
+    "a step that was not the record's": (("step", "done"), 6),
+    "before the first step": (("step", "done"), 0),
+    "an epoch's seconds too many": (("timings", "seconds"), {"train": [1.0, 1.0], "eval": [1.0, 1.0]}),
+    "an optimizer that has done nothing": (("step", "optimizer"), {}),
+    "an optimizer of another kind": (("step", "optimizer", 0), {"momentum_buffer": torch.zeros(2, 1, 3, 3)}),
+}
+
+
+@pytest.mark.parametrize("kind", SUBTLE)
+def test_what_has_the_right_types_must_fit_too(
+    kind: str, run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = sealed(changed(opened(file(run, 7)), *SUBTLE[kind]))
+    check_falls_back(run, content, at_6, lambda: capsys.readouterr().out)
+
+
+def test_every_rank_s_part_is_looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of ranks that this start has not: another start may have them."""
+    state = opened(file(run, 7))
+    mine = state["ranks"][0]
+    file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine | {"buffers": []}]}))
+    assert Training(run).step.done == 6 and "its part 'ranks'" in capsys.readouterr().out
+    file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine]}))
+    assert Training(run).step.done == 7
+
+
+def test_one_that_was_written_beside_a_card_is_read_without_one(run: Path) -> None:
+    before = Training(run).everything()
+    state = opened(file(run, 7))
+    state["ranks"][0]["cuda_generator"] = torch.zeros(16, dtype=torch.uint8)
+    file(run, 7).write_bytes(sealed(state))
+    assert same(Training(run).everything(), before)
+
+
+# --- Nothing usable is left -------------------------------------------------------------------------------------
+
+
+def test_without_one_that_can_be_used_the_run_begins_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file(run, 6).write_bytes(b"")
+    file(run, 7).write_bytes(file(run, 7).read_bytes()[:-1])
+    again = Training(run)
+    out = capsys.readouterr().out
+    assert again.step.done == 0 and out.count("warning") == 3 and out.count("cannot be used (it is damaged") == 2
+    assert out.endswith("can be used: the run starts again from nothing\n")
+    again.until(10)
+    whole = Training(tmp_path / "whole").until(10)
+    assert same(of_steps(again.everything()), of_steps(whole.everything()))
+    assert (run / "steps.jsonl").read_text() == (tmp_path / "whole" / "steps.jsonl").read_text()
+    assert [name for name in again.names() if "broken" in name] == [f"step-00000000{n}.pt.broken" for n in (6, 7)]
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_run_without_checkpoints_says_nothing_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Training(tmp_path / "run").step.done == 0 and "warning" not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_broken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk may be away for a while: to begin anew would throw away what is there."""
+    read = Path.read_bytes
+
+    def away(path: Path) -> bytes:
+        if path.suffix == ".pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises(TrainingFailed, match=re.escape("step-000000007.pt cannot be read (Input/output error)")):
+        Training(run)
+    monkeypatch.undo()
+    assert Training(run).step.done == 7
+
+
+def test_a_broken_file_that_cannot_be_renamed_ends_the_start(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file(run, 7).write_bytes(b"")
+
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(TrainingFailed, match=re.escape("step-000000007.pt cannot be renamed (Read-only file system)")):
+        Training(run)
+
+
+# --- A save that fails ------------------------------------------------------------------------------------------
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
+    """os.<name> fails for the next so many calls: the disk is full."""
+    function, left = getattr(os, name), [calls]
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, full)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_save_that_fails_is_a_warning_and_is_tried_again(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(run)
+    failing(monkeypatch, name, 1)
+    training.until(8)
+    out = capsys.readouterr().out
+    assert (
+        out.count("warning") == 1 and "no checkpoint at step 8" in out and out.endswith("(No space left on device)\n")
+    )
+    assert training.names() == ["step-000000006.pt", "step-000000007.pt"]
+    assert Training(run).step.done == 7
+    training.until(9)
+    assert training.names() == ["step-000000007.pt", "step-000000009.pt"] and "warning" not in capsys.readouterr().out
+    training.until(10)
+    whole = Training(tmp_path / "whole").until(10)
+    assert same(of_steps(Training(run).everything()), of_steps(whole.everything()))
+
+
+def test_a_checkpoint_that_cannot_be_removed_harms_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(run)
+    with monkeypatch.context() as patch:
+
+        def refuse(path: Path, missing_ok: bool = False) -> None:
+            if path.exists():
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+        patch.setattr(Path, "unlink", refuse)
+        training.until(8)
+    assert training.names() == [f"step-00000000{n}.pt" for n in (6, 7, 8)] and Training(run).step.done == 8
+    training.until(9)
+    assert training.names() == [f"step-00000000{n}.pt" for n in (8, 9)] and "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("last", ["the end", "a stop"])
+def test_a_last_save_that_fails_ends_the_run(
+    last: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Training(run).until(9)
+    failing(monkeypatch, "replace", 1)
+    if last == "a stop":
+        monkeypatch.setattr("fashion_ddp.distributed.signals.told", lambda: [True, False, False, False, False])
+    with pytest.raises(TrainingFailed, match=r"step-000000010\.pt cannot be written \(No space left on device\)"):
+        training.until(10)
+    assert Training(run).step.done == 9 and "warning" not in capsys.readouterr().out
+
+
+def test_a_stop_saves_and_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(run, checkpoint_every=1000.0)
+    monkeypatch.setattr("fashion_ddp.distributed.signals.told", lambda: [True, False, False, False, False])
+    with pytest.raises(Stopped, match=r"stopped \(SIGTERM\) and saved in epoch 2, at step 8 of 10"):
+        training.until(10)
+    assert Training(run).step.done == 8
+
+
+def test_no_more_is_saved_than_was_asked_for(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", checkpoint_every=1000.0).until(9)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert training.until(10).names() == ["step-000000010.pt"]
+
+
+def test_the_record_is_on_the_disk_before_the_checkpoint_that_counts_its_lines(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine that dies could lose lines and keep the checkpoint, and the lines would not be written again."""
+    training, order = Training(run), []
+    (run / "metrics.jsonl").touch()
+    fsync, replace = os.fsync, os.replace
+
+    def note(name: str) -> None:
+        order.append("temporary" if name.startswith(".step-000000008.pt") else name)
+
+    def synced(handle: int) -> None:
+        note(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def renamed(source: Any, target: Any) -> None:
+        note(f"= {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    training.until(8)
+    assert order == ["steps.jsonl", "metrics.jsonl", "temporary", "= step-000000008.pt", "checkpoints"]
