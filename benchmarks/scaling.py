@@ -30,7 +30,7 @@ def rank(argv: list[str]) -> None:
     import torch
 
     from fashion_ddp import train  # noqa: TID251 - a clock in a real run
-    from fashion_ddp.distributed.world import World, sum_
+    from fashion_ddp.distributed.world import World, all_reduce
     from fashion_ddp.training.step import Step
 
     steps: list[Step] = []
@@ -45,9 +45,9 @@ def rank(argv: list[str]) -> None:
         seconds = []
         for _ in range(200):
             gradient = torch.zeros(size)
-            world.share(None)  # begin together
+            world.all_gather_object(None)  # begin together
             start = time.perf_counter()
-            sum_(gradient)
+            all_reduce(gradient)
             seconds.append(time.perf_counter() - start)
         if world.rank == 0:
             print(f"all-reduce {statistics.median(seconds)}", flush=True)

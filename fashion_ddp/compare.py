@@ -14,10 +14,10 @@ from typing import Any
 
 import tyro
 
-from fashion_ddp.console import answering, fail, say
+from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.files import write_whole
-from fashion_ddp.redact import keep_others_out
+from fashion_ddp.redact import restrict_umask
 from fashion_ddp.report import sentences, tables
 from fashion_ddp.report.page import html_page, markdown_page
 from fashion_ddp.report.results import read_results
@@ -89,8 +89,8 @@ def write(comparison: Comparison, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    keep_others_out()
-    with answering():
+    restrict_umask()
+    with broken_pipe_ok():
         command = tyro.cli(Command, prog="python -m fashion_ddp.compare", args=argv)
     try:
         comparison = compare(read_results(find_runs(list(command.runs))))

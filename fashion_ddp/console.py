@@ -29,7 +29,7 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def answering() -> Iterator[None]:
+def broken_pipe_ok() -> Iterator[None]:
     """While a command line is read: who asks for help may leave before its end, as in `--help | head`."""
     try:
         try:

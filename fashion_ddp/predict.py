@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from fashion_ddp import user_code
 from fashion_ddp.config.names import is_code
-from fashion_ddp.console import answering, fail, say
+from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.data.photo import Seen, card, is_light_on_dark, save_beside, see
 from fashion_ddp.errors import UserError, counted
-from fashion_ddp.redact import keep_others_out
+from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs.reading import Run, load_run, softmax
 
 T = TypeVar("T")
@@ -59,8 +59,8 @@ class Command:
 
 
 def main(argv: list[str] | None = None) -> None:
-    keep_others_out()
-    with answering():
+    restrict_umask()
+    with broken_pipe_ok():
         command = tyro.cli(Command, prog="python -m fashion_ddp.predict", args=argv)
     try:
         if not command.images and not command.verify:

@@ -26,10 +26,10 @@ import tyro
 from fashion_ddp import data
 from fashion_ddp.config import Config
 from fashion_ddp.config.names import is_code
-from fashion_ddp.console import answering, fail, say
+from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError, counted
 from fashion_ddp.files import write_whole
-from fashion_ddp.redact import keep_others_out, refuse_secrets
+from fashion_ddp.redact import refuse_secrets, restrict_umask
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import Run, find_runs, read_run
@@ -73,8 +73,8 @@ class NotPushed(RuntimeError):
 
 
 def main(argv: list[str] | None = None) -> None:
-    keep_others_out()
-    with answering():
+    restrict_umask()
+    with broken_pipe_ok():
         command = tyro.cli(Command, prog="python -m fashion_ddp.push", args=argv)
     done = 0
     try:

@@ -50,6 +50,6 @@ def hide_values(words: Iterable[str]) -> Iterator[str]:
         hide = secret and not equals
 
 
-def keep_others_out() -> None:
+def restrict_umask() -> None:
     """Whatever this process makes from here on, only its user, and the group where the umask lets it, may change."""
     os.umask(os.umask(0o022) | 0o002)

@@ -21,7 +21,7 @@ from fashion_ddp.config.cli import Command, parse
 from fashion_ddp.console import crash, fail, say
 from fashion_ddp.distributed import machine, tuning
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
-from fashion_ddp.redact import keep_others_out
+from fashion_ddp.redact import restrict_umask
 
 STARTED = time.time()
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str] | None = None) -> None:
     """Train as a command line says. Leaves the process where that cannot be done; raises Stopped."""
-    keep_others_out()
+    restrict_umask()
     try:
         command = parse(argv)
         machine.refuse_launcher_settings(command.run)
@@ -58,7 +58,7 @@ def run(argv: list[str] | None = None) -> None:
 def train(command: Command) -> None:
     """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
     # Not at the top: these import torch, and a mistake in the command is answered before that.
-    with tuning.loading():
+    with tuning.gc_paused():
         from fashion_ddp.distributed.world import open_world
         from fashion_ddp.models import architectures, describe, transfer
         from fashion_ddp.training import artifacts, cuda_graph, startup
@@ -69,14 +69,14 @@ def train(command: Command) -> None:
         from fashion_ddp.training.step import Step
         from fashion_ddp.training.timing import Timings, peak_memory_bytes
         from fashion_ddp.training.trace import Trace
-        from fashion_ddp.training.watchdog import Watch
+        from fashion_ddp.training.watchdog import Watchdog
 
     cfg = command.run
     with open_world(cfg) as world:
         data = startup.load_data(cfg, world)
         classes = len(data.classes)
         model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
-        prepared = world.together(lambda: transfer.prepare(cfg, model))
+        prepared = world.raise_together(lambda: transfer.prepare(cfg, model))
         trained_on, held_out = split(cfg, data)
         batches = Batches(cfg, world, data.train_images[trained_on], data.train_labels[trained_on])
         sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
@@ -92,8 +92,8 @@ def train(command: Command) -> None:
         cuda_graph.capture(step)
         known = startup.announce(cfg, world, folder, environment, model, data, step, prepared)
         with (
-            tuning.settled(),
-            Watch(world, folder, cfg.timeout),
+            tuning.gc_frozen(),
+            Watchdog(world, folder, cfg.timeout),
             open_recorder(folder, cfg, world, known, saved.recorder) as recorder,
             Trace(cfg, world, folder, step.done) as trace,
         ):
@@ -111,9 +111,9 @@ def train(command: Command) -> None:
                     scores = {name: evaluation(model) for name, evaluation in sets.items()}
                 recorder.epoch(scores, timings.of_epoch(batches.count))
 
-            world.first(lambda: artifacts.write(folder, model, data, scores["test"]))
+            world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores["test"]))
             figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock)
-            peak = max(world.share(peak_memory_bytes(world.device)))
+            peak = max(world.all_gather_object(peak_memory_bytes(world.device)))
             flops = describe.flops_per_image(model, data.image_shape)
             recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": peak}, data.test_images)
 

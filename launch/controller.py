@@ -32,7 +32,7 @@ class Controller(local.Controller):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)  # what came until now comes now
 
     def start_tasks(self) -> None:
-        with signals.held():  # until the ranks listen
+        with signals.blocked():  # until the ranks listen
             super().start_tasks()
 
     def _stop(self, number: int, frame: object = None) -> None:

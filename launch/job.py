@@ -18,7 +18,7 @@ from fashion_ddp.console import fail, say
 from fashion_ddp.distributed import signals
 from fashion_ddp.distributed.rendezvous import RENDEZVOUS, free_port
 from fashion_ddp.errors import Stopped, UserError
-from fashion_ddp.redact import keep_others_out
+from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim
 from launch import slurm
 
@@ -34,7 +34,7 @@ class Rank:
     reuse: bool = False  # go on with a run that other code began
 
     def __call__(self) -> str:
-        keep_others_out()
+        restrict_umask()
         signals.listen()  # in place of Submitit's handlers, which requeue in the middle of a step
         from submitit import JobEnvironment
 
@@ -168,7 +168,7 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     """A rank that srun started: `srun python -m launch.job --model cnn`, with the flags of fashion_ddp.train."""
-    keep_others_out()
+    restrict_umask()
     env, argv = os.environ, sys.argv[1:] if argv is None else argv
     try:
         if "SLURM_PROCID" not in env:

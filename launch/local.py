@@ -26,9 +26,9 @@ if __name__ == "__main__":
 
 from fashion_ddp import compare, data
 from fashion_ddp.config import Config, cli
-from fashion_ddp.console import answering, fail, say
+from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.errors import TrainingFailed, UserError
-from fashion_ddp.redact import keep_others_out
+from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim, provenance
 from launch import pool, slurm
 from launch.processes import STOPPED, Job, Running
@@ -58,9 +58,9 @@ class Comparison:
 
 
 def main(argv: list[str] | None = None) -> int:
-    keep_others_out()
+    restrict_umask()
     try:
-        with answering():
+        with broken_pipe_ok():
             comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
         _check(comparison, flags)
         flags += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], flags).cfg)
@@ -148,7 +148,7 @@ def one_after_another(todo: list[Job], ranks: int) -> int:
     or what ended it before the last."""
     failed = 0
     for number, job in enumerate(todo, start=1):
-        if told := signals.heard():
+        if told := signals.received():
             say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
             return STOPPED
         say(f"\n--- run {number} of {len(todo)}")

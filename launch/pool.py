@@ -55,9 +55,9 @@ def train(todo: list[Job], share: Share) -> int:
     active: dict[int, Active] = {}  # by slot
     codes: dict[str, int] = {}  # by name
     at_once = min(len(share.cards), len(todo))
-    while active or (waiting and not signals.heard()):
+    while active or (waiting and not signals.received()):
         free = [slot for slot in range(len(share.cards)) if slot not in active]
-        while free and waiting and not signals.heard():
+        while free and waiting and not signals.received():
             number, job = waiting.popleft()
             label = f"[{number}/{len(todo)}] {job.folder.name}"
             slot = free.pop(0)
@@ -73,7 +73,7 @@ def train(todo: list[Job], share: Share) -> int:
                 one.end(code)
                 codes[one.folder.name] = code
     if waiting or STOPPED in codes.values():
-        why = "".join(f" ({one.name})" for one in signals.heard()[:1])
+        why = "".join(f" ({one.name})" for one in signals.received()[:1])
         say(f"stopped{why}: the same command continues")
         return STOPPED
     if failed := [job.folder.name for job in todo if codes[job.folder.name]]:

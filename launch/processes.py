@@ -62,7 +62,7 @@ class Running:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             command = [sys.executable, "-m", "fashion_ddp.train", *argv]
             # In sessions of their own, so that Ctrl-C on the terminal reaches them through us and only once.
-            with signals.held():
+            with signals.blocked():
                 child = subprocess.Popen(command, env=env | place, stdout=output, stderr=output, start_new_session=True)
                 self.children.append(child)
                 signals.children.append(child)
@@ -85,7 +85,7 @@ class Running:
         if not working:
             signals.children = [child for child in signals.children if child not in self.children]
             return self.first if self.first >= 0 else 128 - self.first
-        for number in set(signals.heard()) - self.handed_on:
+        for number in set(signals.received()) - self.handed_on:
             for child in self.children:
                 child.send_signal(number)
             self.handed_on.add(number)

@@ -181,7 +181,7 @@ def _undisturbed() -> Iterator[None]:
     """Without Ctrl-C and the like, which between two jobs would leave some that nobody knows of."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with signals.held():
+        with signals.blocked():
             yield
     finally:
         signal.signal(signal.SIGINT, before)

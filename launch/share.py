@@ -32,7 +32,8 @@ def announce_apart(jobs: int, asked: int, cfg: Config, todo: list[Config], sizes
     here, there = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_answer, args=(there, jobs, asked, cfg, todo, sizes))
     resource_tracker.ensure_running()  # it comes with the first process, and would let go of what is held
-    with signals.held():  # for good: it does not listen; the terminal's Ctrl-C is for this process, which remembers it
+    # For good: the child does not listen. The terminal's Ctrl-C is for this process, which remembers it.
+    with signals.blocked():
         child.start()
     there.close()
     signals.children = [child]

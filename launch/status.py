@@ -17,9 +17,9 @@ from pathlib import Path
 
 import tyro
 
-from fashion_ddp.console import answering, fail, say
+from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.errors import UserError, counted
-from fashion_ddp.redact import keep_others_out
+from fashion_ddp.redact import restrict_umask
 from fashion_ddp.report.text import terminal_table
 from fashion_ddp.runs.lock import holder
 from fashion_ddp.runs.reading import find_runs
@@ -99,8 +99,8 @@ def _must_know(seen: list[Seen]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    keep_others_out()
-    with answering():
+    restrict_umask()
+    with broken_pipe_ok():
         words = list(tyro.cli(Command, prog="python -m launch.status", args=argv).words)
     verb = {"cancel": cancel, "resubmit": resubmit}.get(words[0] if words else "", show)
     folders = [Path(word) for word in words[verb is not show :]]

@@ -28,11 +28,11 @@ from fashion_ddp import data
 from fashion_ddp.config import Config, layers
 from fashion_ddp.config.cli import Command
 from fashion_ddp.config.names import is_code, is_path
-from fashion_ddp.console import answering, fail, say
+from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.data.published import named
 from fashion_ddp.errors import TrainingFailed, UserError, counted
 from fashion_ddp.files import write_whole
-from fashion_ddp.redact import keep_others_out
+from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim, lock, provenance
 from fashion_ddp.runs.reading import read_run
 from launch import jobs, sbatch, site, slurm, snapshot, submission, submitit_local
@@ -43,9 +43,9 @@ RECORD = "submission.json"  # in a submission's folder: all that is needed to su
 
 
 def main(argv: list[str] | None = None) -> int:
-    keep_others_out()
+    restrict_umask()
     try:
-        with answering():
+        with broken_pipe_ok():
             asked, flags = tyro.cli(Submission, prog="python -m launch.submit", args=argv, return_unknown_args=True)
         return _submit(asked, flags)
     except UserError as error:

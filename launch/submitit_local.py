@@ -42,10 +42,10 @@ def run_all(plan: Plan, todo: list[Path], report: Report) -> int:
         for folder in todo:
             jobs.note(folder, plan.base, "local", str(os.getpid()))
         for number, folder in enumerate(todo, start=1):
-            if not signals.heard():
+            if not signals.received():
                 say(f"--- run {number} of {len(todo)}: {folder}")
                 _run(plan, folder, held)
-        if told := signals.heard():
+        if told := signals.received():
             say(f"stopped ({told[0].name}): the same command continues")
             return STOPPED
         report()
@@ -56,7 +56,7 @@ def run_all(plan: Plan, todo: list[Path], report: Report) -> int:
 
 def _run(plan: Plan, folder: Path, held: lock.Lock) -> None:
     """Run one job to its end, handing on what this process is told."""
-    with slurm.outside_of_a_job(), signals.held():
+    with slurm.outside_of_a_job(), signals.blocked():
         executor = _Local(plan)
         job = executor.submit(Rank(str(folder), plan.asked.max_restarts, plan.reuse))
     log = job.paths.stdout
@@ -65,7 +65,7 @@ def _run(plan: Plan, folder: Path, held: lock.Lock) -> None:
     process, told = executor.controller, False
     signals.children = [process]
     while process.poll() is None:
-        if signals.heard() and not told:
+        if signals.received() and not told:
             process.terminate()
             told = True
         held.touch()

@@ -52,7 +52,7 @@ def stand():
     open(f".at_gate.{os.getpid()}", "w").close()
     end = time.time() + 300
     while not os.path.exists(".let_through") and time.time() < end:
-        if sys.modules["fashion_ddp.distributed.signals"].heard():
+        if sys.modules["fashion_ddp.distributed.signals"].received():
             open(f".told.{os.getpid()}", "w").close()
         time.sleep(0.01)
 

@@ -14,7 +14,7 @@ import tyro
 
 from fashion_ddp.config import Config, convert, field_types
 from fashion_ddp.config.layers import checked, make_config, read_mapping
-from fashion_ddp.console import answering
+from fashion_ddp.console import broken_pipe_ok
 from fashion_ddp.errors import UserError
 from fashion_ddp.redact import hide_values, refuse_secrets
 
@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> Command:
     refuse_secrets(asdict(base))
     try:
         # What tyro adds to the values that we have: help, and misspelt flags found.
-        with answering():
+        with broken_pipe_ok():
             return tyro.cli(
                 Command,
                 prog="python -m fashion_ddp.train",

@@ -13,7 +13,7 @@ import torch
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.distributed import machine, rendezvous
-from fashion_ddp.distributed.world import World, open_world, sum_
+from fashion_ddp.distributed.world import World, all_reduce, open_world
 from fashion_ddp.errors import TrainingFailed, UserError
 
 LIMIT = 20.0  # seconds for what takes milliseconds where all is well
@@ -67,9 +67,9 @@ def seconds_of_all_reduces(world: World, size: int) -> list[float]:
     found = []
     for _ in range(11):
         tensor = torch.ones(size, device=world.device)
-        world.share(None)  # begin together
+        world.all_gather_object(None)  # begin together
         start = time.perf_counter()
-        total = float(sum_(tensor)[0])
+        total = float(all_reduce(tensor)[0])
         found.append(time.perf_counter() - start)
         if total != world.size:
             raise TrainingFailed(f"an all-reduce over {world.size} ranks of ones gave {total:g}")
@@ -81,7 +81,7 @@ def main() -> None:
     try:
         with limit(rank, "joining the other ranks", LIMIT + rendezvous.RENDEZVOUS), open_world(Config()) as world:
             with limit(rank, "the first exchange", LIMIT):
-                lines = world.share(describe(world))
+                lines = world.all_gather_object(describe(world))
             if rank == 0:
                 say("\n".join(lines))
             for name, size in SIZES.items():

@@ -23,7 +23,7 @@ ORPHAN = 60.0  # seconds that a rank without its launcher gets to come to a sync
 
 children: list[Any] = []  # a launcher's processes, with a method kill(): they end with it where it ends at once
 
-_told: set[str] = set()
+_received: set[str] = set()
 _listens = 0  # the process that does; a forked one starts anew
 _launcher = 0  # process id of whoever started this rank; 0 where it is no launcher, and may end before us
 
@@ -36,29 +36,29 @@ def listen() -> None:
     global _listens, _launcher
     if _listens == os.getpid():
         return
-    _told.clear()
+    _received.clear()
     # Not known by RANK, which people also set by hand, in a shell that ends long before its ranks.
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     _launcher = int(os.environ.get("FASHION_DDP_LAUNCHER", os.getppid() if launched else 0))
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    with held():  # the thread takes none either: a handler that runs in it while Python takes itself apart crashes
+    with blocked():  # the thread takes none either: a handler that runs in it while Python takes itself apart crashes
         threading.Thread(target=_attend, args=(readable,), daemon=True).start()
     for one in SIGNALS:
         # What nohup, and a shell for its background, shut off was not meant for us.
         if not (one in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(one) == signal.SIG_IGN):
             signal.signal(one, _note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while they were `held` comes now
-    atexit.register(_hear_no_more)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while they were `blocked` comes now
+    atexit.register(_ignore_signals)
     _listens = os.getpid()
 
 
 def _note(number: int, frame: object) -> None:
-    _told.add(signal.Signals(number).name)
+    _received.add(signal.Signals(number).name)
 
 
-def _hear_no_more() -> None:
+def _ignore_signals() -> None:
     """The last that Python does before it gives signals their deadly meaning back: the exit code is to stay ours.
 
     A signal that comes while `signal.signal` takes our handler away finds none, and Python prints a traceback of it:
@@ -99,20 +99,20 @@ def _say(text: str) -> None:
             os.write(2, f"\n{text}\n".encode())
 
 
-def told() -> list[bool]:
+def stop_requests() -> list[bool]:
     """For each of REASONS, whether this rank was told so."""
     if _launcher and os.getppid() != _launcher:
-        _told.add(REASONS[-1])
-    return [reason in _told for reason in REASONS]
+        _received.add(REASONS[-1])
+    return [reason in _received for reason in REASONS]
 
 
-def heard() -> list[signal.Signals]:
+def received() -> list[signal.Signals]:
     """The signals that came."""
-    return [one for one in SIGNALS if one.name in _told]
+    return [one for one in SIGNALS if one.name in _received]
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def blocked() -> Iterator[None]:
     """A process started herein gets none of SIGNALS before it listens: they would kill it in its first moments.
 
     A thread started herein never gets any.

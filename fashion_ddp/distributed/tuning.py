@@ -9,7 +9,7 @@ from collections.abc import Iterator
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt; older ones refuse the latter above 32 MB
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Let this process keep memory that it frees for its next use. By default glibc gives arrays of a layer's size back
     to the system at once, and each step pays for getting them again, page by page: a fifth of a small cnn's step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library does as it does
@@ -28,8 +28,8 @@ def schedule_as_batch() -> None:
 
 
 @contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """While modules are loaded, Python looks for no garbage, and among them not before `settled` ends: going through
+def gc_paused() -> Iterator[None]:
+    """While modules are loaded, Python looks for no garbage, and among them not before `gc_frozen` ends: going through
     all that is there, again and again, is a sixth of the time that torch and Accelerate take to load."""
     was = gc.isenabled()
     gc.disable()
@@ -42,7 +42,7 @@ def loading() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def settled() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """Python looks for garbage in what is made from here on only: to go through all that is loaded takes it 0.14 s, as
     long as an epoch of a linear model."""
     gc.freeze()

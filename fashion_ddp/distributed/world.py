@@ -26,23 +26,23 @@ T = TypeVar("T")
 
 LATER = 30.0  # seconds after a run's own watch at which torch gives up waiting: the watch knows what to say
 
-_arrivals = 0
+_entered = 0
 
 
-def arrive() -> None:
+def entering_collective() -> None:
     """This rank comes to where it meets the others: before a collective, or a backward pass that holds one."""
-    global _arrivals
-    _arrivals += 1
+    global _entered
+    _entered += 1
 
 
-def arrivals() -> int:
+def collectives_entered() -> int:
     """How often it has; all ranks take the same way, so of two the one with fewer is behind. -1: it took leave."""
-    return _arrivals
+    return _entered
 
 
-def sum_(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Add a tensor up over the ranks, in place; one rank alone keeps it as it is."""
-    arrive()
+    entering_collective()
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -55,7 +55,7 @@ class World:
     accelerator: Accelerator
     place: machine.Place
     threads: int
-    recorded: list[torch.cuda.CUDAGraph] = field(default_factory=list)
+    graphs: list[torch.cuda.CUDAGraph] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -74,25 +74,25 @@ class World:
         """The card's name, or "cpu"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, one after another along a new first dimension: [W, *tensor.shape]."""
-        arrive()
+        entering_collective()
         if self.size == 1:
             return tensor.unsqueeze(0)
         every = tensor.new_empty(self.size, *tensor.shape)
         dist.all_gather(list(every.unbind(0)), tensor)
         return every
 
-    def share(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
-        arrive()
+        entering_collective()
         values: list[Any] = [None] * self.size
         if self.size == 1:
             return [value]
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
+    def raise_together(self, work: Callable[[], T]) -> T:
         """Do work that may fail in a plain way on some ranks only: then every rank raises the same UserError, or
         TrainingFailed."""
         result: list[T] = []
@@ -101,7 +101,7 @@ class World:
             result.append(work())
         except (UserError, TrainingFailed) as error:
             problem = socket.gethostname(), str(error), isinstance(error, UserError)
-        problems = [p for p in self.share(problem) if p is not None]
+        problems = [p for p in self.all_gather_object(problem) if p is not None]
         if problems:
             by_host = {host: text for host, text, _ in reversed(problems)}  # the first rank of each host speaks for it
             everywhere = len(problems) == self.size and len(set(by_host.values())) == 1
@@ -109,17 +109,17 @@ class World:
             raise (UserError if problems[0][2] else TrainingFailed)("\n".join(dict.fromkeys(lines)))
         return result[0]
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Do work on rank 0 alone, while the others wait; all get its result or raise its error."""
-        result: list[Any] = self.together(lambda: [work()] if self.rank == 0 else [None])
+        result: list[Any] = self.raise_together(lambda: [work()] if self.rank == 0 else [None])
         if self.size > 1:
-            arrive()
+            entering_collective()
             dist.broadcast_object_list(result, device=self.device)
         return result[0]
 
-    def first_on_machine(self, work: Callable[[], object]) -> None:
+    def on_first_rank_of_each_machine(self, work: Callable[[], object]) -> None:
         """Do work on the first rank of each machine, for files that each machine has its own of."""
-        self.together(lambda: work() if self.place.local_rank == 0 else None)
+        self.raise_together(lambda: work() if self.place.local_rank == 0 else None)
 
     def wrap(self, model: nn.Module, ddp: bool = True) -> nn.Module:
         """The model on its device with the run's precision, and, with `ddp`, averaging gradients over the ranks."""
@@ -128,25 +128,25 @@ class World:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             return self.accelerator.prepare_model(model, evaluation_mode=not ddp)
 
-    def release(self) -> None:
+    def release_graphs(self) -> None:
         """Let recorded graphs go: NCCL waits for them when it ends, and would wait forever."""
-        while self.recorded:
-            self.recorded.pop().reset()
+        while self.graphs:
+            self.graphs.pop().reset()
 
     def leave(self) -> None:
         """Take leave of the other ranks: what follows cannot hold them up."""
-        global _arrivals
-        _arrivals = -1
-        self.release()
+        global _entered
+        _entered = -1
+        self.release_graphs()
         if dist.is_initialized():
             dist.destroy_process_group()
             time.sleep(0.05)  # gloo's thread has yet to drop the last call's tensors; at Python's end it would abort
 
 
-LOST = "another rank ended before its time; its own words, or its launcher's, tell why"
+LOST_RANK = "another rank ended before its time; its own words, or its launcher's, tell why"
 
 
-def lost(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether an error means that another rank is gone, whose own words tell why."""
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or (
@@ -170,8 +170,8 @@ def open_world(cfg: Config) -> Iterator[World]:
     except Exception as error:
         if isinstance(error, dist.DistError) and (plain := rendezvous.explained(error, here)):
             raise plain from error
-        if lost(error):
-            raise TrainingFailed(f"{LOST}; the same command continues from the last checkpoint") from error
+        if is_lost_rank(error):
+            raise TrainingFailed(f"{LOST_RANK}; the same command continues from the last checkpoint") from error
         raise
 
 
@@ -180,7 +180,7 @@ def _join(cfg: Config, here: machine.Place) -> Iterator[World]:
     device = machine.choose_device(cfg, here)
     threads = machine.threads_per_rank(cfg, here.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate warns, and sets a number of its own
-    tuning.keep_freed()
+    tuning.keep_freed_memory()
     if device == "cpu" and here.world_size > 1:
         tuning.schedule_as_batch()
     rendezvous.reach_first(here)
@@ -210,5 +210,5 @@ def _join(cfg: Config, here: machine.Place) -> Iterator[World]:
         world.leave()  # not behind any other error: other ranks may sit in a collective, and it would wait for them
         raise
     finally:
-        world.release()
+        world.release_graphs()
     world.leave()

@@ -6,20 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fashion_ddp.distributed.world import sum_
+from fashion_ddp.distributed.world import all_reduce
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_(tensor.clone())
+        return all_reduce(tensor.clone())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return sum_(grads[0].clone())
+        return all_reduce(grads[0].clone())
 
 
-def differentiable_sum(tensor: Tensor) -> Tensor:
+def differentiable_all_reduce(tensor: Tensor) -> Tensor:
     """The sum over the ranks, through which gradients flow: each rank's gets the sum of all ranks' gradients."""
     return _Sum.apply(tensor)
 
@@ -42,7 +42,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         weighted = x * weights.view(-1, 1, 1, 1)
         count = (weights.sum() * x[0, 0].numel()).view(1)
         moments = torch.cat([weighted.sum((0, 2, 3)), (weighted * x).sum((0, 2, 3)), count])
-        total, squares, n = differentiable_sum(moments).split([self.num_features, self.num_features, 1])
+        total, squares, n = differentiable_all_reduce(moments).split([self.num_features, self.num_features, 1])
         mean = total / n
         variance = (squares / n - mean**2).clamp_min(0)
         with torch.no_grad():

@@ -22,7 +22,7 @@ from fashion_ddp.errors import Stopped, TrainingFailed
 from fashion_ddp.runs.folder import RunFolder, plain
 from fashion_ddp.runs.provenance import identity
 from fashion_ddp.training import optim
-from fashion_ddp.training.recorder import Silent
+from fashion_ddp.training.recorder import NullRecorder
 from fashion_ddp.training.step import Step
 from fashion_ddp.training.timing import Timings
 
@@ -38,7 +38,7 @@ class Checkpoints:
         self.path = folder.path / "checkpoints"
         self.steps = step.batches.steps
         self.recorder: dict[str, Any] = {}  # what the recorder goes on from
-        found = world.first(self._newest)
+        found = world.on_rank_zero(self._newest)
         if found is not None:
             self._restore(_load(found))
 
@@ -50,15 +50,15 @@ class Checkpoints:
         """The epochs that are not done, from 1; an epoch is done when it was evaluated."""
         return range(max(1, -(-self.step.done // self.steps)), self.cfg.epochs + 1)
 
-    def keep(self, recorder: Silent) -> None:
+    def keep(self, recorder: NullRecorder) -> None:
         """At a sync point: save where that is due. Raises Stopped, when saved, where any rank was told to stop."""
         sync, last = self.step.sync, self.step.done == self.cfg.epochs * self.steps
         if not (sync.due or sync.stop or last):
             return
-        ranks = self.world.share(self.step.own_state())
+        ranks = self.world.all_gather_object(self.step.own_state())
         must = bool(sync.stop) or last
         if must:
-            self.world.first(lambda: self._save(recorder, ranks))
+            self.world.on_rank_zero(lambda: self._save(recorder, ranks))
         elif self.world.rank == 0:
             try:
                 self._save(recorder, ranks)
@@ -79,7 +79,7 @@ class Checkpoints:
     def _name(self) -> str:
         return f"step-{self.step.done:09}.pt"
 
-    def _save(self, recorder: Silent, ranks: list[dict[str, Any]]) -> None:
+    def _save(self, recorder: NullRecorder, ranks: list[dict[str, Any]]) -> None:
         state = {
             "format": FORMAT,
             "run": _identity(self.cfg),

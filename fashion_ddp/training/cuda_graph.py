@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fashion_ddp.distributed.world import World, arrive
+from fashion_ddp.distributed.world import World, entering_collective
 from fashion_ddp.training.step import Step, random_numbers_kept
 
 # DDP times its first ten passes with events that cannot be recorded (torch's notes on CUDA graphs).
@@ -86,7 +86,7 @@ def prove(step: Step, record: Callable[[Step], Launch]) -> str | None:
 
 def _of_any(world: World, problem: str | None) -> str | None:
     """The first rank's problem that has one."""
-    return next((one for one in world.share(problem) if one is not None), None)
+    return next((one for one in world.all_gather_object(problem) if one is not None), None)
 
 
 @contextmanager
@@ -131,13 +131,13 @@ def _generator(world: World) -> Tensor:
 def _record(step: Step) -> Launch:
     """A step as a CUDA graph. Recording runs nothing."""
     graph = torch.cuda.CUDAGraph()
-    step.world.recorded.append(graph)
+    step.world.graphs.append(graph)
     # Thread by thread: what other threads of the process do with the card, as NCCL's watchdog does, is their own.
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         step.take()
 
     def launch() -> None:
-        arrive()
+        entering_collective()
         graph.replay()
 
     return launch

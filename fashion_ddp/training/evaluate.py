@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion_ddp.config import Config
-from fashion_ddp.distributed.world import World, sum_
+from fashion_ddp.distributed.world import World, all_reduce
 from fashion_ddp.training.batches import DTYPES, to_unit
 
 ROWS = 128  # per forward pass on a CPU, whose cache bounds it
@@ -45,7 +45,7 @@ class Evaluation:
             logits = model(to_unit(self.images.index_select(0, index), self.dtype))
             filled[index] = F.pad(logits.to(self.dtype), (0, 1), value=1.0)
         model.train()
-        logits, counted = sum_(filled).split([self.classes, 1], dim=1)
+        logits, counted = all_reduce(filled).split([self.classes, 1], dim=1)
         assert bool((counted == 1).all()), "evaluation must count every sample once"
         predicted = logits.argmax(1)
         loss = F.cross_entropy(logits.double(), self.labels).item()

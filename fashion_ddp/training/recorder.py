@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
-from fashion_ddp.distributed.world import LOST, World, lost
+from fashion_ddp.distributed.world import LOST_RANK, World, is_lost_rank
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError, counted
 from fashion_ddp.runs.folder import FORMAT, RunFolder
 from fashion_ddp.runs.reading import read_run
@@ -28,7 +28,7 @@ from fashion_ddp.training.step import Trained
 POINTS = 100  # per epoch in steps.jsonl
 
 
-class Silent:
+class NullRecorder:
     """The recorder of every rank but the first: says and writes nothing."""
 
     def begin_epoch(self, epoch: int, steps: int) -> None: ...
@@ -44,7 +44,7 @@ class Silent:
         return {}
 
 
-class Recorder(Silent):
+class Recorder(NullRecorder):
     """The recorder of rank 0."""
 
     def __init__(self, folder: RunFolder, cfg: Config, known: dict[str, Any], saved: dict[str, Any]):
@@ -143,8 +143,10 @@ class Recorder(Silent):
         if error is None:
             return
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        plain = isinstance(error, Stopped | TrainingFailed | UserError)
-        said = str(error) if plain else LOST if lost(error) else f"{type(error).__name__}: {error}".removesuffix(": ")
+        if isinstance(error, Stopped | TrainingFailed | UserError):
+            said = str(error)
+        else:
+            said = LOST_RANK if is_lost_rank(error) else f"{type(error).__name__}: {error}".removesuffix(": ")
         why = {"error": said} | ({"stopped_by": error.reason} if isinstance(error, Stopped) else {})
         try:
             self.summary("stopped" if stopped else "failed", why)
@@ -156,10 +158,10 @@ class Recorder(Silent):
 @contextmanager
 def open_recorder(
     folder: RunFolder, cfg: Config, world: World, known: dict[str, Any], saved: dict[str, Any]
-) -> Iterator[Silent]:
+) -> Iterator[NullRecorder]:
     """The run's recorder, closed whatever happens. `saved`: the state of another one to go on from, or empty."""
     if world.rank > 0:
-        yield Silent()
+        yield NullRecorder()
         return
     recorder = Recorder(folder, cfg, known, saved)
     error: BaseException | None = None

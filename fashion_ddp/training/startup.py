@@ -30,11 +30,11 @@ def load_data(cfg: Config, world: World) -> data.Dataset:
     """The run's data, on every rank; downloaded by one rank of each machine where it is missing."""
     if cfg.dataset in data.PUBLISHED:
         # A rank that sees the files needs no other: only where all agree that something is missing do they wait.
-        missing = any(world.share(data.locate(cfg.dataset, cfg.data_dir) is None))
+        missing = any(world.all_gather_object(data.locate(cfg.dataset, cfg.data_dir) is None))
         if missing and cfg.data_dir is None:
-            world.first_on_machine(lambda: data.locate(cfg.dataset, None) or data.fetch(cfg.dataset))
-    dataset = world.together(lambda: data.load(cfg.dataset, cfg.data_dir))
-    if len({str(md5) for md5 in world.share(dataset.md5)}) > 1:
+            world.on_first_rank_of_each_machine(lambda: data.locate(cfg.dataset, None) or data.fetch(cfg.dataset))
+    dataset = world.raise_together(lambda: data.load(cfg.dataset, cfg.data_dir))
+    if len({str(md5) for md5 in world.all_gather_object(dataset.md5)}) > 1:
         raise UserError(
             f"dataset {cfg.dataset}: the ranks found different data: copy the same files to every machine, and let a "
             "function return the same at every call"
@@ -42,7 +42,7 @@ def load_data(cfg: Config, world: World) -> data.Dataset:
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
         what, where = f"dataset {cfg.dataset}, decoded,", f"{world.device_name} ({world.device})"
-        world.together(lambda: machine.require_memory(what, dataset.nbytes, free, where))
+        world.raise_together(lambda: machine.require_memory(what, dataset.nbytes, free, where))
     return dataset
 
 
@@ -50,7 +50,7 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder 
     """The run's folder, taken by rank 0; None where nothing is to be trained: checked only, or finished before."""
     cfg = command.run
     if command.check_only:
-        state = world.first(lambda: claims.check(cfg, made_by, command.fresh, command.reuse))
+        state = world.on_rank_zero(lambda: claims.check(cfg, made_by, command.fresh, command.reuse))
         would = {
             "nothing": "train",
             "continue": "continue the run",
@@ -59,7 +59,7 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder 
         }[state]
         _say(world, f"checked: this command would {would} in {claims.folder_of(cfg)}")
         return None
-    folder = world.first(lambda: claims.claim(cfg, made_by, command.fresh, command.reuse))
+    folder = world.on_rank_zero(lambda: claims.claim(cfg, made_by, command.fresh, command.reuse))
     if folder.finished:
         _say(world, f"{folder.path} is finished: nothing to do; --fresh keeps it under another name and trains anew")
         return None
@@ -74,7 +74,7 @@ def _say(world: World, text: str) -> None:
 def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, Any]:
     """This start's entry of environment.json: where, on what and from which code the run is made. A collective."""
     here = {"host": socket.gethostname(), "device": world.device_name, "cpu": machine.cpu_name()}
-    ranks = world.share(here | {"threads": world.threads})
+    ranks = world.all_gather_object(here | {"threads": world.threads})
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion_ddp.config import Config
-from fashion_ddp.distributed.world import World, arrive
+from fashion_ddp.distributed.world import World, entering_collective
 from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.models.architectures import GlobalBatchNorm2d
 from fashion_ddp.training import optim
@@ -155,7 +155,7 @@ class Step:
         for piece in range(last + 1):
             with nullcontext() if piece == last else self.world.accelerator.no_sync(self.model):
                 losses, weights = self._losses(k, piece)
-                arrive()
+                entering_collective()
                 losses.backward(weights if self.scaler is None else self.scaler.scale(weights))
 
     def _gradient_by_shards(self, k: Position) -> None:
@@ -165,7 +165,7 @@ class Step:
             losses, weights = self._losses(k, piece)
             grads = torch.autograd.grad(losses, self.trained, weights, materialize_grads=True)
             mine.append(torch.cat([g.flatten() for g in grads]))
-        total = self.world.gather(torch.stack(mine)).flatten(0, 1).sum(0)
+        total = self.world.all_gather(torch.stack(mine)).flatten(0, 1).sum(0)
         for parameter, grad in zip(self.trained, total.split([p.numel() for p in self.trained]), strict=True):
             parameter.grad = grad.view_as(parameter)
 

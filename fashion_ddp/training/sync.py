@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fashion_ddp.distributed import signals
-from fashion_ddp.distributed.world import World, sum_
+from fashion_ddp.distributed.world import World, all_reduce
 
 
 class SyncPoint:
@@ -42,8 +42,8 @@ class SyncPoint:
         if self.world.rank == 0:
             proposal = max(1, round(len(rows) * self.seconds / max(now - self.since, 1e-6)))
             due = now - self.saved >= self.save_every
-        message = torch.cat([rows.flatten(), rows.new_tensor([proposal, due, *signals.told()])])
-        values = sum_(message).tolist()
+        message = torch.cat([rows.flatten(), rows.new_tensor([proposal, due, *signals.stop_requests()])])
+        values = all_reduce(message).tolist()
         length, any_due, *told = values[rows.numel() :]
         self.length, self.due = int(length), any_due > 0
         self.stop = next((reason for reason, count in zip(signals.REASONS, told, strict=True) if count), None)

@@ -26,7 +26,7 @@ BEAT = 5.0  # seconds between two signs of life
 TOLD = ".told"  # in the folder of logs, where a rank gave up and told of it
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """A thread beside a rank's training, within `with`. It reads and writes no file itself until it gives up, because
     a file system that hangs would hold it, too."""
 
@@ -52,7 +52,7 @@ class Watch(threading.Thread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.lost = error is not None and world.lost(error)
+        self.lost = error is not None and world.is_lost_rank(error)
         self.ended.set()
         self.join()
         if self.signing.is_alive():  # it would leave a sign after the last
@@ -75,7 +75,7 @@ class Watch(threading.Thread):
             if not self.signing.is_alive():
                 self.signing = threading.Thread(target=self._say_that_it_lives, daemon=True)
                 self.signing.start()
-            now = world.arrivals()
+            now = world.collectives_entered()
             # Counted by beats and not by a clock: a machine that slept, or Ctrl-Z, is no rank that hangs. A rank that
             # took leave of the others may take its time.
             waited = 0.0 if now != seen or now < 0 else waited + self.beat
@@ -97,8 +97,8 @@ class Watch(threading.Thread):
     def _write_sign(self, ended: bool = False) -> None:
         sign = self._sign(self.world.rank)
         new = sign.with_name(f"{sign.name}.new")
-        arrivals = -1 if ended else world.arrivals()
-        new.write_text(json.dumps({"arrivals": arrivals, "host": socket.gethostname()}))
+        entered = -1 if ended else world.collectives_entered()
+        new.write_text(json.dumps({"entered": entered, "host": socket.gethostname()}))
         os.replace(new, sign)
 
     def _read_sign(self, rank: int) -> dict[str, Any]:
@@ -130,14 +130,14 @@ class Watch(threading.Thread):
 
     # --- Giving up -------------------------------------------------------------------------------------------------
 
-    def _give_up(self, arrivals: int) -> None:
+    def _give_up(self, entered: int) -> None:
         """Say who is behind, leave the stack, and end this rank; unless it goes on after all."""
         last = threading.Timer(6 * self.beat, self._leave_without_files)
         last.daemon = True
         last.start()
         self._dump(f"nothing happened for {self.timeout:g} s; where this rank is:")
         time.sleep(2 * self.beat)  # by then every rank that lives has said where it is
-        if world.arrivals() != arrivals or (self.ended.is_set() and not self.lost):
+        if world.collectives_entered() != entered or (self.ended.is_set() and not self.lost):
             last.cancel()
             self._note("it went on")
             return
@@ -161,14 +161,14 @@ class Watch(threading.Thread):
         signs = [self._read_sign(rank) for rank in range(self.world.size)]
         if not signs[self.world.rank]:
             return f"it is not known where, as {self.logs} cannot be read"
-        there = [rank for rank, sign in enumerate(signs) if sign.get("arrivals") != -1]
-        answering = [rank for rank in there if signs[rank] and signs[rank]["age"] < 4 * self.beat]
-        ahead = max((signs[rank]["arrivals"] for rank in answering), default=0)
-        behind = [rank for rank in there if rank not in answering or signs[rank]["arrivals"] < ahead]
+        there = [rank for rank, sign in enumerate(signs) if sign.get("entered") != -1]
+        alive = [rank for rank in there if signs[rank] and signs[rank]["age"] < 4 * self.beat]
+        ahead = max((signs[rank]["entered"] for rank in alive), default=0)
+        behind = [rank for rank in there if rank not in alive or signs[rank]["entered"] < ahead]
         if not behind and len(there) > 1:
             return "no rank is behind the others, so all wait within one operation"
         names = [f"rank {rank} on {signs[rank].get('host', 'an unknown machine')}" for rank in behind or there]
-        silent = [" (which does not answer)" if rank not in answering else "" for rank in behind or there]
+        silent = [" (which does not answer)" if rank not in alive else "" for rank in behind or there]
         return "all wait for " + ", ".join(map("".join, zip(names, silent, strict=True)))
 
     def _speaks(self) -> bool:

@@ -297,7 +297,7 @@ def test_every_signal_is_heard_and_a_second_call_forgets_none() -> None:
         for one in signals.SIGNALS[:3]: os.kill(me, one)
         signals.listen()
         for one in signals.SIGNALS[3:]: os.kill(me, one)
-        print(len(signals.heard()), signals.told())
+        print(len(signals.received()), signals.stop_requests())
         """
     )
     assert done.communicate()[0] == "5 [True, True, True, True, True, False]\n"
@@ -312,7 +312,7 @@ def test_listening_in_another_thread_is_refused_and_in_the_main_one_still_possib
         time.sleep(0.2)
         signals.listen()
         os.kill(me, signal.SIGTERM)
-        print(*signals.heard())
+        print(*signals.received())
         """
     )
     printed, said = done.communicate()
@@ -326,7 +326,7 @@ def test_what_nohup_or_a_shell_shut_off_for_its_background_stays_off_and_no_more
         for one in signals.SIGNALS[:3]: signal.signal(one, signal.SIG_IGN)
         signals.listen()
         for one in signals.SIGNALS: os.kill(me, one)
-        print(*[one.name for one in signals.heard()])
+        print(*[one.name for one in signals.received()])
         """
     )
     assert done.communicate()[0] == "SIGTERM SIGUSR1 SIGUSR2\n"
@@ -339,13 +339,13 @@ def test_a_process_started_with_signals_held_gets_them_when_it_listens() -> None
         import subprocess
         signals.listen()
         child = "import time, signal; from fashion_ddp.distributed import signals; input(); signals.listen(); "
-        child += "print(*signals.heard(), signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)"
-        with signals.held():
+        child += "print(*signals.received(), signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)"
+        with signals.blocked():
             os.kill(me, signal.SIGUSR2)
             process = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, text=True)
         for one in signals.SIGNALS: process.send_signal(one)
         process.communicate("go on")
-        print(process.returncode, *signals.heard())
+        print(process.returncode, *signals.received())
         """
     )
     heard = " ".join(str(int(one)) for one in (15, 2, 1, 10, 12))
@@ -387,7 +387,7 @@ def test_the_thread_that_attends_takes_no_signal_whose_handler_might_outlive_pyt
         signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # in this thread
         for one in signals.SIGNALS: os.kill(me, one)
         time.sleep(0.1)
-        print(len(signal.sigpending()), signals.heard())
+        print(len(signal.sigpending()), signals.received())
         """
     )
     assert done.communicate()[0] == "5 []\n"
@@ -400,7 +400,7 @@ def test_more_signals_than_can_be_taken_in_neither_block_nor_warn() -> None:
         signals._attend = lambda readable: time.sleep(60)
         signals.listen()
         for _ in range(70_000): os.kill(me, signal.SIGUSR1)
-        print(*signals.heard())
+        print(*signals.received())
         """
     )
     assert done.communicate() == ("10\n", "")
@@ -440,7 +440,7 @@ def test_interrupts_soon_after_the_first_are_one_with_it() -> None:
         for _ in range(5):
             os.kill(me, signal.SIGINT)
             time.sleep(0.1)
-        print(*signals.heard())
+        print(*signals.received())
         """
     )
     printed, said = done.communicate()

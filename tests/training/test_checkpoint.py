@@ -547,7 +547,7 @@ def test_a_last_save_that_fails_ends_the_run(
     training = Training(run).until(9)
     failing(monkeypatch, "replace", 1)
     if last == "a stop":
-        monkeypatch.setattr("fashion_ddp.distributed.signals.told", lambda: [True, False, False, False, False])
+        monkeypatch.setattr("fashion_ddp.distributed.signals.stop_requests", lambda: [True, False, False, False, False])
     with pytest.raises(TrainingFailed, match=r"step-000000010\.pt cannot be written \(No space left on device\)"):
         training.until(10)
     assert Training(run).step.done == 9 and "warning" not in capsys.readouterr().out
@@ -555,7 +555,7 @@ def test_a_last_save_that_fails_ends_the_run(
 
 def test_a_stop_saves_and_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(run, checkpoint_every=1000.0)
-    monkeypatch.setattr("fashion_ddp.distributed.signals.told", lambda: [True, False, False, False, False])
+    monkeypatch.setattr("fashion_ddp.distributed.signals.stop_requests", lambda: [True, False, False, False, False])
     with pytest.raises(Stopped, match=r"stopped \(SIGTERM\) and saved in epoch 2, at step 8 of 10"):
         training.until(10)
     assert Training(run).step.done == 8

@@ -246,7 +246,7 @@ class Recorded:
 def released(failing: bool) -> list[bool]:
     graph = Recorded()
     with contextlib.suppress(ZeroDivisionError), open_world(make_config({"device": "cpu", "threads": 1})) as world:
-        world.recorded.append(graph)  # type: ignore[arg-type]
+        world.graphs.append(graph)  # type: ignore[arg-type]
         if failing:
             raise ZeroDivisionError
     return cuda_graph.released

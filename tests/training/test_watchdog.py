@@ -17,7 +17,7 @@ from fashion_ddp.distributed.world import open_world
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.lock import take
 from fashion_ddp.runs.reading import read_run
-from fashion_ddp.training.watchdog import Watch
+from fashion_ddp.training.watchdog import Watchdog
 
 HOST = os.uname().nodename
 TIMEOUT = 3
@@ -171,10 +171,10 @@ def _watched(folder: Path, what: str) -> str:
     if what == "goes on":
         wrap(
             "fashion_ddp.training.watchdog",
-            "Watch._dump",
-            lambda function, *args: (function(*args), between_ranks.arrive()),
+            "Watchdog._dump",
+            lambda function, *args: (function(*args), between_ranks.entering_collective()),
         )
-    with open_world(cfg) as world, Watch(world, RunFolder(folder), cfg.timeout):
+    with open_world(cfg) as world, Watchdog(world, RunFolder(folder), cfg.timeout):
         if what == "took leave":
             world.leave()
         time.sleep(1.5)
@@ -198,9 +198,9 @@ def test_a_rank_that_goes_on_at_the_last_moment_is_not_ended(tmp_path: Path) -> 
 def _leaves(folder: Path) -> list[str]:
     lock = take(folder)
     cfg = Config(device="cpu", threads=1)
-    with open_world(cfg) as world, Watch(world, RunFolder(folder, lock=lock), 60):
+    with open_world(cfg) as world, Watchdog(world, RunFolder(folder, lock=lock), 60):
         sign = json.loads((folder / "logs" / ".rank0").read_text())
-        assert sign == {"arrivals": between_ranks.arrivals(), "host": HOST}
+        assert sign == {"entered": between_ranks.collectives_entered(), "host": HOST}
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
