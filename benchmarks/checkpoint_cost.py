@@ -26,18 +26,18 @@ def timed_run(argv: list[str]) -> None:
     from fashion_ddp import train  # noqa: TID251 - a clock around a real run
     from fashion_ddp.training.checkpoint import Checkpoints
 
-    keep, save = Checkpoints.keep, Checkpoints._save
-    spent: dict[str, list[float]] = {"keep": [], "save": []}
+    together, save = Checkpoints.save, Checkpoints._save
+    spent: dict[str, list[float]] = {"together": [], "save": []}
 
     def clocked(name: str, function: Any) -> Any:
-        def call(*args: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> None:
             start = time.perf_counter()
-            function(*args)
+            function(*args, **kwargs)
             spent[name].append(time.perf_counter() - start)
 
         return call
 
-    Checkpoints.keep = clocked("keep", keep)  # type: ignore[method-assign]
+    Checkpoints.save = clocked("together", together)  # type: ignore[method-assign]
     Checkpoints._save = clocked("save", save)  # type: ignore[method-assign]
     code = train.main(argv)
     if os.environ.get("RANK", "0") == "0":
@@ -53,7 +53,7 @@ def run(model: str, ranks: int, folder: Path) -> dict[str, float]:
     done = subprocess.run([*launcher, __file__, "--rank", *argv], check=True, capture_output=True, text=True)
     spent = json.loads(done.stdout.strip().splitlines()[-1])
     trained = json.loads((folder / "summary.json").read_text())["time/train_total_s"]
-    return {"share": spent["keep"] / trained, "train_s": trained, **spent}
+    return {"share": spent["together"] / trained, "train_s": trained, **spent}
 
 
 def main() -> None:

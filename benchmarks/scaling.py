@@ -41,7 +41,7 @@ def rank(argv: list[str]) -> None:
         begin(step, *args)
 
     def measure(world: World) -> None:
-        size = sum(p.numel() for p in steps[0].module.parameters())
+        size = sum(p.numel() for p in steps[0].trained)
         seconds = []
         for _ in range(200):
             gradient = torch.zeros(size)

@@ -15,8 +15,8 @@ class TrainingFailed(RuntimeError):
 class Stopped(RuntimeError):
     """Training was told to stop, and saved what it had: the same command continues. Exit code 75 (EX_TEMPFAIL)."""
 
-    def __init__(self, text: str, reason: str):
-        super().__init__(text)
+    def __init__(self, position: str, reason: str):
+        super().__init__(f"stopped ({reason}) and saved in {position}: the same command continues")
         self.reason = reason  # a signal's name, or what else it was told
 
 

@@ -60,14 +60,16 @@ def train(command: Command) -> None:
     # Not at the top: these import torch, and a mistake in the command is answered before that.
     with tuning.gc_paused():
         from fashion_ddp.distributed.world import open_world
-        from fashion_ddp.models import architectures, describe, transfer
-        from fashion_ddp.training import artifacts, cuda_graph, startup
+        from fashion_ddp.models import architectures, transfer
+        from fashion_ddp.training import artifacts, cuda_graph, optim, startup
         from fashion_ddp.training.batches import Batches, split
         from fashion_ddp.training.checkpoint import Checkpoints
         from fashion_ddp.training.evaluate import Evaluation
         from fashion_ddp.training.recorder import open_recorder
+        from fashion_ddp.training.state import State
         from fashion_ddp.training.step import Step
-        from fashion_ddp.training.timing import Timings, peak_memory_bytes
+        from fashion_ddp.training.sync import StepRecord, SyncPoint
+        from fashion_ddp.training.timing import Timings
         from fashion_ddp.training.trace import Trace
         from fashion_ddp.training.watchdog import Watchdog
 
@@ -82,40 +84,51 @@ def train(command: Command) -> None:
         sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
         if cfg.validation:
             sets["val"] = Evaluation(cfg, world, data.train_images[held_out], data.train_labels[held_out], classes)
-        step, timings = Step(cfg, world, model, batches), Timings(STARTED)
+
+        ddp = world.wrap(model, ddp=not cfg.reduction_shards)  # Accelerate: device, precision, DistributedDataParallel
+        optimizer = optim.build(cfg, model, world.device)
+        rates = optim.schedule(cfg, batches.steps)
+        record = StepRecord(batches)
+        step = Step(cfg, world, ddp, optimizer, batches, record)
+        step.warm_up()
 
         environment = startup.environment(cfg, world, data)
         folder = startup.claim(command, world, environment["made_by"])
         if folder is None:
             return
-        saved = Checkpoints(cfg, world, folder, step, timings)
-        cuda_graph.capture(step)
-        known = startup.announce(cfg, world, folder, environment, model, data, step, prepared)
+        timings = Timings(STARTED)
+        state = State(cfg, world, model, optimizer, batches.steps, timings)
+        checkpoints = Checkpoints(cfg, world, folder, state)  # the newest is loaded into the state
+        take_step, no_graph = cuda_graph.capture(step, state, rates)  # on a CPU the step itself
+        known = startup.announce(cfg, world, folder, environment, data, batches, state, prepared, no_graph)
+        sync = SyncPoint(cfg, world, record, state, rates)
         with (
             tuning.gc_frozen(),
             Watchdog(world, folder, cfg.timeout),
-            open_recorder(folder, cfg, world, known, saved.recorder) as recorder,
-            Trace(cfg, world, folder, step.done) as trace,
+            open_recorder(folder, cfg, world, known, state.recorded) as recorder,
+            Trace(cfg, world, folder, state.done) as trace,
         ):
-            for epoch in saved.epochs():
+            for epoch in state.epochs():
                 recorder.begin_epoch(epoch, batches.steps)
                 with timings.measure("train"):
                     batches.draw(epoch)
-                    for window in step.sync.windows(batches.steps, saved.steps_of(epoch)):
+                    for window in sync.windows(batches.steps, state.steps_of(epoch)):
                         for k in window:
-                            step(k)
+                            take_step(k, rates[state.done])
+                            state.advance()
                             trace.step()
-                        recorder.steps(step.read(window))
-                        saved.keep(recorder)
+                        recorder.steps(sync.read(window))  # the one read from the device, and from other ranks
+                        if sync.save_due or sync.stop or state.trained_to_the_end:
+                            checkpoints.save(required=bool(sync.stop) or state.trained_to_the_end)
+                            sync.saved_now()
+                        if sync.stop:
+                            raise Stopped(state.position, sync.stop)
                 with timings.measure("eval"):
                     scores = {name: evaluation(model) for name, evaluation in sets.items()}
                 recorder.epoch(scores, timings.of_epoch(batches.count))
 
             world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores["test"]))
-            figures = timings.of_run(cfg.epochs * batches.count, world.size, step.clock)
-            peak = max(world.all_gather_object(peak_memory_bytes(world.device)))
-            flops = describe.flops_per_image(model, data.image_shape)
-            recorder.finish(figures | {"flops_per_image": flops, "peak_memory_bytes": peak}, data.test_images)
+            recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)
 
 
 if __name__ == "__main__":

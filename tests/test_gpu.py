@@ -11,13 +11,13 @@ import torch
 from conftest import command, ranks
 from faults import SMALL, Fault, start
 from safetensors.torch import load_file
+from trainer import Trainer
 
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.training import cuda_graph
 from fashion_ddp.training.batches import Batches
-from fashion_ddp.training.step import Step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
 
@@ -69,9 +69,9 @@ def captured(given: dict[str, Any]) -> tuple[str | None, float]:
     with open_world(cfg) as world:
         losses = []
         for capture in (False, True):
-            step = Step(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+            step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
             if capture:
-                cuda_graph.capture(step)
+                step.take, no_graph = cuda_graph.capture(step.step, step.state, step.rates)
             step.batches.draw(1)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")  # from here to the read, nothing may wait for the card
@@ -79,24 +79,23 @@ def captured(given: dict[str, Any]) -> tuple[str | None, float]:
                 step(k)
             torch.cuda.set_sync_debug_mode("default")
             losses.append(torch.tensor([one.loss / one.rows for one in step.read(range(step.batches.steps))]))
-        return step.eager, float((losses[0] - losses[1]).abs().max())
+        return no_graph, float((losses[0] - losses[1]).abs().max())
 
 
 @pytest.mark.parametrize("given", CASES, ids=str)
 def test_a_captured_step_does_what_kernels_do_and_the_host_never_waits(given: dict[str, Any]) -> None:
-    [(eager, apart)] = ranks(1, captured, given)
-    assert eager is None
+    [(no_graph, apart)] = ranks(1, captured, given)
+    assert no_graph is None
     assert apart < (1e-4 if "precision" not in given else 2e-2)
 
 
 def gradient(precision: str) -> torch.Tensor:
     cfg = make_config({"model": "cnn", "precision": precision, "batch_size": 128})
     with open_world(cfg) as world:
-        step = Step(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
         step.batches.draw(1)
         step.leave_gradient(0)
-        scale = step.scaler.get_scale() if step.scaler else 1.0
-        return torch.cat([p.grad.flatten() for p in step.trained if p.grad is not None]).cpu() / scale
+        return torch.cat([p.grad.flatten() for p in step.step.trained if p.grad is not None]).cpu()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fashion_ddp.data import idx, image_folder
 from fashion_ddp import user_code
-from fashion_ddp.errors import UserError
 from fashion_ddp.config.names import is_code
+from fashion_ddp.data import idx, image_folder
+from fashion_ddp.errors import UserError
 
 PARTS = ("train", "test")
 NPZ = [("train_images", "train_labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test")]

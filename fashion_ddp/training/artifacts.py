@@ -1,15 +1,20 @@
 """What a finished run leaves for those who read it: predictions, examples to draw, and the weights."""
 
+from typing import Any
+
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from fashion_ddp.data import Dataset
+from fashion_ddp.distributed.world import World
 from fashion_ddp.models import describe
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import GRID, evenly
-from fashion_ddp.training.batches import to_unit
+from fashion_ddp.training.batches import Batches, to_unit
 from fashion_ddp.training.evaluate import Scores
+from fashion_ddp.training.state import State
+from fashion_ddp.training.timing import peak_memory_bytes
 
 SAMPLES = 25  # training images kept for a grid of samples
 WRONG = 16  # the most confidently wrong test images
@@ -30,6 +35,14 @@ def write(folder: RunFolder, model: nn.Module, data: Dataset, scores: Scores) ->
     for name, tensors in files.items():
         content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
         folder.write(name, content)
+
+
+def figures(world: World, model: nn.Module, data: Dataset, batches: Batches, state: State) -> dict[str, Any]:
+    """Return the figures of the whole run: times, memory, operations. A collective."""
+    timings = state.timings.of_run(state.cfg.epochs * batches.count, world.size, state.clock)
+    peak = max(world.all_gather_object(peak_memory_bytes(world.device)))
+    flops = describe.flops_per_image(model, data.image_shape)
+    return timings | {"flops_per_image": flops, "peak_memory_bytes": peak}
 
 
 def _examples(model: nn.Module, data: Dataset, scores: Scores) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from fashion_ddp.config import Config
 from fashion_ddp.data import Dataset
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import UserError
-from fashion_ddp.training.position import Position, at
 
 DTYPES = {"fp64": torch.float64}  # of the images; mixed precision casts inside the model
 
@@ -34,6 +33,22 @@ def to_unit(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 Index = np.ndarray | slice
+# Which batch of the epoch: a number from the host, or an int64 tensor [1] on the device that counts by itself.
+Position = int | Tensor
+
+
+def row(table: Tensor, k: Position, piece: int) -> Tensor:
+    """Return what a table [steps, pieces, rows] holds for one piece of batch k: [rows]. Of a number it is a view, which
+    costs nothing."""
+    return table[k, piece] if isinstance(k, int) else table[:, piece].index_select(0, k).squeeze(0)
+
+
+def set_row(table: Tensor, k: Position, piece: int, values: Tensor) -> None:
+    """Write one piece of batch k into a table [steps, pieces, rows]."""
+    if isinstance(k, int):
+        table[k, piece] = values
+    else:
+        table[:, piece].index_copy_(0, k, values.unsqueeze(0))
 
 
 def split(cfg: Config, data: Dataset) -> tuple[Index, Index]:
@@ -109,13 +124,15 @@ class Batches:
         if noise is not None:
             self.noise = noise.to(self.device) if self.noise is None else self.noise.copy_(noise)
 
-    def piece(self, step: Position, piece: int) -> tuple[Tensor, Tensor]:
-        """Images [rows, C, H, W] in [0, 1], augmented, and labels [rows] of one forward pass."""
-        index = at(self.index, step, piece)
+    def piece(self, k: Position, piece: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what one forward pass of global batch k takes: images [rows, C, H, W] in [0, 1], augmented; labels
+        [rows]; weights [rows], 1 or 0; and loss weights [rows], which make the sum of the weighted losses the mean."""
+        index = row(self.index, k, piece)
         images = self.images.index_select(0, index)
         if self.noise is not None:
             images = _augment(images, self.noise.index_select(0, index))
-        return to_unit(images, self.dtype), at(self.targets, step, piece)
+        labels, weights = row(self.targets, k, piece), row(self.weights, k, piece)
+        return to_unit(images, self.dtype), labels, weights, row(self.loss_weights, k, piece)
 
     def _draw_noise(self, draws: torch.Generator) -> Tensor | None:
         """An augmentation for each image of the set: [N, 7] int64, as `_augment` takes it; None for none."""

@@ -12,85 +12,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fashion_ddp.config import Config
-from fashion_ddp.config.names import is_code
 from fashion_ddp.console import say
 from fashion_ddp.distributed.world import World
-from fashion_ddp.errors import Stopped, TrainingFailed
+from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.runs.folder import RunFolder, plain
 from fashion_ddp.runs.provenance import identity
-from fashion_ddp.training import optim
-from fashion_ddp.training.recorder import NullRecorder
-from fashion_ddp.training.step import Step
-from fashion_ddp.training.timing import Timings
+from fashion_ddp.training.state import State, fits
 
 FORMAT = 1  # counts up when an older checkpoint would be misread
 KEPT = 2
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest is loaded at once, others follow."""
+    """The checkpoints of one run: the newest is loaded into `state` at once, `save` writes others."""
 
-    def __init__(self, cfg: Config, world: World, folder: RunFolder, step: Step, timings: Timings):
-        self.cfg, self.world, self.folder, self.step, self.timings = cfg, world, folder, step, timings
+    def __init__(self, cfg: Config, world: World, folder: RunFolder, state: State):
+        self.cfg, self.world, self.folder, self.state = cfg, world, folder, state
         self.path = folder.path / "checkpoints"
-        self.steps = step.batches.steps
-        self.recorder: dict[str, Any] = {}  # what the recorder goes on from
         found = world.on_rank_zero(self._newest)
         if found is not None:
-            self._restore(_load(found))
+            state.restore(_load(found), world.rank)
 
-    def steps_of(self, epoch: int) -> int:
-        """How many steps of an epoch are done."""
-        return min(max(self.step.done - (epoch - 1) * self.steps, 0), self.steps)
+    def save(self, required: bool) -> None:
+        """Save the state. A collective, at a sync point.
 
-    def epochs(self) -> range:
-        """The epochs that are not done, from 1; an epoch is done when it was evaluated."""
-        return range(max(1, -(-self.step.done // self.steps)), self.cfg.epochs + 1)
-
-    def keep(self, recorder: NullRecorder) -> None:
-        """At a sync point: save where that is due. Raises Stopped, when saved, where any rank was told to stop."""
-        sync, last = self.step.sync, self.step.done == self.cfg.epochs * self.steps
-        if not (sync.due or sync.stop or last):
-            return
-        ranks = self.world.all_gather_object(self.step.own_state())
-        must = bool(sync.stop) or last
-        if must:
-            self.world.on_rank_zero(lambda: self._save(recorder, ranks))
+        Raises TrainingFailed, on every rank, where it cannot be written and is `required`; otherwise that is a warning,
+        and the next checkpoint tries again.
+        """
+        ranks = self.world.all_gather_object(self.state.of_this_rank())
+        if required:
+            self.world.on_rank_zero(lambda: self._save(ranks))
         elif self.world.rank == 0:
             try:
-                self._save(recorder, ranks)
+                self._save(ranks)
             except TrainingFailed as error:
                 # Not the error's own words where the disk is at fault: they tell the user to begin again.
                 why = getattr(error.__cause__, "strerror", None)
                 problem = f"{self.path / self._name()} cannot be written ({why})" if why else error
-                say(f"warning: no checkpoint at step {self.step.done}, to be tried again: {problem}")
-        sync.saved_now()
-        if sync.stop:
-            epoch = -(-self.step.done // self.steps)
-            raise Stopped(
-                f"stopped ({sync.stop}) and saved in epoch {epoch}, at step {self.step.done} of "
-                f"{self.cfg.epochs * self.steps}: the same command continues",
-                sync.stop,
-            )
+                say(f"warning: no checkpoint at step {self.state.done}, to be tried again: {problem}")
 
     def _name(self) -> str:
-        return f"step-{self.step.done:09}.pt"
+        return f"step-{self.state.done:09}.pt"
 
-    def _save(self, recorder: NullRecorder, ranks: list[dict[str, Any]]) -> None:
-        state = {
-            "format": FORMAT,
-            "run": _identity(self.cfg),
-            "step": self.step.state(),
-            "ranks": ranks,
-            "clock": self.step.clock.state(),
-            "timings": self.timings.state(),
-            "recorder": recorder.state(),
-        }
+    def _save(self, ranks: list[dict[str, Any]]) -> None:
         file = io.BytesIO()
-        torch.save(state, file)
+        torch.save({"format": FORMAT, "run": _identity(self.cfg), **self.state.saved(ranks)}, file)
         content = file.getvalue()
         self._secure_records()
         self.folder.make("checkpoints")
@@ -141,82 +109,20 @@ class Checkpoints:
         why = str(error) if isinstance(error, ValueError) else f"its content is wrong: {type(error).__name__}"
         say(f"warning: {path} cannot be used ({why}): kept as {aside.name}; an older one is looked for")
 
-    def _refuse_misfit(self, state: Any) -> None:
-        """Raises ValueError for what is no state of this run, so that a restore, once begun, is not given up."""
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+    def _refuse_misfit(self, saved: Any) -> None:
+        """Raise ValueError for what is no state of this run, so that a restore, once begun, is not given up."""
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError("it is no checkpoint of this version")
-        if state.get("run") != _identity(self.cfg):
+        run = _identity(self.cfg)
+        if saved.get("run") != run or not fits([saved["format"], saved["run"]], [FORMAT, run]):
             raise ValueError("it belongs to another run")
-        done, ranks = state["step"]["done"], state["ranks"]
-        if not 0 < done <= self.cfg.epochs * self.steps:
-            raise ValueError(f"its step {done} is none of this run's")
-        epochs = -(-done // self.steps) - 1  # that are over
-        own, sums = self.step.own_state(), {"loss": 0.0, "hits": 0.0, "rows": 0}
-        like = {
-            "format": FORMAT,
-            "run": _identity(self.cfg),
-            "step": self.step.state() | {"optimizer": self._optimizer_like(state["step"]["optimizer"])},
-            "ranks": [_unless_unused(own, rank) for rank in ranks] if ranks else [own],
-            "clock": {"first": 0.0, "seconds": torch.zeros(len(state["clock"]["seconds"]))},
-            "timings": {
-                "seconds": dict.fromkeys(("train", "eval"), [0.0] * epochs) if epochs else {},
-                **dict.fromkeys(("startup", "total", "current"), 0.0),
-            },
-            "recorder": {"step": 0, "lr": 0.0, "total": sums, "bin": sums},
-        }
-        for name, part in like.items():
-            if not _fits(state[name], part):
-                raise ValueError(f"its part {name!r} is none of this run's")
-        if state["recorder"]["step"] != done:
-            raise ValueError("its record ends at another step than its weights")
-        for rank in ranks:
-            torch.Generator().set_state(rank["generator"])  # which says whether it is one
-
-    def _optimizer_like(self, saved: dict[int, Any]) -> dict[int, Any]:
-        """A state of the run's optimizer, as an update leaves it."""
-        parameters = [nn.Parameter(p.detach().clone()) for p in self.step.trained]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer = optim.build(self.cfg, parameters, self.world.device)
-        optimizer.step()
-        state = optimizer.state_dict()["state"]
-        # A user's own model may have parameters that the loss does not reach: they have no entry.
-        return {at: entry for at, entry in state.items() if at in saved or not is_code(self.cfg.model)}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.recorder = state["recorder"]
-        self.step.restore(state["step"])
-        if self.world.rank < len(state["ranks"]):
-            self.step.restore_own(state["ranks"][self.world.rank])
-        else:  # a rank that the saving run did not have takes after the first, with generators of its own
-            mine = self.step.own_state()
-            self.step.restore_own(mine | {"buffers": state["ranks"][0]["buffers"]})
-        self.step.clock.restore(state["clock"])
-        self.timings.restore(state["timings"])
+        self.state.check(saved)
 
 
 def _identity(cfg: Config) -> dict[str, Any]:
     """Of the run that a checkpoint belongs to. How long it trains may change, where no schedule depends on it."""
     free = {"epochs"} if cfg.schedule == "constant" else set()
     return {name: value for name, value in plain(identity(cfg)).items() if name not in free}
-
-
-def _unless_unused(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """What a saved rank's own state must be like: this one's, but for a card's generator that one of them has not."""
-    unused = own["cuda_generator"] is None or saved["cuda_generator"] is None
-    return own | {"cuda_generator": saved["cuda_generator"]} if unused else own
-
-
-def _fits(value: Any, like: Any) -> bool:
-    """Whether a value is built like another: of the same types, with the same keys, lengths and shapes."""
-    if isinstance(like, dict):
-        return isinstance(value, dict) and value.keys() == like.keys() and all(_fits(value[k], like[k]) for k in like)
-    if isinstance(like, list):
-        return isinstance(value, list) and len(value) == len(like) and all(map(_fits, value, like))
-    if isinstance(like, torch.Tensor):
-        same = isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (like.shape, like.dtype)
-        return same and value.device.type == "cpu" and value.layout == torch.strided
-    return type(value) is type(like)
 
 
 def _verified(content: bytes) -> bytes:

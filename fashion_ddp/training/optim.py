@@ -1,16 +1,16 @@
 """Optimizers by name, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fashion_ddp.config import Config
 
 
-def build(cfg: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """The run's optimizer."""
+def build(cfg: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """Return the run's optimizer, of those parameters of the model that are trained."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # One kernel per update. On a card it also keeps fp16's skipped updates from being read by the host; on a CPU it
     # gains for Adam, a third of the time of its dozen operations per parameter, and nothing for SGD.
     fused = True if device.type == "cuda" else None
@@ -26,6 +26,17 @@ def build(cfg: Config, parameters: Iterable[nn.Parameter], device: torch.device)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
     # Capturable: its count of updates stays on the card.
     return kind(parameters, lr=lr, weight_decay=decay, fused=True, capturable=device.type == "cuda")
+
+
+def state_like(cfg: Config, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Return tensors like those that the run's optimizer keeps after an update, by the number of the parameter."""
+    kept = {"sgd": (), "momentum": ("momentum_buffer",)}.get(cfg.optimizer, ("step", "exp_avg", "exp_avg_sq"))
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {
+        number: {name: torch.zeros(()) if name == "step" else torch.empty_like(parameter) for name in kept}
+        for number, parameter in enumerate(parameters)
+        if kept
+    }
 
 
 def schedule(cfg: Config, steps_per_epoch: int) -> list[float]:

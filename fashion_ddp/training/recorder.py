@@ -9,7 +9,6 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from fashion_ddp.runs.folder import FORMAT, RunFolder
 from fashion_ddp.runs.reading import read_run
 from fashion_ddp.tracking.mirror import Wandb, panels
 from fashion_ddp.training.evaluate import Scores
-from fashion_ddp.training.step import Trained
+from fashion_ddp.training.state import Recorded, Sums
+from fashion_ddp.training.sync import Trained
 
 POINTS = 100  # per epoch in steps.jsonl
 
@@ -39,24 +39,17 @@ class NullRecorder:
 
     def finish(self, figures: Mapping[str, Any], test_images: np.ndarray) -> None: ...
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the record."""
-        return {}
-
 
 class Recorder(NullRecorder):
     """The recorder of rank 0."""
 
-    def __init__(self, folder: RunFolder, cfg: Config, known: dict[str, Any], saved: dict[str, Any]):
-        """`saved`: the state to go on from, or empty. What the files hold beyond it is taken back."""
-        self.folder, self.epochs = folder, cfg.epochs
-        self.step = saved.get("step", 0)  # updates since the run began
-        self.lr = saved.get("lr", 0.0)
-        self.total, self.bin = (Sums(**saved.get(name, {})) for name in ("total", "bin"))
+    def __init__(self, folder: RunFolder, cfg: Config, known: dict[str, Any], recorded: Recorded):
+        """Go on from what was `recorded`. What the files hold beyond it is removed: it will be written again."""
+        self.folder, self.epochs, self.recorded = folder, cfg.epochs, recorded
         self.bar = tqdm(disable=True)
         old = read_run(folder.path)
-        points = [row for row in old.steps if row["step"] <= self.step]
-        epochs = [row for row in old.metrics if row["step"] < self.step]  # one saved at its end is evaluated again
+        points = [row for row in old.steps if row["step"] <= recorded.step]
+        epochs = [row for row in old.metrics if row["step"] < recorded.step]  # one saved at its end is evaluated again
         folder.keep_lines("steps.jsonl", points)
         folder.keep_lines("metrics.jsonl", epochs)
         self.known = {"format": FORMAT, **known, **(epochs[-1] if epochs else {})}
@@ -70,31 +63,28 @@ class Recorder(NullRecorder):
             self.wandb = Wandb(folder.path, cfg, self.known["wandb_id"], shown)
             self.wandb.start(points, epochs)
 
-    def state(self) -> dict[str, Any]:
-        return {"step": self.step, "lr": self.lr, "total": asdict(self.total), "bin": asdict(self.bin)}
-
     def begin_epoch(self, epoch: int, steps: int) -> None:
-        """An epoch begins, or goes on where its checkpoint was saved."""
-        done = self.step - (epoch - 1) * steps
+        """Begin an epoch, or go on where its checkpoint was saved."""
+        done = self.recorded.step - (epoch - 1) * steps
         if not done:
-            self.total, self.bin = Sums(), Sums()
+            self.recorded.total, self.recorded.bin = Sums(), Sums()
         self.now, self.left = epoch, steps - done
         self.bin_size = math.ceil(steps / POINTS)
-        where = {"total": steps, "initial": done, "desc": f"epoch {epoch}", "unit": "step"}
-        self.bar = tqdm(**where, leave=False, disable=not sys.stderr.isatty())
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=done, desc=f"epoch {epoch}", unit="step", leave=False, disable=hidden)
 
     def steps(self, trained: Sequence[Trained]) -> None:
         """Add up what a window's steps did; each full bin becomes a point of steps.jsonl."""
         points: list[dict[str, Any]] = []
-        for one in trained:
-            self.total.add(one)
-            self.bin.add(one)
-            self.lr = one.lr
-            self.step, self.left = self.step + 1, self.left - 1
+        so_far = self.recorded
+        for loss, hits, rows, lr in trained:
+            so_far.total.add(loss, hits, rows)
+            so_far.bin.add(loss, hits, rows)
+            so_far.step, so_far.lr, self.left = so_far.step + 1, lr, self.left - 1
             if self.left % self.bin_size == 0:
-                at = {"epoch": self.now, "step": self.step}
-                points.append(at | {"loss": self.bin.mean_loss, "accuracy": self.bin.accuracy, "lr": one.lr})
-                self.bin = Sums()
+                point = {"epoch": self.now, "step": so_far.step, "loss": so_far.bin.mean_loss}
+                points.append(point | {"accuracy": so_far.bin.accuracy, "lr": lr})
+                so_far.bin = Sums()
         self.folder.append("steps.jsonl", points)
         if self.wandb:
             self.wandb.points(points)
@@ -103,8 +93,8 @@ class Recorder(NullRecorder):
     def epoch(self, scores: Mapping[str, Scores], timings: Mapping[str, float]) -> None:
         """Write and show an epoch's row."""
         self.bar.close()
-        row: dict[str, Any] = {"epoch": self.now, "step": self.step, "lr": self.lr}
-        row |= {"train/loss": self.total.mean_loss, "train/accuracy": self.total.accuracy}
+        row: dict[str, Any] = {"epoch": self.now, "step": self.recorded.step, "lr": self.recorded.lr}
+        row |= {"train/loss": self.recorded.total.mean_loss, "train/accuracy": self.recorded.total.accuracy}
         for name, score in scores.items():
             row |= {f"{name}/loss": score.loss, f"{name}/accuracy": score.accuracy}
         row |= timings
@@ -157,13 +147,13 @@ class Recorder(NullRecorder):
 
 @contextmanager
 def open_recorder(
-    folder: RunFolder, cfg: Config, world: World, known: dict[str, Any], saved: dict[str, Any]
+    folder: RunFolder, cfg: Config, world: World, known: dict[str, Any], recorded: Recorded
 ) -> Iterator[NullRecorder]:
-    """The run's recorder, closed whatever happens. `saved`: the state of another one to go on from, or empty."""
+    """The run's recorder, closed whatever happens. It goes on from what was `recorded`."""
     if world.rank > 0:
         yield NullRecorder()
         return
-    recorder = Recorder(folder, cfg, known, saved)
+    recorder = Recorder(folder, cfg, known, recorded)
     error: BaseException | None = None
     try:
         recorder.summary("running")  # and how W&B works
@@ -177,23 +167,3 @@ def open_recorder(
             if error is None or isinstance(error, Stopped | TrainingFailed | UserError):
                 world.leave()  # W&B may take its time, and the other ranks need not wait for it
             recorder.wandb.finish(error)
-
-
-@dataclass
-class Sums:
-    """Figures over some steps."""
-
-    loss: float = 0.0
-    hits: float = 0.0
-    rows: int = 0
-
-    def add(self, one: Trained) -> None:
-        self.loss, self.hits, self.rows = self.loss + one.loss, self.hits + one.hits, self.rows + one.rows
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.rows
-
-    @property
-    def accuracy(self) -> float:
-        return self.hits / self.rows

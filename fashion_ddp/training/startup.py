@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 
 from fashion_ddp import data, user_code
 from fashion_ddp.config import Config, layers
@@ -23,7 +22,8 @@ from fashion_ddp.runs import claim as claims
 from fashion_ddp.runs import provenance
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import read_run
-from fashion_ddp.training.step import Step
+from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.state import State
 
 
 def load_data(cfg: Config, world: World) -> data.Dataset:
@@ -95,23 +95,28 @@ def announce(
     world: World,
     folder: RunFolder,
     env: dict[str, Any],
-    model: nn.Module,
     dataset: data.Dataset,
-    step: Step,
+    batches: Batches,
+    state: State,
     prepared: list[str],
+    no_graph: str | None,
 ) -> dict[str, Any]:
-    """Print and record how the run starts. Returns what its summary says from the start."""
-    batches, mixed, at_once = step.batches, False, env["side_by_side"]
+    """Print and record how the run starts. Returns what its summary says from the start.
+
+    `prepared`: what was done to the new model, in words. `no_graph`: why the step is not one CUDA graph; None where it
+    is.
+    """
+    model, mixed, at_once = state.model, False, env["side_by_side"]
     described = describe.summary(model, dataset.image_shape)
     dependent = describe.rank_dependent(model)
     if world.rank == 0:
         starts = read_run(folder.path).environment
-        went_before = starts if step.done else []  # of others nothing is left
+        went_before = starts if state.done else []  # of others nothing is left
         mixed = any(_conditions(start) != _conditions(env) for start in went_before)
         at_once = max(_at_once(start) for start in [*went_before, env])
-        notes = [*_continued(step, mixed), *_notes(cfg, dataset, dependent)]
+        notes = [*_continued(state, mixed), *_notes(cfg, dataset, dependent)]
         notes += [f"note: up to {at_once} runs are trained at once on this machine: times are shared"] * (at_once > 1)
-        for line in (_facts(cfg, world, env, dataset, step), described, *prepared, *notes):
+        for line in (_facts(cfg, world, env, dataset, batches, no_graph), described, *prepared, *notes):
             say(line)
         folder.write_json("environment.json", [*starts, env])
         folder.write("model.txt", redact(described) + "\n")
@@ -132,12 +137,12 @@ def announce(
         "device": world.device_name,
         "threads": world.threads,
         "precision": cfg.precision,
-        "cuda_graph": step.eager is None,
+        "cuda_graph": no_graph is None,
         "batch_size": cfg.batch_size,
         "lr": cfg.scaled_lr(),
         "epochs": cfg.epochs,
         "parameters": describe.parameters(model),
-        "parameters_trained": sum(p.numel() for p in step.trained),
+        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "starts": len(starts) + 1 if world.rank == 0 else 1,
         "timings_mixed": mixed,
         "side_by_side": at_once,
@@ -154,16 +159,18 @@ def _at_once(env: dict[str, Any]) -> int:
     return env.get("side_by_side", 1)  # older folders do not say, and their runs were alone
 
 
-def _continued(step: Step, mixed: bool) -> list[str]:
-    if not step.done:
+def _continued(state: State, mixed: bool) -> list[str]:
+    if not state.done:
         return []
-    position = f"continued after step {step.done:,}, in epoch {-(-step.done // step.batches.steps)}"
+    position = f"continued after step {state.done:,}, in epoch {state.epoch}"
     marked = "; on other hardware or beside other runs than before, so its timings are mixed"
     return [position + (marked if mixed else "")]
 
 
-def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, step: Step) -> str:
-    batches, machines = step.batches, dict.fromkeys(rank["host"] for rank in env["ranks"])
+def _facts(
+    cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, batches: Batches, no_graph: str | None
+) -> str:
+    machines = dict.fromkeys(rank["host"] for rank in env["ranks"])
     devices = dict.fromkeys(rank["device"] for rank in env["ranks"])
     last = batches.count - (batches.steps - 1) * batches.batch
     shape = "x".join(map(str, dataset.image_shape))
@@ -179,7 +186,7 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
         "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {counted(cfg.epochs, 'epoch')}",
     }
     if world.device.type == "cuda":
-        lines["step"] = f"launched kernel by kernel: {step.eager}" if step.eager else "launched as one CUDA graph"
+        lines["step"] = f"launched kernel by kernel: {no_graph}" if no_graph else "launched as one CUDA graph"
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 

@@ -55,6 +55,11 @@ class StepClock:
     def state(self) -> dict[str, Any]:
         return {"first": self.first, "seconds": torch.tensor(self.seconds)}
 
+    @staticmethod
+    def like(saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a state as `state` gives it, of as many steps as a saved one holds."""
+        return {"first": 0.0, "seconds": torch.zeros(len(saved["seconds"]))}
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go on counting where an earlier process of the run saved."""
         self.first, self.seconds = state["first"], state["seconds"].tolist()
@@ -87,6 +92,12 @@ class Timings:
         """To be taken within a phase."""
         current = time.perf_counter() - self.since
         return {"seconds": dict(self.seconds), "startup": self.startup, "total": self.total(), "current": current}
+
+    @staticmethod
+    def like(epochs: int) -> dict[str, Any]:
+        """Return a state as `state` gives it after so many whole epochs."""
+        seconds = dict.fromkeys(("train", "eval"), [0.0] * epochs) if epochs else {}
+        return {"seconds": seconds, **dict.fromkeys(("startup", "total", "current"), 0.0)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on counting where an earlier process of the run saved."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ranks
 from torch import nn
+from trainer import Trainer
 
 from fashion_ddp import data
 from fashion_ddp.config import Config
@@ -24,7 +25,6 @@ from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.evaluate import Evaluation
-from fashion_ddp.training.step import Step
 
 BATCH = 50  # divides by neither 3 nor 4
 IMAGES = 30 * BATCH + 2  # the last batch has 2 rows: fewer than 3 or 4 ranks
@@ -46,7 +46,7 @@ def train(cfg: Config, steps: int, images: int | None = IMAGES, weights: dict | 
             model.load_state_dict(weights)
         batches = Batches(cfg, world, d.train_images, d.train_labels)
         evaluation = Evaluation(cfg, world, d.test_images[:1001], d.test_labels[:1001], len(d.classes))
-        step = Step(cfg, world, model, batches)
+        step = Trainer(cfg, world, model, batches)
         trained = []
         for epoch in range(1, cfg.epochs + 1):
             batches.draw(epoch)
@@ -117,7 +117,7 @@ def gradient(cfg: Config, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
         model.load_state_dict(weights)
-        step = Step(cfg, world, model, Batches(cfg, world, d.train_images, d.train_labels))
+        step = Trainer(cfg, world, model, Batches(cfg, world, d.train_images, d.train_labels))
         step.leave_gradient(0)
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
 

@@ -14,6 +14,7 @@ from conftest import command, ranks
 from faults import Fault, start
 from safetensors.torch import load_file, save_file
 from torch import nn
+from trainer import Trainer
 
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import open_world
@@ -24,7 +25,6 @@ from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
 from fashion_ddp.runs import claim, provenance
 from fashion_ddp.training import optim
 from fashion_ddp.training.batches import Batches
-from fashion_ddp.training.step import Step
 
 quick = pytest.mark.quick
 
@@ -199,7 +199,7 @@ def test_frozen_parts_are_not_trained(weights: Path) -> None:
     with open_world(make_config({"device": "cpu"})) as world:
         images = np.random.default_rng(0).integers(0, 255, (12, 3, 32, 32)).astype(np.uint8)
         cfg = make_config({"model": "resnet18", "device": "cpu", "batch_size": 6, "optimizer": "adamw", "lr": 0.01})
-        step = Step(cfg, world, model, Batches(cfg, world, images, np.arange(12) % 7))
+        step = Trainer(cfg, world, model, Batches(cfg, world, images, np.arange(12) % 7))
         before = {name: t.clone() for name, t in model.state_dict().items()}
         assert sum(len(g["params"]) for g in step.optimizer.param_groups) == len([*model.parameters()]) - len(frozen)
         step(0)
@@ -252,9 +252,9 @@ def test_only_who_asks_for_it_imports_torchvision() -> None:
         "import sys; from fashion_ddp.training import checkpoint, artifacts, startup\n"
         "from fashion_ddp.models import architectures, describe, transfer; from fashion_ddp import train\n"
         "from fashion_ddp.config.layers import make_config\n"
-        "models.build(make_config({'model': 'cnn'}), (1, 28, 28), 10)\n"
+        "architectures.build(make_config({'model': 'cnn'}), (1, 28, 28), 10)\n"
         "assert 'torchvision' not in sys.modules\n"
-        "models.build(make_config({'model': 'resnet18'}), (1, 28, 28), 10)\n"
+        "architectures.build(make_config({'model': 'resnet18'}), (1, 28, 28), 10)\n"
         "assert 'torchvision' in sys.modules\n"
     )
     done = command("python", "-c", code, cwd=Path.cwd())
@@ -272,7 +272,7 @@ def gradient(weights: Path, freeze: list[str], shards: bool = False) -> dict[str
     with open_world(cfg) as world:
         model = architectures.build(cfg, (1, 16, 16), 3)
         transfer.prepare(cfg, model)
-        step = Step(cfg, world, model, Batches(cfg, world, images, np.arange(10) % 3))
+        step = Trainer(cfg, world, model, Batches(cfg, world, images, np.arange(10) % 3))
         step.leave_gradient(0)
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -328,6 +328,5 @@ def test_a_run_from_another_s_weights_continues_to_the_same_bits(tmp_path: Path,
 @quick
 def test_the_optimizer_has_what_is_trained_only() -> None:
     model, _ = prepared(freeze=["fc"])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    built = optim.build(make_config({"model": "resnet18"}), trained, torch.device("cpu"))
+    built = optim.build(make_config({"model": "resnet18"}), model, torch.device("cpu"))
     assert len(built.param_groups[0]["params"]) == len([*model.parameters()]) - 2

@@ -104,7 +104,7 @@ def test_shards_that_ranks_cannot_share_out() -> None:
 def test_images_go_with_their_labels() -> None:
     ours = batches(1, 3, batch_size=50)
     for k in range(ours.steps):
-        images, labels = ours.piece(k, 0)
+        images, labels, *_ = ours.piece(k, 0)
         assert torch.equal(images, torch.from_numpy(IMAGES[labels.numpy()]).float() / 255)
 
 
@@ -208,7 +208,7 @@ AUGMENTATIONS: list[dict[str, Any]] = [
 def test_augmentation_does_what_its_noise_says(settings: dict[str, Any]) -> None:
     ours = batches(batch_size=COUNT, **settings)
     assert ours.noise is not None
-    images, labels = ours.piece(0, 0)
+    images, labels, *_ = ours.piece(0, 0)
     for image, label in zip(images, labels.tolist(), strict=True):
         expected = augmented(IMAGES[label], ours.noise[label].tolist())
         assert np.array_equal((image * 255).round().byte().numpy(), expected)
@@ -217,7 +217,7 @@ def test_augmentation_does_what_its_noise_says(settings: dict[str, Any]) -> None
 def test_no_augmentation_leaves_images_as_they_are() -> None:
     assert batches().noise is None
     still = batches(batch_size=COUNT, flip=1e-300)  # drawn, and never so
-    images, labels = still.piece(0, 0)
+    images, labels, *_ = still.piece(0, 0)
     assert torch.equal(images, to_unit(torch.from_numpy(IMAGES), torch.float32)[labels])
 
 
@@ -237,7 +237,7 @@ def test_noise_belongs_to_the_image_wherever_it_is_computed(cut: dict[str, Any])
         seen = torch.zeros(COUNT, *IMAGES.shape[1:])
         for ours in world:
             for k, piece in product(range(ours.steps), range(ours.pieces)):
-                images, labels = ours.piece(k, piece)
+                images, labels, *_ = ours.piece(k, piece)
                 seen[labels] = images
         return seen
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from trainer import Trainer
 
 from fashion_ddp import user_code
 from fashion_ddp.config.layers import make_config
@@ -32,8 +33,6 @@ from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.checkpoint import Checkpoints
 from fashion_ddp.training.recorder import Recorder
-from fashion_ddp.training.step import Step
-from fashion_ddp.training.timing import Timings
 
 pytestmark = pytest.mark.quick
 
@@ -53,39 +52,44 @@ class Training:
         accelerator.prepare_model = lambda model, evaluation_mode: model
         world = World(accelerator, Place(), threads=1)
         self.model = architectures.build(self.cfg, (1, 8, 8), 10)
-        self.step = Step(self.cfg, world, self.model, Batches(self.cfg, world, IMAGES, LABELS))
-        self.step.sync.seconds = 0.0  # a sync point after every step
-        self.timings = Timings(0.0)
+        self.trainer = Trainer(self.cfg, world, self.model, Batches(self.cfg, world, IMAGES, LABELS))
+        self.state, self.sync = self.trainer.state, self.trainer.sync
+        self.sync.seconds = 0.0  # a sync point after every step
         path.mkdir(exist_ok=True)
         (path / "config.yaml").write_text(self.cfg.to_yaml())
         self.folder = RunFolder(path)
-        self.saved = Checkpoints(self.cfg, world, self.folder, self.step, self.timings)
-        self.recorder = Recorder(self.folder, self.cfg, {}, self.saved.recorder)
+        self.checkpoints = Checkpoints(self.cfg, world, self.folder, self.state)
+        self.recorder = Recorder(self.folder, self.cfg, {}, self.state.recorded)
 
     def until(self, done: int) -> "Training":
         """Train on until so many steps are done."""
-        for epoch in self.saved.epochs():
+        timings = self.state.timings
+        for epoch in self.state.epochs():
             self.recorder.begin_epoch(epoch, STEPS)
-            self.step.batches.draw(epoch)
-            phase = self.timings.measure("train")  # not `with`: what ends within an epoch ends without a word
+            self.trainer.batches.draw(epoch)
+            phase = timings.measure("train")  # not `with`: what ends within an epoch ends without a word
             phase.__enter__()
-            for window in self.step.sync.windows(STEPS, self.saved.steps_of(epoch)):
+            for window in self.sync.windows(STEPS, self.state.steps_of(epoch)):
                 for k in window:
-                    self.step(k)
+                    self.trainer(k)
                     torch.rand(1)  # as a layer that draws would
-                self.recorder.steps(self.step.read(window))
-                self.saved.keep(self.recorder)
-                if self.step.done == done:
+                self.recorder.steps(self.sync.read(window))
+                last = self.state.trained_to_the_end
+                if self.sync.save_due or self.sync.stop or last:
+                    self.checkpoints.save(required=bool(self.sync.stop) or last)
+                if self.sync.stop:
+                    raise Stopped(self.state.position, self.sync.stop)
+                if self.state.done == done:
                     return self
             phase.__exit__(None, None, None)
-            with self.timings.measure("eval"):
+            with timings.measure("eval"):
                 pass
         return self
 
     def everything(self) -> dict[str, Any]:
         """All that the next steps depend on."""
-        parts = {"step": self.step.state(), "own": self.step.own_state(), "clock": self.step.clock.state()}
-        return copy.deepcopy(parts | {"seconds": dict(self.timings.seconds), "record": self.recorder.state()})
+        everything = self.state.saved([self.state.of_this_rank()])
+        return copy.deepcopy(everything | {"timings": dict(self.state.timings.seconds)})
 
     def names(self) -> list[str]:
         return sorted(path.name for path in (self.path / "checkpoints").iterdir())
@@ -149,7 +153,7 @@ def run(at_7: Path, tmp_path: Path) -> Path:
 
 def of_steps(state: dict[str, Any]) -> dict[str, Any]:
     """What of everything does not depend on the time of day."""
-    return {name: state[name] for name in ("step", "own", "record")}
+    return {name: state[name] for name in ("step", "ranks", "recorder")}
 
 
 # --- What is saved comes back -----------------------------------------------------------------------------------
@@ -161,8 +165,8 @@ def test_what_is_saved_comes_back(optimizer: str, tmp_path: Path) -> None:
     torch.manual_seed(99)
     second = Training(tmp_path / "run", optimizer=optimizer)
     assert same(second.everything(), first.everything())
-    assert second.saved.epochs() == range(2, 3) and second.saved.steps_of(2) == 2
-    assert first.step.norms[0].running_mean is not None and first.step.norms[0].running_mean.any()
+    assert second.state.epochs() == range(2, 3) and second.state.steps_of(2) == 2
+    assert first.trainer.step.norms[0].running_mean is not None and first.trainer.step.norms[0].running_mean.any()
 
 
 def test_it_goes_on_as_if_it_had_not_ended(run: Path, tmp_path: Path) -> None:
@@ -177,15 +181,15 @@ def test_the_optimizer_keeps_settings_of_its_own(run: Path) -> None:
     """`fused` depends on the device, so that the saved settings are not taken."""
     state = opened(file(run, 7))
     assert "param_groups" not in state["step"]["optimizer"] and set(state["step"]["optimizer"]) == set(range(10))
-    [group] = Training(run).step.optimizer.param_groups
-    [fresh] = Training(run.with_name("fresh")).step.optimizer.param_groups
+    [group] = Training(run).trainer.optimizer.param_groups
+    [fresh] = Training(run.with_name("fresh")).trainer.optimizer.param_groups
     assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in fresh.items() if k != "params"}
 
 
 def test_the_last_step_of_an_epoch_leaves_its_evaluation_to_be_done(tmp_path: Path) -> None:
     Training(tmp_path / "run").until(5)
     second = Training(tmp_path / "run")
-    assert second.saved.epochs() == range(1, 3) and second.saved.steps_of(1) == 5 and second.saved.steps_of(2) == 0
+    assert second.state.epochs() == range(1, 3) and second.state.steps_of(1) == 5 and second.state.steps_of(2) == 0
 
 
 def test_the_newest_two_are_kept_and_nothing_else(run: Path) -> None:
@@ -290,14 +294,14 @@ def test_another_length_is_another_run_where_the_schedule_depends_on_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Training(tmp_path / "run", schedule="cosine").until(3)
-    assert Training(tmp_path / "run", schedule="cosine").step.done == 3
-    assert Training(tmp_path / "run", schedule="cosine", epochs=3).step.done == 0
+    assert Training(tmp_path / "run", schedule="cosine").state.done == 3
+    assert Training(tmp_path / "run", schedule="cosine", epochs=3).state.done == 0
     assert "it belongs to another run" in capsys.readouterr().out
 
 
 def test_another_length_is_the_same_run_where_nothing_depends_on_it(run: Path) -> None:
     longer = Training(run, epochs=4)
-    assert longer.step.done == 7 and longer.saved.epochs() == range(2, 5)
+    assert longer.state.done == 7 and longer.state.epochs() == range(2, 5)
 
 
 class Code:
@@ -383,8 +387,8 @@ def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys:
     def look(state: dict[str, Any]) -> int:
         """Which step the run continues from."""
         file(training.path, 7).write_bytes(sealed(state))
-        Checkpoints(training.cfg, training.saved.world, training.folder, training.step, training.timings)
-        return training.step.done
+        Checkpoints(training.cfg, training.checkpoints.world, training.folder, training.state)
+        return training.state.done
 
     for way, value in nodes(good):
         if way == ("ranks", 0, "cuda_generator"):  # of a card that this machine has not
@@ -423,9 +427,9 @@ def test_every_rank_s_part_is_looked_at(run: Path, capsys: pytest.CaptureFixture
     state = opened(file(run, 7))
     mine = state["ranks"][0]
     file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine | {"buffers": []}]}))
-    assert Training(run).step.done == 6 and "its part 'ranks'" in capsys.readouterr().out
+    assert Training(run).state.done == 6 and "its part 'ranks'" in capsys.readouterr().out
     file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine]}))
-    assert Training(run).step.done == 7
+    assert Training(run).state.done == 7
 
 
 def test_one_that_was_written_beside_a_card_is_read_without_one(run: Path) -> None:
@@ -446,7 +450,7 @@ def test_without_one_that_can_be_used_the_run_begins_again(
     file(run, 7).write_bytes(file(run, 7).read_bytes()[:-1])
     again = Training(run)
     out = capsys.readouterr().out
-    assert again.step.done == 0 and out.count("warning") == 3 and out.count("cannot be used (it is damaged") == 2
+    assert again.state.done == 0 and out.count("warning") == 3 and out.count("cannot be used (it is damaged") == 2
     assert out.endswith("can be used: the run starts again from nothing\n")
     again.until(10)
     whole = Training(tmp_path / "whole").until(10)
@@ -457,7 +461,7 @@ def test_without_one_that_can_be_used_the_run_begins_again(
 
 
 def test_a_run_without_checkpoints_says_nothing_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Training(tmp_path / "run").step.done == 0 and "warning" not in capsys.readouterr().out
+    assert Training(tmp_path / "run").state.done == 0 and "warning" not in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_broken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +477,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_broken(run: Path, monkeypat
     with pytest.raises(TrainingFailed, match=re.escape("step-000000007.pt cannot be read (Input/output error)")):
         Training(run)
     monkeypatch.undo()
-    assert Training(run).step.done == 7
+    assert Training(run).state.done == 7
 
 
 def test_a_broken_file_that_cannot_be_renamed_ends_the_start(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +519,7 @@ def test_a_save_that_fails_is_a_warning_and_is_tried_again(
         out.count("warning") == 1 and "no checkpoint at step 8" in out and out.endswith("(No space left on device)\n")
     )
     assert training.names() == ["step-000000006.pt", "step-000000007.pt"]
-    assert Training(run).step.done == 7
+    assert Training(run).state.done == 7
     training.until(9)
     assert training.names() == ["step-000000007.pt", "step-000000009.pt"] and "warning" not in capsys.readouterr().out
     training.until(10)
@@ -535,7 +539,7 @@ def test_a_checkpoint_that_cannot_be_removed_harms_nothing(
 
         patch.setattr(Path, "unlink", refuse)
         training.until(8)
-    assert training.names() == [f"step-00000000{n}.pt" for n in (6, 7, 8)] and Training(run).step.done == 8
+    assert training.names() == [f"step-00000000{n}.pt" for n in (6, 7, 8)] and Training(run).state.done == 8
     training.until(9)
     assert training.names() == [f"step-00000000{n}.pt" for n in (8, 9)] and "warning" not in capsys.readouterr().out
 
@@ -550,7 +554,7 @@ def test_a_last_save_that_fails_ends_the_run(
         monkeypatch.setattr("fashion_ddp.distributed.signals.stop_requests", lambda: [True, False, False, False, False])
     with pytest.raises(TrainingFailed, match=r"step-000000010\.pt cannot be written \(No space left on device\)"):
         training.until(10)
-    assert Training(run).step.done == 9 and "warning" not in capsys.readouterr().out
+    assert Training(run).state.done == 9 and "warning" not in capsys.readouterr().out
 
 
 def test_a_stop_saves_and_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,7 +562,7 @@ def test_a_stop_saves_and_says_where(run: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("fashion_ddp.distributed.signals.stop_requests", lambda: [True, False, False, False, False])
     with pytest.raises(Stopped, match=r"stopped \(SIGTERM\) and saved in epoch 2, at step 8 of 10"):
         training.until(10)
-    assert Training(run).step.done == 8
+    assert Training(run).state.done == 8
 
 
 def test_no_more_is_saved_than_was_asked_for(tmp_path: Path) -> None:

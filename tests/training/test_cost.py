@@ -13,12 +13,12 @@ import pytest
 from conftest import CHECKOUT, ranks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainer import Trainer
 
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures, describe
 from fashion_ddp.training.batches import Batches
-from fashion_ddp.training.step import Step
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), dtype=np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 10, 200)
@@ -54,7 +54,7 @@ def operations(model: str, **given: Any) -> Counter[str]:
     """Of one step, on one rank."""
     cfg = make_config({"model": model, "device": "cpu", "threads": 1, "batch_size": 20, **given})
     with open_world(cfg) as world:
-        step = Step(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
         step.batches.draw(1)
         step(0)
         with Operations() as seen:
@@ -88,7 +88,7 @@ def collectives(steps: int, given: dict[str, Any]) -> tuple[dict[str, int], int,
     cfg = make_config({"model": "cnn", "device": "cpu", "threads": 1, "batch_size": 20, **given})
     with open_world(cfg) as world:
         model = architectures.build(cfg, (1, 28, 28), 10)
-        step = Step(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
         step.batches.draw(1)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             for k in range(steps):
@@ -122,9 +122,9 @@ def kept_bytes() -> int:
     info = ctypes.CDLL(None).mallinfo2
     info.restype = MallInfo
     with open_world(cfg) as world:
-        step = Step(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
         step.batches.draw(1)
-        step.lrs = step.lrs * 100  # for more steps than the run has
+        step.rates = step.rates * 100  # for more steps than the run has
         used = []
         for _ in range(2):
             for k in range(40):

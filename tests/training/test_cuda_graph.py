@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from conftest import ranks
 from torch import nn
+from trainer import Trainer
 
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.training import cuda_graph
 from fashion_ddp.training.batches import Batches
-from fashion_ddp.training.step import Step, Trained
+from fashion_ddp.training.cuda_graph import CountingStep, Launch
+from fashion_ddp.training.sync import Trained
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 1, 28, 28), dtype=np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 10, 70)
@@ -35,21 +37,27 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def each(given: dict[str, Any], *works: Callable[[Step], Any], model: nn.Module | None = None) -> list[Any]:
+def each(given: dict[str, Any], *works: Callable[[Trainer], Any], model: nn.Module | None = None) -> list[Any]:
     """What each of `works` makes of a run's step. 70 images in batches of 16: the last has 6."""
     cfg = make_config({"device": "cpu", "threads": 1, "batch_size": 16, "epochs": 2} | given)
     with open_world(cfg) as world:
         nets = [model or architectures.build(cfg, (1, 28, 28), 10) for _ in works]
-        steps = [Step(cfg, world, net, Batches(cfg, world, IMAGES, LABELS)) for net in nets]
+        steps = [Trainer(cfg, world, net, Batches(cfg, world, IMAGES, LABELS)) for net in nets]
         for step in steps:  # a card's kernels take float32 learning rates, and float64 ones where all is float64
-            step.lrs = torch.tensor(step.lrs, dtype=step.losses.dtype).tolist()
+            step.rates[:] = torch.tensor(step.rates, dtype=step.record.losses.dtype).tolist()
         return [work(step) for work, step in zip(works, steps, strict=True)]
 
 
 # --- Counting ---------------------------------------------------------------------------------------------------
 
 
-def trained(step: Step) -> tuple[list[Trained], list[torch.Tensor]]:
+def count(trainer: Trainer) -> CountingStep:
+    """Let the device count for itself from now on."""
+    trainer.take = CountingStep(trainer.step, trainer.state, trainer.rates)
+    return trainer.take
+
+
+def trained(step: Trainer) -> tuple[list[Trained], list[torch.Tensor]]:
     """Two epochs: how each step went, and the weights."""
     went = []
     for epoch in (1, 2):
@@ -57,7 +65,7 @@ def trained(step: Step) -> tuple[list[Trained], list[torch.Tensor]]:
         for k in range(step.batches.steps):
             step(k)
         went += step.read(range(step.batches.steps))
-    return went, [p.detach() for p in step.trained]
+    return went, [p.detach() for p in step.step.trained]
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -66,8 +74,8 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def told_and_counted(given: dict[str, Any]) -> bool:
-    def counted(step: Step) -> Any:
-        step.count_on_device()
+    def counted(step: Trainer) -> Any:
+        count(step)
         return trained(step)
 
     return equal(*each(given, trained, counted))
@@ -83,20 +91,20 @@ def stopped_and_continued(given: dict[str, Any]) -> bool:
     """Told for seven of ten steps, and counted for the rest by another process's device."""
     saved: list[Any] = []
 
-    def save(step: Step) -> None:
+    def save(step: Trainer) -> None:
         for done in range(7):
             if done % 5 == 0:
                 step.batches.draw(1 + done // 5)
             step(done % 5)
-        saved.append(copy.deepcopy(step.state()))
+        saved.append(copy.deepcopy(step.state.saved([step.state.of_this_rank()])))
 
-    def go_on(step: Step) -> Any:
-        step.restore(saved[0])
-        step.count_on_device()
+    def go_on(step: Trainer) -> Any:
+        step.state.restore(saved[0], 0)
+        count(step)
         step.batches.draw(2)
         for k in (2, 3, 4):
             step(k)
-        return step.read(range(2, 5)), [p.detach() for p in step.trained]
+        return step.read(range(2, 5)), [p.detach() for p in step.step.trained]
 
     (went, weights), _, (last, weights_too) = each(given, trained, save, go_on)
     return equal((went[7:], weights), (last, weights_too))
@@ -115,32 +123,32 @@ def test_devices_of_two_ranks_that_count_take_the_same_steps(given: dict[str, An
 # --- Proving ----------------------------------------------------------------------------------------------------
 
 
-def state(step: Step) -> list[torch.Tensor]:
+def state(step: Trainer) -> list[torch.Tensor]:
     """All that a run goes on from."""
     kept = [t.clone() for s in step.optimizer.state.values() for t in s.values()]
-    return [*(p.detach().clone() for p in step.trained), *kept, torch.get_rng_state()]
+    return [*(p.detach().clone() for p in step.step.trained), *kept, torch.get_rng_state()]
 
 
 def proven(given: dict[str, Any], record: Any, model: nn.Module | None = None) -> tuple[str | None, bool]:
     """Why a recorded step is refused after three steps of the run, and whether the proof left everything as it was."""
 
-    def work(step: Step) -> tuple[str | None, bool]:
-        step.count_on_device()
+    def work(step: Trainer) -> tuple[str | None, bool]:
+        counting = count(step)
         step.batches.draw(1)
         for k in range(3):
             step(k)
         before = state(step)
-        problem = cuda_graph.prove(step, record)
+        problem = cuda_graph.prove(counting, record)
         same = all(torch.equal(a, b) for a, b in zip(before, state(step), strict=True))
-        return problem, same and (problem is None) == (step.launch != step.take)
+        return problem, same and (problem is None) == (counting.launch != counting.take)
 
     [found] = each(given, work, model=model)
     return found  # type: ignore[no-any-return]
 
 
-def another(step: Step) -> cuda_graph.Launch:
+def another(counting: CountingStep) -> Launch:
     """An equal step under another name."""
-    return lambda: step.take()
+    return lambda: counting.take()
 
 
 @pytest.mark.quick
@@ -152,9 +160,8 @@ def test_a_recorded_step_that_does_the_same_is_used_and_its_proof_leaves_no_trac
 def fresh(given: dict[str, Any]) -> bool:
     """Whether a proof before the first step changes nothing of the run that follows."""
 
-    def after(step: Step) -> Any:
-        step.count_on_device()
-        assert cuda_graph.prove(step, another) is None
+    def after(step: Trainer) -> Any:
+        assert cuda_graph.prove(count(step), another) is None
         return trained(step)
 
     return equal(*each(given, trained, after))
@@ -166,33 +173,28 @@ def test_a_proof_before_the_first_step_changes_nothing_of_the_run(given: dict[st
     assert ranks(1, fresh, given) == [True]
 
 
-def idle(step: Step) -> cuda_graph.Launch:
+def idle(counting: CountingStep) -> Launch:
     return lambda: None
 
 
-def stuck(step: Step) -> cuda_graph.Launch:
+def stuck(counting: CountingStep) -> Launch:
     """Takes the same batch again and again."""
-    assert step.counters is not None
-    k = int(step.counters.batch)
+    k = int(counting.batch)
 
     def launch() -> None:
-        assert step.counters is not None
-        step.counters.batch.fill_(k)
-        step.take()
+        counting.batch.fill_(k)
+        counting.take()
 
     return launch
 
 
-def deaf(step: Step) -> cuda_graph.Launch:
+def deaf(counting: CountingStep) -> Launch:
     """Keeps the first learning rate."""
-    assert step.counters is not None
-    lr = step.counters.next_lr().item()
+    lr = counting.next_lr().item()
 
     def launch() -> None:
-        assert step.counters is not None
-        step._set_lr(lr)
-        step._update(step.counters.batch)
-        step.counters.count()
+        counting.step(counting.batch, lr)
+        counting.counters += 1
 
     return launch
 
@@ -205,11 +207,12 @@ def test_a_recorded_step_that_does_something_else_is_refused(record: Any) -> Non
     assert problem == "recorded, it did not do what it does kernel by kernel" and untouched
 
 
-def alone(step: Step) -> cuda_graph.Launch:
+def alone(counting: CountingStep) -> Launch:
     """Fails on the last rank, before it talks to the others."""
-    if step.world.rank == step.world.size - 1:
+    world = counting.step.world
+    if world.rank == world.size - 1:
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
-    return another(step)
+    return another(counting)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -249,7 +252,7 @@ def released(failing: bool) -> list[bool]:
         world.graphs.append(graph)  # type: ignore[arg-type]
         if failing:
             raise ZeroDivisionError
-    return cuda_graph.released
+    return graph.released
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -31,7 +31,7 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
 )
 def test_optimizers_by_name(name: str, kind: type, settings: dict[str, Any], decay: float) -> None:
     cfg = make_config({"optimizer": name, "lr": 0.25, "weight_decay": decay, "batch_size": 512, "lr_scaling": "sqrt"})
-    optimizer = optim.build(cfg, nn.Linear(2, 3).parameters(), CPU)
+    optimizer = optim.build(cfg, nn.Linear(2, 3), CPU)
     assert type(optimizer) is kind and len(optimizer.param_groups[0]["params"]) == 2
     expected = settings | {"lr": 0.5, "weight_decay": decay}
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
@@ -39,7 +39,7 @@ def test_optimizers_by_name(name: str, kind: type, settings: dict[str, Any], dec
 
 def test_every_optimizer_of_the_config_exists() -> None:
     for name in inspect.get_annotations(Config)["optimizer"].__args__:
-        optim.build(make_config({"optimizer": name, "lr": 1}), nn.Linear(1, 1).parameters(), CPU)
+        optim.build(make_config({"optimizer": name, "lr": 1}), nn.Linear(1, 1), CPU)
 
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
@@ -104,3 +104,18 @@ def test_the_schedule_spans_the_run() -> None:
     assert max(rates) == 0.2 == rates[4] and rates[-1] < 0.001
     scaled = make_config({"model": "linear", "batch_size": 256, "lr_scaling": "linear"})
     assert optim.schedule(scaled, steps_per_epoch=7) == [0.2] * 21
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
+def test_what_a_checkpoint_is_to_hold_is_what_torch_keeps(name: str) -> None:
+    model = nn.Linear(2, 3)
+    cfg = make_config({"optimizer": name, "lr": 0.1})
+    optimizer = optim.build(cfg, model, CPU)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    kept = optimizer.state_dict()["state"]
+    like = optim.state_like(cfg, optimizer)
+    assert kept.keys() == like.keys()
+    for number, entry in kept.items():
+        shapes = {name: (value.shape, value.dtype) for name, value in entry.items()}
+        assert shapes == {name: (value.shape, value.dtype) for name, value in like[number].items()}

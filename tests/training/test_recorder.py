@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,8 @@ from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import read_run
 from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.recorder import open_recorder
-from fashion_ddp.training.step import Trained
+from fashion_ddp.training.state import Recorded
+from fashion_ddp.training.sync import Trained
 
 pytestmark = pytest.mark.quick
 
@@ -33,7 +35,10 @@ SCORES = {"test": Scores(0.5, 0.75, torch.zeros(4, 10), torch.zeros(4, dtype=tor
 def recorder(folder: Path, rank: int = 0, saved: dict[str, Any] | None = None, **known: Any) -> Any:
     """The recorder that a rank of two gets, without W&B."""
     world = World(SimpleNamespace(device=torch.device("cpu")), Place(rank, 2, rank, 2), threads=1)
-    return open_recorder(RunFolder(folder), make_config({"tracker": "none", "epochs": 2}), world, known, saved or {})
+    recorded = Recorded()
+    if saved:
+        recorded.restore(saved)
+    return open_recorder(RunFolder(folder), make_config({"tracker": "none", "epochs": 2}), world, known, recorded)
 
 
 @pytest.fixture
@@ -105,7 +110,7 @@ def test_a_run_that_continues_has_each_point_and_row_once(steps: int, share: flo
         play(record, epochs, 7)
     with recorder(tmp_path / "parts") as record:
         play(record, epochs, 7, 0, saved_at)
-        state = json.loads(json.dumps(record.state()))
+        state = json.loads(json.dumps(asdict(record.recorded)))
         play(record, epochs, 11, saved_at, killed_at)
     with open(tmp_path / "parts" / "steps.jsonl", "a") as file:
         file.write('{"epoch": 2, "st')  # half a line
@@ -155,8 +160,12 @@ ENDS: list[tuple[BaseException, dict[str, str]]] = [
         {"status": "failed", "error": "another rank ended before its time; its own words, or its launcher's, tell why"},
     ),
     (
-        Stopped("stopped and saved", "SIGUSR2"),
-        {"status": "stopped", "error": "stopped and saved", "stopped_by": "SIGUSR2"},
+        Stopped("epoch 1", "SIGUSR2"),
+        {
+            "status": "stopped",
+            "error": "stopped (SIGUSR2) and saved in epoch 1: the same command continues",
+            "stopped_by": "SIGUSR2",
+        },
     ),
     (KeyboardInterrupt(), {"status": "stopped", "error": "KeyboardInterrupt"}),
 ]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ranks
 from torch import nn
+from trainer import Trainer
 
 from fashion_ddp.config import Config
 from fashion_ddp.config.layers import make_config
@@ -20,7 +21,6 @@ from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.models import architectures
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
 from fashion_ddp.training.batches import Batches
-from fashion_ddp.training.step import Step
 from fashion_ddp.training.sync import SyncPoint
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8)
@@ -48,13 +48,13 @@ def before_and_after() -> list[bool]:
         batches = Batches(cfg, world, IMAGES, LABELS)
         torch.manual_seed(5)
         before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-        step = Step(cfg, world, model, batches)
+        step = Trainer(cfg, world, model, batches)
         after = model.state_dict()
         return [
             all(torch.equal(after[name], before[name]) for name in before),
             torch.equal(torch.get_rng_state(), state),
             all(p.grad is None or not p.grad.any() for p in model.parameters()),
-            not step.optimizer.state and step.done == 0 and step.clock.seconds == [],
+            not step.optimizer.state and step.done == 0 and step.state.clock.seconds == [],
         ]
 
 
@@ -69,7 +69,7 @@ def noisy_losses() -> tuple[list[float], list[float]]:
         model = noisy_model()
         batches = Batches(cfg, world, IMAGES, LABELS)
         torch.manual_seed(5)
-        step = Step(cfg, world, model, batches)
+        step = Trainer(cfg, world, model, batches)
         for k in range(6):
             step(k)
         ours = [trained.loss / trained.rows for trained in step.read(range(6))]
@@ -98,7 +98,7 @@ def weights_moved(clip_norm: float) -> tuple[float, list[torch.Tensor]]:
     """The norm of the first gradient, and the weights before and after each of three updates."""
     with open_world(cfg := settings(clip_norm=clip_norm, lr=0.5)) as world:
         model = architectures.build(cfg, (1, 8, 8), 10)
-        step = Step(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
         step.leave_gradient(0)
         norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
         weights = [nn.utils.parameters_to_vector(model.parameters()).detach().clone()]
@@ -126,7 +126,7 @@ def rates_used(**given: Any) -> tuple[list[float], list[float], int, int]:
     with open_world(cfg := settings(schedule="cosine", warmup_epochs=0.5, **given)) as world:
         model = architectures.build(cfg, (1, 8, 8), 10)
         batches = Batches(cfg, world, IMAGES, LABELS)
-        step = Step(cfg, world, model, batches)
+        step = Trainer(cfg, world, model, batches)
         used, told = [], []
         for epoch in (1, 2):
             batches.draw(epoch)
@@ -135,7 +135,7 @@ def rates_used(**given: Any) -> tuple[list[float], list[float], int, int]:
                     step(k)
                     used.append(step.optimizer.param_groups[0]["lr"])
                 told += [trained.lr for trained in step.read(window)]
-        return used, told, step.done, len(step.clock.seconds)
+        return used, told, step.done, len(step.state.clock.seconds)
 
 
 def test_each_update_takes_its_own_rate() -> None:
@@ -153,7 +153,7 @@ def end(cfg: Config, window: int) -> tuple[str, int]:
     with open_world(cfg) as world:
         model = architectures.build(cfg, (1, 8, 8), 10)
         batches = Batches(cfg, world, IMAGES, LABELS)
-        step = Step(cfg, world, model, batches)
+        step = Trainer(cfg, world, model, batches)
         try:
             for start in range(0, batches.steps, window):
                 for k in range(start, start + window):
@@ -194,13 +194,14 @@ SPANS = [(0, 9), (0, 9), (0, 300), (0, 1), (4, 9), (9, 9)]  # of an epoch's step
 
 
 def windows_seen() -> list[list[range]]:
-    with open_world(settings()) as world:
+    with open_world(cfg := settings()) as world:
+        trainer = Trainer(cfg, world, architectures.build(cfg, (1, 8, 8), 10), Batches(cfg, world, IMAGES, LABELS))
         seen = []
         for seconds, (start, steps) in zip((0.0, 1e9, 0.01, 1.0, 1e9, 1.0), SPANS, strict=True):
-            sync, windows = SyncPoint(world, 30.0, seconds), []
+            sync, windows = SyncPoint(cfg, world, trainer.record, trainer.state, trainer.rates, seconds), []
             for window in sync.windows(steps, start):
                 windows.append(window)
-                sync(torch.zeros(len(window), 2, dtype=torch.float64))
+                sync._reduce(torch.zeros(len(window), 2, dtype=torch.float64))
             seen.append(windows)
         return seen
 
