@@ -96,7 +96,7 @@ SUMMARY = (
 ENVIRONMENT = (
     Key("started", "time", "UTC, ISO 8601"),
     Key("command[]", "text", "the command line"),
-    Key("made_by.code", "sha256", "of the package's source and recipes"),
+    Key("made_by.code", "sha256", "of the source and recipes that compute a run"),
     Key("made_by.python", "version", ""),
     Key("made_by.torch", "version", ""),
     Key("made_by.accelerate", "version", ""),

@@ -7,17 +7,21 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fashion_ddp.models import weights
 from fashion_ddp import user_code
 from fashion_ddp.config import Config
-from fashion_ddp.files import PACKAGE
 from fashion_ddp.config.names import is_code
+from fashion_ddp.files import PACKAGE
+from fashion_ddp.models import weights
+
+# What of the package computes a result. What records, shows or reads it may change, and finished runs stay as they are.
+COMPUTES = ("config", "distributed", "data", "models", "training", "train.py", "user_code.py")
 
 
 def code_hash() -> str:
-    """sha256 over the package's own source and recipes: the code that made a run."""
+    """Return the sha256 of the source and the recipes that compute a run."""
     digest = hashlib.sha256()
-    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]):
+    sources = (path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml"))
+    for path in sorted(path for path in sources if path.relative_to(PACKAGE).parts[0] in COMPUTES):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

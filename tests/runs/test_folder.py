@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fashion_ddp.runs import lock, provenance, folder
+from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import TrainingFailed, UserError
+from fashion_ddp.files import write_whole
+from fashion_ddp.runs import claim, lock, provenance
 from fashion_ddp.runs.folder import FORMAT, RunFolder, plain
 from fashion_ddp.runs.reading import find_runs, read_run
-from fashion_ddp.files import write_whole
-from fashion_ddp.config.layers import make_config
 
 pytestmark = pytest.mark.quick
 
@@ -331,18 +332,26 @@ def test_a_reader_sees_whole_files(tmp_path: Path) -> None:
     assert seen <= set(contents) and len(seen) > 1
 
 
-def test_the_source_has_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "a.py").write_text("a")
-    (tmp_path / "recipes" / "r.yaml").write_text("r")
-    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
-    seen = {provenance.code_hash()}
-    for name, content in (("a.py", "b"), ("recipes/r.yaml", "s"), ("b.py", ""), ("c.py", "")):
-        (tmp_path / name).write_text(content)
-        seen.add(provenance.code_hash())
-    assert len(seen) == 5
-    (tmp_path / "notes.txt").write_text("not code")
-    assert provenance.code_hash() in seen
+COMPUTES = ["config/recipes/blog.yaml", "distributed/world.py", "data/idx.py", "models/batch_norm.py"]
+COMPUTES += ["config/config.py", "training/step.py", "train.py", "user_code.py"]
+READS = ["report/tables.py", "report/report.css", "tracking/panels.py", "predict.py", "check.py", "push.py"]
+
+
+@pytest.mark.parametrize("changed", [*COMPUTES, *READS])
+def test_a_finished_run_is_outdated_by_what_computes_it_alone(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = make_config({"run_dir": tmp_path / "run"})
+    folder = claim.claim(cfg, provenance.made_by(cfg, {}))
+    folder.write_json("environment.json", [{"made_by": provenance.made_by(cfg, {})}])
+    folder.write_json("summary.json", {"status": "finished", "epochs": cfg.epochs})
+    package = shutil.copytree(provenance.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    assert claim.check(cfg, provenance.made_by(cfg, {})) == "finished"
+    with open(package / changed, "a") as file:
+        file.write("\n# a change\n")
+    with pytest.raises(claim.Outdated) if changed in COMPUTES else contextlib.nullcontext():
+        assert claim.check(cfg, provenance.made_by(cfg, {})) == "finished"
 
 
 def test_the_commit_tells_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
