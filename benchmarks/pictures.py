@@ -1,4 +1,4 @@
-"""The pictures of README.md, made again from real runs on the real data.
+"""The pictures of the pages, made again from real runs on the real data.
 
     python benchmarks/pictures.py                   all of them: ten minutes on two cores; `report` needs Chromium
     python benchmarks/pictures.py --only ranks      or interrupted, or report

@@ -1,8 +1,7 @@
-"""What the README and CONTRIBUTING tell people to type, open and paste works."""
+"""The pages: links lead somewhere, none grows too long, what programs print is up to date, and README's blocks work."""
 
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,97 +9,55 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-import tyro
 from conftest import CHECKOUT
 from torch import nn
 
 from fashion_ddp.config import cli
 from fashion_ddp.config.layers import recipe_settings
 from fashion_ddp.models import architectures
-from launch import submission
-from launch.submission import Submission
 
 pytestmark = pytest.mark.quick
 
-DOCS = sorted(str(page.relative_to(CHECKOUT)) for page in (CHECKOUT / "docs").glob("*.md"))
-EVERY = ["README.md", "CONTRIBUTING.md", *DOCS]
-# The commands of docs/change.md are test_change.py's.
-PAGES = [page for page in EVERY if page not in ("docs/change.md", "docs/slurm.md")]
-TEXT = "\n".join((CHECKOUT / page).read_text() for page in PAGES)
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
-TYPED = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
-TYPED += [line.partition("#")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines()]
-NAMES = ("path/to", "package.module", "...", "--help")  # stand for something of the reader's
-TYPED = sorted({line for line in TYPED if not any(name in line for name in NAMES)})
-TRAIN = [line for line in TYPED if "-m fashion_ddp.train " in line]
-FLAGS = [line for line in TYPED if re.match(r"--[\w-]+ ", line)]
-MAKE = [line for line in TYPED if line.startswith("make ")]
-SUBMIT = sorted(
-    set(re.findall(r"python -m launch\.submit( --[^`\n]*)", "\n".join((CHECKOUT / p).read_text() for p in EVERY)))
-)
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 
 
 def block(kind: str) -> str:
-    """The README's one block of that kind, which is its first."""
-    return next(code for found, code in BLOCKS if found == kind)
+    """The README's one block of that kind."""
+    [code] = re.findall(rf"```{kind}\n(.*?)```", (CHECKOUT / "README.md").read_text(), flags=re.DOTALL)
+    return code
 
 
-@pytest.mark.parametrize("line", TRAIN)
-def test_a_training_command_is_valid(line: str) -> None:
-    cli.parse(shlex.split(line.partition("-m fashion_ddp.train ")[2]))
-
-
-@pytest.mark.parametrize("line", FLAGS)
-def test_flags_are_valid(line: str) -> None:
-    cli.parse(["--model", "cnn", *shlex.split(line)])
-
-
-@pytest.mark.parametrize("line", MAKE)
-def test_a_make_target_and_its_variables_exist(line: str) -> None:
-    makefile = (CHECKOUT / "Makefile").read_text()
-    for word in shlex.split(line)[1:]:
-        name, equals, _ = word.partition("=")
-        pattern = rf"^{name} \?=" if equals else rf"^([\w -]+ )?{name}( [\w -]+)?:"
-        assert re.search(pattern, makefile, flags=re.MULTILINE), word
-
-
-@pytest.mark.parametrize("line", SUBMIT)
-def test_a_submission_is_valid(line: str) -> None:
-    words = shlex.split(line.partition("#")[0])
-    asked, flags = tyro.cli(Submission, args=words, return_unknown_args=True)
-    assert submission.commands(asked, flags, [])
-
-
-@pytest.mark.parametrize("page", EVERY)
-def test_links_lead_to_files_and_headings(page: str) -> None:
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", (CHECKOUT / page).read_text()):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
         file, _, heading = link.partition("#")
-        target = (CHECKOUT / page).parent / file if file else CHECKOUT / page
+        target = page.parent / file if file else page
         assert target.exists(), link
         titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if heading else []
         assert not heading or heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
+@pytest.mark.parametrize(("page", "lines"), [("README", 150), ("CONTRIBUTING", 80), ("docs/trouble-shooting", 399)])
+def test_a_page_stays_short(page: str, lines: int) -> None:
+    assert len((CHECKOUT / f"{page}.md").read_text().splitlines()) <= lines
+
+
 @pytest.mark.parametrize(
     ("program", "page"),
-    [
-        ("scaling_model.py", "docs/scaling.md"),
-        ("page.py scaling", "docs/scaling.md"),
-        ("page.py", "docs/performance.md"),
-        ("page.py readme", "README.md"),
-    ],
+    [("scaling_model.py", "scaling.md"), ("page.py scaling", "scaling.md"), ("page.py", "performance.md")],
 )
 def test_what_a_program_prints_stands_in_its_page(program: str, page: str) -> None:
     name, *words = program.split()
     line = [sys.executable, str(CHECKOUT / "benchmarks" / name), *words]
     printed = subprocess.run(line, check=True, capture_output=True, text=True).stdout
-    assert printed in (CHECKOUT / page).read_text()
+    assert printed in (CHECKOUT / "docs" / page).read_text()
 
 
 def test_a_drawing_is_described_by_what_its_runs_said() -> None:
+    text = "".join(page.read_text() for page in PAGES)
     drawings = sorted((CHECKOUT / "docs" / "pictures").glob("*.svg"))
     for drawing in drawings:
-        assert f"![{title(drawing.read_text())}](docs/pictures/{drawing.name})" in TEXT
+        assert f"![{title(drawing.read_text())}](pictures/{drawing.name})" in text
     assert drawings
 
 
