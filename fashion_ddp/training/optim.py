@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 from fashion_ddp.config import Config
 
+# What torch's optimizers keep of each parameter: `step` is a number, the rest is of the parameter's shape.
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+KEPT: dict[str, tuple[str, ...]] = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ADAM, "adamw": ADAM}
+
 
 def build(cfg: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Return the run's optimizer, of those parameters of the model that are trained."""
@@ -30,7 +34,7 @@ def build(cfg: Config, model: nn.Module, device: torch.device) -> torch.optim.Op
 
 def state_like(cfg: Config, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     """Return tensors like those that the run's optimizer keeps after an update, by the number of the parameter."""
-    kept = {"sgd": (), "momentum": ("momentum_buffer",)}.get(cfg.optimizer, ("step", "exp_avg", "exp_avg_sq"))
+    kept = KEPT[cfg.optimizer]
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return {
         number: {name: torch.zeros(()) if name == "step" else torch.empty_like(parameter) for name in kept}
