@@ -19,7 +19,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
 from fashion_ddp.data.published import PUBLISHED, absent, cache, locate
 from fashion_ddp.distributed import machine
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.redact import redact
 from fashion_ddp.runs import provenance
 
@@ -50,7 +50,7 @@ def system() -> Iterator[Found]:
     yield Found("system", f"{platform.platform()}; Python {platform.python_version()} in {sys.prefix}")
     free = machine.free_memory()
     told = f", {free / 1e9:.1f} GB of memory free" if free is not None else ""
-    yield Found("processor", f"{machine.cpu_name()}, {counted(machine.usable_cores(), 'usable core')}{told}")
+    yield Found("processor", f"{machine.cpu_name()}, {pluralize(machine.usable_cores(), 'usable core')}{told}")
 
 
 def packages() -> Iterator[Found]:
@@ -73,17 +73,19 @@ def cards() -> Iterator[Found]:
     import torch
 
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}"
-    driver = machine.ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = machine.run_and_read_lines("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     yield Found("driver", f"NVIDIA {driver[0]}; {built}" if driver else f"no NVIDIA driver answers; {built}")
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
         yield Found(f"card {index}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
-    for held in machine.ask("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"):
+    for held in machine.run_and_read_lines(
+        "nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"
+    ):
         yield Found("card in use", held)
     try:
-        device = machine.choose_device(Config(), machine.Place())
+        device = machine.choose_device(Config(), machine.RankPlacement())
         yield Found("device", f"a run takes {'the cards' if device == 'cuda' else 'the CPU: there is no NVIDIA card'}")
     except UserError as error:
         yield Found("device", str(error), problem=True)
@@ -104,7 +106,7 @@ def precisions() -> Iterator[Found]:
     able, unable = [], []
     for precision in ("fp32", "fp16", "bf16", "fp64"):
         try:
-            machine.choose_device(Config(precision=precision), machine.Place())
+            machine.choose_device(Config(precision=precision), machine.RankPlacement())
             able.append(precision)
         except UserError:
             unable.append(precision)
@@ -171,7 +173,7 @@ def disk() -> Iterator[Found]:
     for what, folder in (folders | {"data cache": cache(), "runs": runs}).items():
         if folder.is_dir():
             size, count = _size(folder)
-            yield Found("disk", f"{what}: {size / 1e9:.2f} GB in {counted(count, 'file')}, {folder}")
+            yield Found("disk", f"{what}: {size / 1e9:.2f} GB in {pluralize(count, 'file')}, {folder}")
     there = next(folder for folder in (runs, *runs.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     yield Found("disk", f"{free / 1e9:.1f} GB free where runs are written", problem=free < 50e6)
@@ -200,7 +202,7 @@ def main() -> None:
     for one in found:
         say(redact(str(one)))
     if problems := [one for one in found if one.problem]:
-        fail(TrainingFailed(f"training cannot start here: {counted(len(problems), 'problem')}, see above"), 1)
+        fail(TrainingFailed(f"training cannot start here: {pluralize(len(problems), 'problem')}, see above"), 1)
     say("training can start here")
 
 

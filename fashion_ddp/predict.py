@@ -21,7 +21,7 @@ from fashion_ddp import user_code
 from fashion_ddp.config.names import is_code
 from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.data.photo import Seen, card, is_light_on_dark, save_beside, see
-from fashion_ddp.errors import UserError, counted
+from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs.reading import Run, load_run, softmax
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("nothing to do: name pictures, or give --verify")
         run = load_run(command.run)
         kept = run.path / "model.py"
-        if command.model and kept.is_file() and user_code.differs(command.model, kept):
+        if command.model and kept.is_file() and user_code.source_differs(command.model, kept):
             say(f"note: the source of {command.model} is not that of the run, which {kept} keeps")
         if command.verify:
             say(verify(run, command.model, command.data_dir, command.dataset))
@@ -157,7 +157,7 @@ def verify(run: Run, own: str | None, data_dir: Path | None, named: str | None =
     changed = int((logits.argmax(axis=1) != recorded["predicted"]).sum())
     again = accuracy(logits.argmax(axis=1), dataset.test_labels)
     exactly = (
-        "exactly as recorded" if not changed else f"with {counted(changed, 'tie')} of two classes decided otherwise"
+        "exactly as recorded" if not changed else f"with {pluralize(changed, 'tie')} of two classes decided otherwise"
     )
     return f"verified: {found}; accuracy {100 * again:.2f} %, {exactly}"
 

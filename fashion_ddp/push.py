@@ -27,7 +27,7 @@ from fashion_ddp import data
 from fashion_ddp.config import Config
 from fashion_ddp.config.names import is_code
 from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.redact import refuse_secrets, restrict_umask
 from fashion_ddp.runs import lock
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, TrainingFailed) as error:
         fail(error, 2)
     except NotPushed as error:
-        fail(NotPushed(f"{error}; {done} of {counted(len(runs), 'run')} done, and the same command goes on"), 1)
-    say(f"pushed: {counted(done, 'run')}" + (f", and {command.report}" if command.report else ""))
+        fail(NotPushed(f"{error}; {done} of {pluralize(len(runs), 'run')} done, and the same command goes on"), 1)
+    say(f"pushed: {pluralize(done, 'run')}" + (f", and {command.report}" if command.report else ""))
 
 
 def _can_be_pushed(run: Run) -> bool:

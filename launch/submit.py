@@ -30,7 +30,7 @@ from fashion_ddp.config.cli import Command
 from fashion_ddp.config.names import is_code, is_path
 from fashion_ddp.console import broken_pipe_ok, fail, say
 from fashion_ddp.data.published import named
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim, lock, provenance
@@ -173,7 +173,7 @@ def _show(plan: sbatch.Plan, configs: list[Config]) -> None:
         say(f"--- {claim.folder_of(cfg)}\n{cfg.to_yaml()}")
     if plan.asked.executor != "slurm" or not configs:
         return
-    say(f"--- sbatch, for {counted(len(configs), 'run')}\n{plan.text(len(configs))}")
+    say(f"--- sbatch, for {pluralize(len(configs), 'run')}\n{plan.text(len(configs))}")
     say(f"--- sbatch, for the comparison\n{plan.report_text()}")
     if slurm.answers():
         say(f"--- SLURM here would take them: {sbatch.check(plan, len(configs))}")
@@ -196,7 +196,7 @@ def _send(plan: sbatch.Plan, todo: list[Path], every: list[Path]) -> int:
     ids, last = sbatch.submit(plan, todo, report)
     for folder, job in zip(todo, ids, strict=True):
         say(f"job {job}  {folder}")
-    say(f"{counted(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {asked.out}")
+    say(f"{pluralize(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {asked.out}")
     say(f"next: python -m launch.status {shlex.quote(str(todo[0].parent))}")
     if not asked.wait:
         return 0

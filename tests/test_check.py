@@ -81,7 +81,7 @@ def test_ranks_that_can_talk_say_how_fast(tmp_path: Path) -> None:
 @quick
 def test_ranks_that_hang_end_with_advice() -> None:
     code = "import time; from fashion_ddp.distributed import probe\n"
-    code += "with probe.limit(0, 'an all-reduce', 0.2): time.sleep(60)"
+    code += "with probe.time_limit(0, 'an all-reduce', 0.2): time.sleep(60)"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False, capture_output=True, text=True)
     assert done.returncode == 1 and time.monotonic() - start < 50

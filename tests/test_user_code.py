@@ -55,7 +55,7 @@ class Net(nn.Module):
     ],
 )
 def test_arguments_are_of_the_types_of_the_signature(text: str, value: Any) -> None:
-    found = user_code.typed(Net, [text])[text.partition("=")[0]]
+    found = user_code.convert_arguments(Net, [text])[text.partition("=")[0]]
     assert found == value and type(found) is type(value)
 
 
@@ -76,15 +76,15 @@ def test_arguments_are_of_the_types_of_the_signature(text: str, value: Any) -> N
 )
 def test_a_wrong_argument_is_named(text: str, said: str) -> None:
     with pytest.raises(UserError) as told:
-        user_code.typed(Net, [text])
+        user_code.convert_arguments(Net, [text])
     assert f"model_args: {said}" in str(told.value)
 
 
 @quick
 def test_a_function_may_take_any_argument_or_none() -> None:
-    assert user_code.typed(lambda shape, classes, **more: None, ["a=1", "b=x"]) == {"a": 1, "b": "x"}
+    assert user_code.convert_arguments(lambda shape, classes, **more: None, ["a=1", "b=x"]) == {"a": 1, "b": "x"}
     with pytest.raises(UserError, match="unknown 'a'; it takes none"):
-        user_code.typed(lambda shape, classes: None, ["a=1"])
+        user_code.convert_arguments(lambda shape, classes: None, ["a=1"])
 
 
 @quick
@@ -118,14 +118,16 @@ def test_the_source_is_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cfg = make_config({"model": "deep.nets_7:Net"})
     before = provenance.made_by(cfg, {})
     copy.write_bytes(source.read_bytes())
-    assert user_code.source(cfg.model) == source and not user_code.differs(cfg.model, copy)
+    assert user_code.source_path(cfg.model) == source and not user_code.source_differs(cfg.model, copy)
     source.write_text("import no_such_package\n\n")
-    assert user_code.differs(cfg.model, copy)
+    assert user_code.source_differs(cfg.model, copy)
     after = provenance.made_by(cfg, {})
     assert provenance.differences(before, after) == ["another source of the model"]
     source.unlink()
-    assert user_code.differs(cfg.model, copy) and user_code.source(cfg.model) is None
-    assert user_code.source("no_such_module_7:Net") is None and user_code.source("no_such.module_7:Net") is None
+    assert user_code.source_differs(cfg.model, copy) and user_code.source_path(cfg.model) is None
+    assert (
+        user_code.source_path("no_such_module_7:Net") is None and user_code.source_path("no_such.module_7:Net") is None
+    )
     assert "model source" not in provenance.made_by(make_config({"model": "cnn"}), {})
 
 

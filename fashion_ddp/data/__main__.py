@@ -1,6 +1,6 @@
 """Find the data, else download it; verify it.
 
-    python -m fashion_ddp.data [--dataset NAME, FOLDER, FILE.npz or package.module:function] [--data-dir DIR]
+python -m fashion_ddp.data [--dataset NAME, FOLDER, FILE.npz or package.module:function] [--data-dir DIR]
 """
 
 from pathlib import Path

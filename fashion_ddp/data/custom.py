@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fashion_ddp.data import idx, image_folder
 from fashion_ddp import user_code
-from fashion_ddp.errors import UserError
 from fashion_ddp.config.names import is_code
+from fashion_ddp.data import idx, image_folder
+from fashion_ddp.errors import UserError
 
 PARTS = ("train", "test")
 NPZ = [("train_images", "train_labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test")]
@@ -65,7 +65,7 @@ def md5(arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, st
 
 
 def _call(dataset: str) -> Found:
-    function = user_code.find(dataset, "dataset")
+    function = user_code.load(dataset, "dataset")
     shape = "it must return (train_images, train_labels), (test_images, test_labels), names of the classes"
     try:
         train, test, classes = function()
@@ -73,7 +73,7 @@ def _call(dataset: str) -> Found:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"dataset {dataset}: calling it: {user_code.described(error)}; {shape}") from error
+        raise UserError(f"dataset {dataset}: calling it: {user_code.describe_error(error)}; {shape}") from error
     return Found((train_images, train_labels), (test_images, test_labels), classes)
 
 

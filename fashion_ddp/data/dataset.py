@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fashion_ddp.data import idx, custom, synthetic
 from fashion_ddp.config import names
+from fashion_ddp.data import custom, idx, synthetic
 from fashion_ddp.data.download import fetch
-from fashion_ddp.errors import UserError
 from fashion_ddp.data.published import PUBLISHED, File, Form, absent, locate, published_as
+from fashion_ddp.errors import UserError
 
 __all__ = ["PUBLISHED", "Dataset", "fetch", "load", "locate"]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fashion_ddp.errors import UserError
 from fashion_ddp.data.published import PUBLISHED, File, Form, absent, cache, named
+from fashion_ddp.errors import UserError
 
 TIMEOUT = 5.0  # seconds without a byte after which a source is given up
 NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # ValueError: what is no URL

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fashion_ddp.distributed import machine, tuning
+from fashion_ddp.distributed import machine
 from fashion_ddp.errors import UserError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -24,7 +24,9 @@ def read(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray,
     paths, labels = zip(*(_paths(folder / part, classes) for part in ("train", "test")), strict=True)
     shape = _shape(folder, [path for part in paths for path in part])
     count = sum(map(len, paths)) * int(np.prod(shape))
-    machine.require_memory(f"dataset {folder}, decoded,", count * machine.place().local_world_size, machine.free_memory())
+    machine.require_memory(
+        f"dataset {folder}, decoded,", count * machine.read_placement().local_world_size, machine.free_memory()
+    )
     train, test = (_decode(part, shape) for part in paths)
     return (train, labels[0]), (test, labels[1]), classes
 

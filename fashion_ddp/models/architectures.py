@@ -91,8 +91,8 @@ def build(
     Raises UserError for a model of the user's that cannot be found, does not take the arguments, or does not give
     logits [N, classes].
     """
-    function = function or ARCHITECTURES.get(cfg.model) or user_code.find(cfg.model, "model")
-    arguments = cfg.model_settings() | user_code.typed(function, cfg.model_args)
+    function = function or ARCHITECTURES.get(cfg.model) or user_code.load(cfg.model, "model")
+    arguments = cfg.model_settings() | user_code.convert_arguments(function, cfg.model_args)
     torch.manual_seed(cfg.seed)
     images = [2, *image_shape]
     try:
@@ -103,7 +103,7 @@ def build(
     except Exception as error:
         settings = "".join(f", {name}={value}" for name, value in arguments.items())
         raise UserError(
-            f"model {cfg.model} cannot be used: {user_code.described(error)}; it is called with "
+            f"model {cfg.model} cannot be used: {user_code.describe_error(error)}; it is called with "
             f"({image_shape}, {classes}{settings}) and the module that it gives with images of shape {images}"
         ) from error
     if not isinstance(model, nn.Module):

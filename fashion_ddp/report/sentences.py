@@ -1,6 +1,6 @@
 """What the report says in words: its verdict, what was compared, and the notes under the tables."""
 
-from fashion_ddp.errors import counted
+from fashion_ddp.errors import pluralize
 from fashion_ddp.report.pairs import Pair
 from fashion_ddp.report.results import ACCURACY, Result
 from fashion_ddp.report.rows import Comparison, Row, Section
@@ -17,17 +17,17 @@ def headline(comparison: Comparison) -> str:
     """What was compared, in one sentence."""
     results = comparison.finished
     if not results:
-        return f"None of {counted(len(comparison.unfinished), 'run')} is finished."
+        return f"None of {pluralize(len(comparison.unfinished), 'run')} is finished."
     models, recipes = {r.model for r in results}, sorted({r.recipe for r in results})
     seeds = [str(seed) for seed in sorted({r.record["seed"] for r in results})]
-    text = f"{counted(len(results), 'finished run')} of {counted(len(models), 'model')} on "
+    text = f"{pluralize(len(results), 'finished run')} of {pluralize(len(models), 'model')} on "
     text += " and ".join(section.title for section in comparison.sections)
     text += f"; {'recipes' if len(recipes) > 1 else 'recipe'} {', '.join(recipes)}"
     if common := in_common([r.changed for r in results]):
         text += f", with {assignments(common)}"
     text += f"; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"
     if comparison.unfinished:
-        text += f"; {counted(len(comparison.unfinished), 'run')} not finished and not ranked"
+        text += f"; {pluralize(len(comparison.unfinished), 'run')} not finished and not ranked"
     return text + "."
 
 
@@ -48,7 +48,7 @@ def verdict(section: Section) -> tuple[str, str]:
         second = f"95 % interval: {span(interval)} %. " if interval else ""
         second += "It stands alone: there is nothing to compare it with."
     elif section.best:
-        few = f"On {counted(len(top.results), 'seed')}, " if len(top.results) < 3 else ""
+        few = f"On {pluralize(len(top.results), 'seed')}, " if len(top.results) < 3 else ""
         first = f"{few}{top.label} is the best of {len(others) + 1}: {reached}."
         second = f"That is {_by(section.pairs[0, 1])} more than {others[0].label}, the next."
     else:
@@ -110,7 +110,7 @@ def _seeds(rows: list[Row]) -> str:
         return f"1 seed{each}: another seed may change the {order}."
     if len(counts) == 1:
         return f"{counts[0]} seeds{each}."
-    by_count = [f"{counted(n, 'seed')} of {_listed([r.label for r in rows if len(r.results) == n])}" for n in counts]
+    by_count = [f"{pluralize(n, 'seed')} of {_listed([r.label for r in rows if len(r.results) == n])}" for n in counts]
     return f"{'; '.join(by_count)}{': another seed may change the order' if counts[0] == 1 else ''}."
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fashion_ddp.errors import counted
+from fashion_ddp.errors import pluralize
 from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS
 from fashion_ddp.report.rows import Comparison, Row, Section
 from fashion_ddp.report.text import Table, assignments, percent, probability, span
@@ -48,7 +48,7 @@ def _figure(title: str, name: str, text: Callable[[float], str], spreads: bool =
 
 
 def _seeds(row: Row) -> str:
-    return f"{', '.join(str(r.record['seed']) for r in row.results)} ({counted(len(row.results), 'seed')})"
+    return f"{', '.join(str(r.record['seed']) for r in row.results)} ({pluralize(len(row.results), 'seed')})"
 
 
 def _shared(row: Row) -> str:

@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fashion_ddp.runs import lock
-from fashion_ddp.config import layers
-from fashion_ddp.config import Config
+from fashion_ddp.config import Config, layers
 from fashion_ddp.console import say
 from fashion_ddp.errors import UserError
-from fashion_ddp.runs.provenance import differences, identity
-from fashion_ddp.runs.folder import RunFolder, plain
-from fashion_ddp.runs.reading import read_run
 from fashion_ddp.files import write_whole
+from fashion_ddp.runs import lock
+from fashion_ddp.runs.folder import RunFolder, plain
+from fashion_ddp.runs.provenance import differences, identity
+from fashion_ddp.runs.reading import read_run
 
 # What a folder holds, to a command: nothing; a run that the command continues; this very run, complete; or, to
 # --fresh, a run to be kept under another name.

@@ -17,20 +17,17 @@ reader sees no half file; half a last line, which a kill may leave, is mended wh
 """
 
 import contextlib
-import errno
 import json
 import math
-import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fashion_ddp.files import write_whole
 from fashion_ddp.errors import TrainingFailed
-from fashion_ddp.runs.lock import Lock
+from fashion_ddp.files import write_whole
 from fashion_ddp.redact import redact
+from fashion_ddp.runs.lock import Lock
 
 FORMAT = 1  # of summary.json; counts up when a reader of old folders would misread new ones
 

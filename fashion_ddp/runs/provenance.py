@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fashion_ddp.models import weights
 from fashion_ddp import user_code
 from fashion_ddp.config import Config
-from fashion_ddp.files import PACKAGE
 from fashion_ddp.config.names import is_code
+from fashion_ddp.files import PACKAGE
+from fashion_ddp.models import weights
 
 
 def code_hash() -> str:

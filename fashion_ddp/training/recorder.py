@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.distributed.world import LOST_RANK, World, is_lost_rank
-from fashion_ddp.errors import Stopped, TrainingFailed, UserError, counted
+from fashion_ddp.errors import Stopped, TrainingFailed, UserError, pluralize
 from fashion_ddp.runs.folder import FORMAT, RunFolder
 from fashion_ddp.runs.reading import read_run
 from fashion_ddp.tracking.mirror import Wandb, panels
@@ -127,7 +127,7 @@ class Recorder(NullRecorder):
             self.wandb.show(test_images)
         trained = self.known["time/train_total_s"] + self.known["time/eval_total_s"]
         whole = self.known["time/total_s"]
-        epochs = counted(self.epochs, "epoch")
+        epochs = pluralize(self.epochs, "epoch")
         say(f"finished: {epochs} in {trained:.2f} s ({whole:.1f} s from start to end): {self.folder.path}")
 
     def summary(self, status: str, figures: Mapping[str, Any] | None = None) -> None:

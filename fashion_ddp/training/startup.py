@@ -16,7 +16,7 @@ from fashion_ddp.config.names import is_code
 from fashion_ddp.console import say
 from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import World
-from fashion_ddp.errors import UserError, counted
+from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.models import describe
 from fashion_ddp.redact import redact
 from fashion_ddp.runs import claim as claims
@@ -115,7 +115,7 @@ def announce(
             say(line)
         folder.write_json("environment.json", [*starts, env])
         folder.write("model.txt", redact(described) + "\n")
-        if is_code(cfg.model) and (source := user_code.source(cfg.model)):
+        if is_code(cfg.model) and (source := user_code.source_path(cfg.model)):
             folder.write("model.py", source.read_bytes())
     return {
         "model": cfg.model,
@@ -170,13 +170,14 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
     scaled = f" ({cfg.lr:g} scaled, {cfg.lr_scaling})" if cfg.lr_scaling != "none" else ""
     lines = {
         "run": f"{cfg.model}, recipe {cfg.recipe}, seed {cfg.seed}: {claims.folder_of(cfg)}",
-        "ranks": f"{world.size} on {', '.join(machines)}; {counted(world.threads, 'CPU thread')} each",
+        "ranks": f"{world.size} on {', '.join(machines)}; {pluralize(world.threads, 'CPU thread')} each",
         "device": f"{', '.join(devices)}; precision {cfg.precision}",
         "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "
         f"{len(dataset.classes)} classes; from {dataset.source}",
         "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, batches.shares))}; "
         f"{batches.steps} steps an epoch, the last of {last}",
-        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {counted(cfg.epochs, 'epoch')}",
+        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; "
+        f"{pluralize(cfg.epochs, 'epoch')}",
     }
     if world.device.type == "cuda":
         lines["step"] = f"launched kernel by kernel: {step.eager}" if step.eager else "launched as one CUDA graph"

@@ -16,14 +16,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fashion_ddp import data
-from fashion_ddp.data import image_folder
-from fashion_ddp.distributed import machine
-from fashion_ddp.training import startup
-from fashion_ddp.data import Dataset
-from fashion_ddp.errors import UserError
-from fashion_ddp.distributed.world import open_world
-from fashion_ddp.runs.reading import read_run
 from fashion_ddp.config.layers import make_config
+from fashion_ddp.data import Dataset, image_folder
+from fashion_ddp.distributed import machine
+from fashion_ddp.distributed.world import open_world
+from fashion_ddp.errors import UserError
+from fashion_ddp.runs.reading import read_run
+from fashion_ddp.training import startup
 
 quick = pytest.mark.quick
 

@@ -28,8 +28,8 @@ from conftest import CHECKOUT, command, free_port
 
 from fashion_ddp import data
 from fashion_ddp.config import names
-from fashion_ddp.errors import UserError
 from fashion_ddp.data.published import PUBLISHED, File, Form, Published
+from fashion_ddp.errors import UserError
 
 # The limit stands for "bounded": a wait without an end fails here.
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]

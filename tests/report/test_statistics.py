@@ -8,7 +8,6 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
-from fashion_ddp.runs.reading import softmax
 from fashion_ddp.report.statistics import (
     RESAMPLES,
     bootstrap,
@@ -21,6 +20,7 @@ from fashion_ddp.report.statistics import (
     t_quantile,
     wilson,
 )
+from fashion_ddp.runs.reading import softmax
 
 pytestmark = pytest.mark.quick
 

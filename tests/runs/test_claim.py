@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from test_lock import as_nobody, eight, locks, working_in
 
+from fashion_ddp.config import Config
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim as claim_
 from fashion_ddp.runs import lock, provenance
 from fashion_ddp.runs.claim import Outdated, check, claim, folder_of
-from fashion_ddp.config import Config
-from fashion_ddp.errors import UserError
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import read_run
-from fashion_ddp.config.layers import make_config
 
 pytestmark = pytest.mark.quick
 

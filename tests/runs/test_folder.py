@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fashion_ddp.runs import lock, provenance, folder
+from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import TrainingFailed, UserError
+from fashion_ddp.files import write_whole
+from fashion_ddp.runs import lock, provenance
 from fashion_ddp.runs.folder import FORMAT, RunFolder, plain
 from fashion_ddp.runs.reading import find_runs, read_run
-from fashion_ddp.files import write_whole
-from fashion_ddp.config.layers import make_config
 
 pytestmark = pytest.mark.quick
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from fashion_ddp.runs import lock
 from fashion_ddp.errors import TrainingFailed, UserError
+from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
 
 pytestmark = pytest.mark.quick

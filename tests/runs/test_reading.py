@@ -18,11 +18,11 @@ from faults import Fault
 from torch import nn
 
 from fashion_ddp import load_run
-from fashion_ddp.runs import folder
 from fashion_ddp.data import synthetic
 from fashion_ddp.errors import UserError
-from fashion_ddp.runs.reading import Run
+from fashion_ddp.runs import folder
 from fashion_ddp.runs.folder import RunFolder
+from fashion_ddp.runs.reading import Run
 
 contents = runpy.run_path(str(CHECKOUT / "docs" / "results.py"))
 

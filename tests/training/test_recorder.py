@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fashion_ddp.config.layers import make_config
-from fashion_ddp.distributed.machine import Place
+from fashion_ddp.distributed.machine import RankPlacement
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import Stopped, TrainingFailed
 from fashion_ddp.runs import lock
@@ -32,7 +32,7 @@ SCORES = {"test": Scores(0.5, 0.75, torch.zeros(4, 10), torch.zeros(4, dtype=tor
 
 def recorder(folder: Path, rank: int = 0, saved: dict[str, Any] | None = None, **known: Any) -> Any:
     """The recorder that a rank of two gets, without W&B."""
-    world = World(SimpleNamespace(device=torch.device("cpu")), Place(rank, 2, rank, 2), threads=1)
+    world = World(SimpleNamespace(device=torch.device("cpu")), RankPlacement(rank, 2, rank, 2), threads=1)
     return open_recorder(RunFolder(folder), make_config({"tracker": "none", "epochs": 2}), world, known, saved or {})
 
 
