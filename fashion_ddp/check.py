@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
-from fashion_ddp.data.published import PUBLISHED, absent, cache, locate
+from fashion_ddp.data.published import PUBLISHED, cache_folder, locate, missing_files_message
 from fashion_ddp.distributed import machine
 from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.redact import redact
@@ -131,7 +131,7 @@ def datasets() -> Iterator[Found]:
         if folder is not None:
             yield Found("data", f"{name} in {folder}")
         elif name == Config.dataset:
-            yield Found("data", f"a run would download it: {absent(name, None)}")
+            yield Found("data", f"a run would download it: {missing_files_message(name, None)}")
 
 
 def wandb() -> Iterator[Found]:
@@ -170,7 +170,7 @@ def disk() -> Iterator[Found]:
     runs = Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")).absolute()
     own = sys.prefix != sys.base_prefix  # else it is the system's Python, and not ours to count
     folders = {"environment": Path(sys.prefix)} if own else {}
-    for what, folder in (folders | {"data cache": cache(), "runs": runs}).items():
+    for what, folder in (folders | {"data cache": cache_folder(), "runs": runs}).items():
         if folder.is_dir():
             size, count = _size(folder)
             yield Found("disk", f"{what}: {size / 1e9:.2f} GB in {pluralize(count, 'file')}, {folder}")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fashion_ddp import user_code
 from fashion_ddp.config.names import is_code
 from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.data.photo import Seen, card, is_light_on_dark, save_beside, see
+from fashion_ddp.data.photo import Photo, draw_card, is_light_on_dark, prepare_photo, save_without_replacing
 from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs.reading import Run, load_run, softmax
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 TOP = 3
 # How far a logit may be from the recorded one, as a share of the largest: rounding, in another order of additions. Half
-# precision has 8 or 11 bits; so has float32 in a card's convolutions by default (TF32: 11).
+# precision has 8 or 11 bits; so has float32 in a draw_card's convolutions by default (TF32: 11).
 ROUNDING = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 ON_A_CARD = 1e-2
 
@@ -82,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
 def classify(run: Run, command: Command) -> None:
     """Print what each picture is taken for, and save what the model saw. Nothing is done where one cannot be read."""
     light_on_dark = is_light_on_dark(run.arrays("examples.safetensors")["samples"])
-    seen, unreadable = list[Seen](), list[str]()
+    seen, unreadable = list[Photo](), list[str]()
     for path in _bar(command.images, "reading"):
         try:
-            seen.append(see(path, run.image_shape, light_on_dark))
+            seen.append(prepare_photo(path, run.image_shape, light_on_dark))
         except UserError as error:
             unreadable.append(str(error))
     if unreadable:
@@ -97,7 +97,7 @@ def classify(run: Run, command: Command) -> None:
         command.out.mkdir(parents=True, exist_ok=True)
         for one, row in _bar(list(zip(seen, softmax(logits), strict=True)), "saving"):
             top = [(classes[c], float(row[c])) for c in np.argsort(-row, kind="stable")[:TOP]]
-            saved = save_beside(card(one, top), command.out / one.path.name)
+            saved = save_without_replacing(draw_card(one, top), command.out / one.path.name)
             said = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in top)
             say(f"{one.path}: {said}  ({saved})")
     except OSError as error:

@@ -123,8 +123,8 @@ def _meet(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[
     while not path.exists():
         if time.monotonic() > limit:
             raise UserError(
-                f"rank {rank} on {socket.gethostname()} waited {RENDEZVOUS_TIMEOUT:.0f} s for rank 0 on {first_host} to "
-                f"write {path}: is {folder.parent} on a file system that both machines share?"
+                f"rank {rank} on {socket.gethostname()} waited {RENDEZVOUS_TIMEOUT:.0f} s for rank 0 on {first_host} "
+                f"to write {path}: is {folder.parent} on a file system that both machines share?"
             )
         time.sleep(0.1)
         list(folder.iterdir())  # makes NFS look again

@@ -29,7 +29,7 @@ from fashion_ddp.config import Config, layers
 from fashion_ddp.config.cli import Command
 from fashion_ddp.config.names import is_code, is_path
 from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.data.published import named
+from fashion_ddp.data.published import chosen_folder
 from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.redact import restrict_umask
@@ -94,7 +94,7 @@ def _submit(asked: Submission, flags: list[str]) -> int:
 
 def _absolute(cfg: Config) -> Config:
     """The run as it is from any folder. What is named by a variable of this shell is named in the settings."""
-    paths: dict[str, Any] = {"runs_dir": cfg.runs_dir, "run_dir": cfg.run_dir, "data_dir": named(cfg.data_dir)}
+    paths: dict[str, Any] = {"runs_dir": cfg.runs_dir, "run_dir": cfg.run_dir, "data_dir": chosen_folder(cfg.data_dir)}
     found: dict[str, Any] = {name: path.absolute() for name, path in paths.items() if path is not None}
     if cfg.recipe not in layers.recipe_names():
         found["recipe"] = os.path.abspath(cfg.recipe)
