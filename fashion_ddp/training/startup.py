@@ -102,8 +102,8 @@ def announce(
 ) -> dict[str, Any]:
     """Print and record how the run starts. Returns what its summary says from the start."""
     batches, mixed, at_once = step.batches, False, env["side_by_side"]
-    described = describe.summary(model, dataset.image_shape)
-    dependent = describe.rank_dependent(model)
+    described = describe.layers_table(model, dataset.image_shape)
+    dependent = describe.rank_dependent_layers(model)
     if world.rank == 0:
         starts = read_run(folder.path).environment
         went_before = starts if step.done else []  # of others nothing is left
@@ -136,7 +136,7 @@ def announce(
         "batch_size": cfg.batch_size,
         "lr": cfg.scaled_lr(),
         "epochs": cfg.epochs,
-        "parameters": describe.parameters(model),
+        "parameters": describe.count_parameters(model),
         "parameters_trained": sum(p.numel() for p in step.trained),
         "starts": len(starts) + 1 if world.rank == 0 else 1,
         "timings_mixed": mixed,
