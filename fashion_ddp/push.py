@@ -32,7 +32,7 @@ from fashion_ddp.files import write_whole
 from fashion_ddp.redact import refuse_secrets, restrict_umask
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import Run, find_runs, read_run
+from fashion_ddp.runs.reading import Run, find_runs, load_run
 from fashion_ddp.tracking.mirror import Wandb, panels
 
 NAME = "wandb.json"  # in a report's folder: the name that W&B knows it by
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     done = 0
     try:
         refuse_secrets(dataclasses.asdict(command))
-        runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := read_run(folder))]
+        runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := load_run(folder))]
         configs = [command.over(run.settings()) for run in runs]
         report = command.report and read_report(command.report)
         _check_saved_report(command, _common(configs))
@@ -168,7 +168,7 @@ def _push(mirror: Wandb, tell: Callable[[Wandb], None], error: Exception | None)
 
 def _remember(run: Run, name: str) -> None:
     try:
-        held = lock.take(run.path)
+        held = lock.acquire(run.path)
         try:
             summary = json.loads((run.path / "summary.json").read_text())
             RunFolder(run.path, lock=held).write_json("summary.json", summary | {"wandb_id": name})

@@ -34,7 +34,7 @@ from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim, lock, provenance
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from launch import jobs, sbatch, site, slurm, snapshot, submission, submitit_local
 from launch.job import Report
 from launch.submission import Submission
@@ -155,7 +155,7 @@ def _made_by(cfg: Config, group: site.Site, md5: dict[str, dict[str, str]]) -> d
     """What a job of ours would record as its code, versions and data. A Python that is not this one has the versions
     that a run which is there already had, and a dataset that is not here that run's md5."""
     folder = claim.folder_of(cfg)
-    starts = read_run(folder).environment if (folder / "config.yaml").is_file() else []
+    starts = load_run(folder).environment if (folder / "config.yaml").is_file() else []
     before = starts[-1].get("made_by", {}) if starts else {}
     now = provenance.made_by(cfg, md5.get(cfg.dataset, before.get("data", {})))
     others = {name: value for name, value in now.items() if name not in provenance.versions()}
@@ -185,7 +185,7 @@ def _send(plan: sbatch.Plan, todo: list[Path], every: list[Path]) -> int:
     try:
         plan.base.mkdir(parents=True)
         if not plan.code.exists() and asked.executor != "debug":
-            configs = [read_run(folder).settings() for folder in todo]
+            configs = [load_run(folder).settings() for folder in todo]
             snapshot.take(plan.code, [name for cfg in configs for name in (cfg.model, cfg.dataset)])
         write_whole(plan.base / RECORD, json.dumps(_record(plan, every), indent=1, default=str) + "\n")
     except OSError as error:

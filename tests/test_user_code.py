@@ -14,7 +14,7 @@ from fashion_ddp import user_code
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 
 quick = pytest.mark.quick
 SMALL = ("--dataset", "synthetic", "--tracker", "none", "--device", "cpu", "--epochs", "1", "--threads", "1")
@@ -93,13 +93,13 @@ def test_arguments_make_the_run(tmp_path: Path) -> None:
         return make_config({"model": "my.net:Net", "model_args": list(arguments)})
 
     one = made("dropout=0.2", "depth=3")
-    assert one == made("depth=3", "dropout=0.2") and claim.name(one) == "my.net_Net-blog-seed42-depth3-dropout0.2"
+    assert one == made("depth=3", "dropout=0.2") and claim.run_name(one) == "my.net_Net-blog-seed42-depth3-dropout0.2"
     changed = provenance.differences(provenance.identity(one), provenance.identity(made("depth=4", "dropout=0.2")))
     assert changed == ["depth: 3 -> 4"]
     (tmp_path / "mine.yaml").write_text("all: {}\nmodels: {'my.net:Net': {model_args: {depth: 5, act: relu}}}\n")
     recipe = {"model": "my.net:Net", "recipe": str(tmp_path / "mine.yaml")}
     assert make_config(recipe).model_args == ("act=relu", "depth=5")
-    assert claim.name(make_config(recipe)) == "my.net_Net-mine-seed42"
+    assert claim.run_name(make_config(recipe)) == "my.net_Net-mine-seed42"
     for wrong in (["dropout"], ["=3"], ["a=1", "a=2"]):
         with pytest.raises(UserError, match="model_args: "):
             made(*wrong)
@@ -175,7 +175,7 @@ SLOW = ("torchrun", "accelerate", "submit")  # theirs, which take long to start
 def test_a_model_in_the_current_folder_trains_under_every_launcher(launcher: str, here: Path) -> None:
     done = command(*LAUNCHERS[launcher], *SMALL, *ARGUMENTS, cwd=here, ACCELERATE_CONFIG_FILE="")
     assert done.returncode == 0, done.stdout + done.stderr
-    run = read_run(here / "run")
+    run = load_run(here / "run")
     assert run.summary["status"] == "finished"
     assert {"depth": "3", "dropout": "0.2", "width": "4"}.items() <= run.summary["changed"].items()
     convolutions = (9 + 1) * 4 + 2 * (9 * 4 + 1) * 4

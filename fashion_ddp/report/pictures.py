@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from fashion_ddp.report.results import Result, load_tensors
+from fashion_ddp.report.results import Result
 from fashion_ddp.report.rows import Row, Section
 from fashion_ddp.report.svg import element
+from fashion_ddp.runs.reading import read_arrays
 
 LARGEST = 64  # pixels of a picture's side: larger images are shown smaller
 WRONG = 12  # most confidently wrong images
@@ -73,7 +74,9 @@ class Album:
         self.prefix, self.symbols = prefix, dict[str, Markup]()
         self.classes = section.first.classes
         results = [result for row in section.rows[:rows] for result in row.results]
-        self.examples = {result.name: load_tensors(result.run.path / "examples.safetensors") for result in results}
+        self.examples = {
+            result.name: read_arrays(result.run.path / "examples.safetensors", missing_ok=True) for result in results
+        }
         self.images: dict[int, np.ndarray] = {}
         self.grid: list[int] = []
         for saved in self.examples.values():

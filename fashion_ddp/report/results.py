@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fashion_ddp.report import statistics, tutorials
-from fashion_ddp.runs.reading import Run, read_arrays, read_run, softmax
+from fashion_ddp.runs.reading import Run, load_run, read_arrays, softmax
 
 ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_per_s"
 SECONDS = "time/train_and_test_s"  # the tutorials' clock: training, and the pass over the test set after each epoch
@@ -105,7 +105,7 @@ class Result:
 
 def read_results(folders: list[Path]) -> list[Result]:
     """Raises UserError for a folder or file that cannot be read."""
-    runs = [read_run(folder) for folder in folders]
+    runs = [load_run(folder) for folder in folders]
     same_name = Counter(run.path.name for run in runs)
     return [_result(run, unique=same_name[run.path.name] == 1) for run in runs]
 
@@ -129,18 +129,13 @@ def _result(run: Run, unique: bool) -> Result:
         return Result(run, record)
     parts = [summary.get("time/train_total_s"), summary.get("time/eval_total_s")]
     record[SECONDS] = None if None in parts else sum(parts)
-    saved = load_tensors(run.path / "predictions.safetensors")
+    saved = read_arrays(run.path / "predictions.safetensors", missing_ok=True)
     if not saved:
         return Result(run, record)
     probabilities = softmax(saved["logits"])
     predicted = saved["predicted"]
     answers = Answers(saved["labels"], predicted, probabilities[np.arange(len(predicted)), predicted])
     return Result(run, record | _derived(record, saved["logits"], answers), answers)
-
-
-def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file; empty where there is none. Raises UserError for one that cannot be read."""
-    return read_arrays(path) if path.exists() else {}
 
 
 def _derived(record: dict[str, Any], logits: np.ndarray, answers: Answers) -> dict[str, Any]:

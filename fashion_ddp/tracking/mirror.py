@@ -22,7 +22,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.errors import Stopped
 from fashion_ddp.redact import redact
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.tracking import panels
 
 INIT = 20.0  # seconds that W&B's server gets to answer at the start
@@ -217,7 +217,7 @@ class Wandb:
 
     def _show(self, run: Any, images: "np.ndarray | None") -> None:
         try:
-            of = read_run(self.path)
+            of = load_run(self.path)
             panels.show_once(run, of.summary["step"], lambda: panels.figures(self.module, of, images))
             if self.cfg.wandb_weights:
                 run.log_artifact(panels.weights(self.module, of))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from fashion_ddp.config import Config
-from fashion_ddp.runs.folder import plain
+from fashion_ddp.runs.folder import to_jsonable
 from fashion_ddp.runs.provenance import identity
-from fashion_ddp.runs.reading import GRID, Run, evenly, softmax
+from fashion_ddp.runs.reading import GRID_SIZE, Run, evenly_spaced, softmax
 
 TABLE = 200  # test images in the table: the same in every run on the same data
 BORDER, RIGHT, WRONG = 3, (0, 158, 115), (213, 94, 0)  # pixels; colours that the colour-blind tell apart too
@@ -27,7 +27,7 @@ def config(cfg: Config, summary: dict[str, Any], environment: list[dict[str, Any
     kept = ("world_size", "threads", "side_by_side", "parameters", "rank_invariant")
     also = {name: summary.get(name) for name in kept}
     also |= {"gpu": summary.get("device"), "git_commit": start.get("git_commit")}
-    return plain(identity(cfg) | also | {"torch": start.get("made_by", {}).get("torch")})
+    return to_jsonable(identity(cfg) | also | {"torch": start.get("made_by", {}).get("torch")})
 
 
 def define_axes(run: Any) -> None:
@@ -41,7 +41,7 @@ def define_axes(run: Any) -> None:
 
 def single_values(figures: dict[str, Any]) -> dict[str, Any]:
     """What of a summary W&B's table of runs can hold, under the same names."""
-    return {k: plain(v) for k, v in figures.items() if isinstance(v, int | float | str | bool)}
+    return {k: to_jsonable(v) for k, v in figures.items() if isinstance(v, int | float | str | bool)}
 
 
 def show_once(run: Any, mark: Any, figures: Callable[[], dict[str, Any]]) -> None:
@@ -59,7 +59,7 @@ def figures(wandb: Any, run: Run, images: np.ndarray | None) -> dict[str, Any]:
     confidence = softmax(logits).max(axis=1)
     columns = ["id", "label", "predicted", "right", "confidence"]
     rows = []
-    for at in evenly(TABLE, len(labels)).tolist():
+    for at in evenly_spaced(TABLE, len(labels)).tolist():
         true, found = int(labels[at]), int(predicted[at])
         row = [at, names[true], names[found], true == found, float(confidence[at])]
         rows.append(row if images is None else [*row, wandb.Image(_shown(images[at]))])
@@ -77,7 +77,7 @@ def figures(wandb: Any, run: Run, images: np.ndarray | None) -> dict[str, Any]:
                 caption=f"{names[predicted[at]]}"
                 + ("" if labels[at] == predicted[at] else f", is {names[labels[at]]}"),
             )
-            for at in evenly(GRID, len(labels)).tolist()
+            for at in evenly_spaced(GRID_SIZE, len(labels)).tolist()
         ]
     return shown
 
@@ -128,7 +128,7 @@ COLUMNS += ["time/train_and_test_s", "throughput/images_per_s", "world_size", "d
 def of_report(wandb: Any, page: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A report's table, figures and page. `runs`: report.json's objects."""
     finished = [run for run in runs if run.get("test/accuracy") is not None and run["status"] == "finished"]
-    table = wandb.Table(columns=COLUMNS, data=[[plain(run.get(name)) for name in COLUMNS] for run in runs])
+    table = wandb.Table(columns=COLUMNS, data=[[to_jsonable(run.get(name)) for name in COLUMNS] for run in runs])
     bars = [(run["name"], run["test/accuracy"]) for run in sorted(finished, key=lambda run: -run["test/accuracy"])]
     return {
         "runs": table,

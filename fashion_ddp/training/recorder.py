@@ -20,7 +20,7 @@ from fashion_ddp.console import say
 from fashion_ddp.distributed.world import LOST_RANK, World, is_lost_rank
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError, pluralize
 from fashion_ddp.runs.folder import FORMAT, RunFolder
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.tracking.mirror import Wandb, panels
 from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.step import Trained
@@ -54,11 +54,11 @@ class Recorder(NullRecorder):
         self.lr = saved.get("lr", 0.0)
         self.total, self.bin = (Sums(**saved.get(name, {})) for name in ("total", "bin"))
         self.bar = tqdm(disable=True)
-        old = read_run(folder.path)
+        old = load_run(folder.path)
         points = [row for row in old.steps if row["step"] <= self.step]
         epochs = [row for row in old.metrics if row["step"] < self.step]  # one saved at its end is evaluated again
-        folder.keep_lines("steps.jsonl", points)
-        folder.keep_lines("metrics.jsonl", epochs)
+        folder.keep_rows("steps.jsonl", points)
+        folder.keep_rows("metrics.jsonl", epochs)
         self.known = {"format": FORMAT, **known, **(epochs[-1] if epochs else {})}
         self.wandb: Wandb | None = None
         # The name that W&B knows the run by stands in the folder before W&B is told of it.

@@ -22,7 +22,7 @@ from fashion_ddp.redact import redact
 from fashion_ddp.runs import claim as claims
 from fashion_ddp.runs import provenance
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.training.step import Step
 
 
@@ -105,7 +105,7 @@ def announce(
     described = describe.layers_table(model, dataset.image_shape)
     dependent = describe.rank_dependent_layers(model)
     if world.rank == 0:
-        starts = read_run(folder.path).environment
+        starts = load_run(folder.path).environment
         went_before = starts if step.done else []  # of others nothing is left
         mixed = any(_conditions(start) != _conditions(env) for start in went_before)
         at_once = max(_at_once(start) for start in [*went_before, env])

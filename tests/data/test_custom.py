@@ -21,7 +21,7 @@ from fashion_ddp.data import Dataset, image_folder
 from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.errors import UserError
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.training import startup
 
 quick = pytest.mark.quick
@@ -368,7 +368,7 @@ def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None
         assert run["test/accuracy"] > 0.5, model
         assert run["published"] is None
     folder = tmp_path / "runs" / "mlp-blog-seed42-epochs4-batch_size25-optimizermomentum-lr0.05-datasetletters"
-    run = read_run(folder)
+    run = load_run(folder)
     assert set(run.environment[0]["made_by"]["data"]) == {
         *("train_images", "train_labels"),
         "test_images",

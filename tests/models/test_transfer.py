@@ -168,7 +168,7 @@ def test_imagenet_is_looked_for_where_torch_has_it(
 @quick
 def test_weights_and_frozen_parts_are_part_of_the_run(weights: Path, tmp_path: Path) -> None:
     cfg = make_config({"model": "resnet18", "init_from": str(weights), "freeze": ["layer1", "conv1"]})
-    assert claim.name(cfg) == "resnet18-blog-seed42-init_fromsome.pth-freezeconv1+layer1"
+    assert claim.run_name(cfg) == "resnet18-blog-seed42-init_fromsome.pth-freezeconv1+layer1"
     before = provenance.made_by(cfg, {})
     assert before["initial weights"] == hashlib.sha256(weights.read_bytes()).hexdigest() and before["torchvision"]
     copy = tmp_path / "some.pth"

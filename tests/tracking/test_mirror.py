@@ -28,7 +28,7 @@ from conftest import CHECKOUT, _server, command
 from faults import Fault, Ranks
 from wandb_server import WandbServer
 
-from fashion_ddp.runs.reading import Run, read_run
+from fashion_ddp.runs.reading import Run, load_run
 from fashion_ddp.tracking import mirror
 
 STEPS = 3 * faults.TINY_STEPS
@@ -74,7 +74,7 @@ def whole(folder: Path, *args: Any, **kwargs: Any) -> tuple[Run, list[str]]:
 
 
 def finished(folder: Path) -> Run:
-    run = read_run(folder / "run")
+    run = load_run(folder / "run")
     assert run.summary["status"] == "finished"
     assert [row["epoch"] for row in run.metrics] == [1, 2, 3]
     assert [point["step"] for point in run.steps] == list(range(1, STEPS + 1))
@@ -283,7 +283,7 @@ def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untr
 
     killed_before_it_saved = start(tmp_path, strikes=[Fault("save", "kill")])
     assert killed_before_it_saved.wait() == [-9] and len(names(".")) == 1
-    first = read_run(tmp_path / "run").summary["wandb_id"]
+    first = load_run(tmp_path / "run").summary["wandb_id"]
 
     # Killed while its service lives on.
     killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "stand still", count=10)])
@@ -629,5 +629,5 @@ def test_no_question_is_asked_on_a_terminal(tmp_path: Path) -> None:
             pass
         assert process.wait(timeout=60) == 0, shown.decode()
     os.close(ours)
-    assert read_run(tmp_path / "run").summary["status"] == "finished"
+    assert load_run(tmp_path / "run").summary["status"] == "finished"
     assert shown.count(b"W&B: offline") == shown.count(b"W&B: online failed") == 1
