@@ -33,7 +33,7 @@ from fashion_ddp.redact import refuse_secrets, restrict_umask
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import Run, find_runs, load_run
-from fashion_ddp.tracking.mirror import Wandb, panels
+from fashion_ddp.tracking.mirror import WandbMirror, panels
 
 NAME = "wandb.json"  # in a report's folder: the name that W&B knows it by
 
@@ -109,14 +109,14 @@ def push(run: Run, cfg: Config) -> None:
         _remember(run, name)  # before W&B is told of it
     finished = run.status == "finished"
 
-    def tell(mirror: Wandb) -> None:
+    def tell(mirror: WandbMirror) -> None:
         mirror.start(run.steps, run.metrics)
-        mirror.summarise(run.summary | {"wandb_id": name})
+        mirror.update_summary(run.summary | {"wandb_id": name})
         if finished:
-            mirror.show(_test_images(run))
+            mirror.show_results(_test_images(run))
 
-    config = panels.config(cfg, run.summary, run.environment)
-    _push(Wandb(run.path, cfg, name, config, upload=True), tell, None if finished else TrainingFailed(run.status))
+    config = panels.run_config(cfg, run.summary, run.environment)
+    _push(WandbMirror(run.path, cfg, name, config, upload=True), tell, None if finished else TrainingFailed(run.status))
 
 
 def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config, saved: bool = False) -> None:
@@ -125,19 +125,19 @@ def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config, saved: bo
     known = {"wandb_id": secrets.token_hex(4)} | _known_names(folder)
     write_whole(folder / NAME, json.dumps(known) + "\n")
 
-    def tell(mirror: Wandb) -> None:
+    def tell(mirror: WandbMirror) -> None:
         mirror.start([], [])
         mirror.show_report(runs)
 
     config = {"runs": ", ".join(str(run["name"]) for run in runs)}
-    mirror = Wandb(folder, cfg, known["wandb_id"], config, job="report", upload=True)
+    mirror = WandbMirror(folder, cfg, known["wandb_id"], config, job_type="report", upload=True)
     _push(mirror, tell, None)
     if saved:
         try:
             from wandb_workspaces.reports import v2
 
             place = {"entity": mirror.run.entity, "project": mirror.run.project}
-            report = panels.saved_report(v2, place, cfg.wandb_group or "", known.get("saved_report", ""))
+            report = panels.save_report(v2, place, cfg.wandb_group or "", known.get("saved_report", ""))
         except Exception as error:  # noqa: BLE001 - whatever W&B has against it
             why = " ".join(str(error).split())[:200]
             raise NotPushed(f"W&B did not save the report ({type(error).__name__}: {why})") from None
@@ -156,7 +156,7 @@ def _check_saved_report(command: Command, cfg: Config) -> None:
         raise UserError("--saved-report needs a package that is not installed: pip install wandb-workspaces")
 
 
-def _push(mirror: Wandb, tell: Callable[[Wandb], None], error: Exception | None) -> None:
+def _push(mirror: WandbMirror, tell: Callable[[WandbMirror], None], error: Exception | None) -> None:
     before = set(os.environ)
     tell(mirror)
     mirror.finish(error)

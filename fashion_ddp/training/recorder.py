@@ -21,7 +21,7 @@ from fashion_ddp.distributed.world import LOST_RANK, World, is_lost_rank
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError, pluralize
 from fashion_ddp.runs.folder import FORMAT, RunFolder
 from fashion_ddp.runs.reading import load_run
-from fashion_ddp.tracking.mirror import Wandb, panels
+from fashion_ddp.tracking.mirror import WandbMirror, panels
 from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.step import Trained
 
@@ -60,14 +60,14 @@ class Recorder(NullRecorder):
         folder.keep_rows("steps.jsonl", points)
         folder.keep_rows("metrics.jsonl", epochs)
         self.known = {"format": FORMAT, **known, **(epochs[-1] if epochs else {})}
-        self.wandb: Wandb | None = None
+        self.wandb: WandbMirror | None = None
         # The name that W&B knows the run by stands in the folder before W&B is told of it.
         if cfg.tracker != "none" or "wandb_id" in old.summary:
             self.known["wandb_id"] = old.summary.get("wandb_id") or secrets.token_hex(4)
         self.summary("running")
         if cfg.tracker != "none":
-            shown = panels.config(cfg, self.known, old.environment)
-            self.wandb = Wandb(folder.path, cfg, self.known["wandb_id"], shown)
+            shown = panels.run_config(cfg, self.known, old.environment)
+            self.wandb = WandbMirror(folder.path, cfg, self.known["wandb_id"], shown)
             self.wandb.start(points, epochs)
 
     def state(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Recorder(NullRecorder):
                 self.bin = Sums()
         self.folder.append("steps.jsonl", points)
         if self.wandb:
-            self.wandb.points(points)
+            self.wandb.log_steps(points)
         self.bar.update(len(trained))
 
     def epoch(self, scores: Mapping[str, Scores], timings: Mapping[str, float]) -> None:
@@ -110,7 +110,7 @@ class Recorder(NullRecorder):
         row |= timings
         self.folder.append("metrics.jsonl", [row])
         if self.wandb:
-            self.wandb.epochs([row])
+            self.wandb.log_epochs([row])
         self.summary("running", row)
         shown = [f"epoch {self.now}/{self.epochs}"]
         for name in ("train", *scores):
@@ -123,8 +123,8 @@ class Recorder(NullRecorder):
         """Complete summary.json, and say where everything is."""
         self.summary("finished", figures)
         if self.wandb:
-            self.wandb.summarise(self.known)
-            self.wandb.show(test_images)
+            self.wandb.update_summary(self.known)
+            self.wandb.show_results(test_images)
         trained = self.known["time/train_total_s"] + self.known["time/eval_total_s"]
         whole = self.known["time/total_s"]
         epochs = pluralize(self.epochs, "epoch")
