@@ -281,7 +281,7 @@ def test_a_tie_within_rounding_is_told(
 
 def test_a_users_model_is_named(run: Run) -> None:
     with pytest.raises(UserError, match="model nobody:Net"):
-        predict.answers(run, np.zeros((1, *SHAPE), np.uint8), "nobody:Net")
+        predict.compute_logits(run, np.zeros((1, *SHAPE), np.uint8), "nobody:Net")
 
 
 def test_a_run_does_not_decide_which_code_makes_its_data(

@@ -79,8 +79,8 @@ SPACE = _figure("memory MB", MEMORY, lambda value: f"{value / 1e6:,.0f}")
 PLACE = Column("ranks x device", False, lambda row: row.first.place)
 COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], *MORE_QUALITY]
 COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SHARED, SPACE, PLACE]
-# What a terminal has room for.
-BRIEF = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, SHARED, PLACE]
+# A terminal has less room.
+TERMINAL_COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, SHARED, PLACE]
 
 
 def _table(columns: list[Column], rows: list[Row]) -> Table:
