@@ -28,8 +28,8 @@ from fashion_ddp.runs.reading import Run, load_run, softmax
 T = TypeVar("T")
 
 TOP = 3
-# How far a logit may be from the recorded one, as a share of the largest: rounding, in another order of additions. Half
-# precision has 8 or 11 bits; so has float32 in a draw_card's convolutions by default (TF32: 11).
+# How far a logit may be from the recorded one, as a share of the largest: rounding, for another order of additions.
+# Half precision has 8 or 11 bits. float32 has 11 in a card's convolutions by default (TF32).
 ROUNDING = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 ROUNDING_ON_A_CARD = 1e-2
 
