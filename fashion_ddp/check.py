@@ -80,10 +80,10 @@ def cards() -> Iterator[CheckResult]:
         major, minor = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
         yield CheckResult(f"card {index}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
-    for held in machine.run_and_read_lines(
+    for process in machine.run_and_read_lines(
         "nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"
     ):
-        yield CheckResult("card in use", held)
+        yield CheckResult("card in use", process)
     try:
         device = machine.choose_device(Config(), machine.RankPlacement())
         yield CheckResult(
@@ -123,7 +123,7 @@ def accelerate() -> Iterator[CheckResult]:
     if path.is_file():
         text = f"`accelerate launch` reads {path}; `--config_file accelerate_config.yaml` uses ours instead"
     else:
-        text = f"`accelerate launch` finds no file of its own at {path}, and takes all cards"
+        text = f"`accelerate launch` finds no file at {path}, and uses all cards"
     yield CheckResult("accelerate", text)
 
 
@@ -169,7 +169,7 @@ def slurm() -> Iterator[CheckResult]:
             "SLURM", ", ".join(installed) + (f"; without {', '.join(missing)}" if missing else "") + inside
         )
     else:
-        yield CheckResult("SLURM", "no command of it here")
+        yield CheckResult("SLURM", "none of its commands is installed")
 
 
 def disk() -> Iterator[CheckResult]:

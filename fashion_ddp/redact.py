@@ -38,8 +38,8 @@ def refuse_secrets(settings: Mapping[str, Any]) -> None:
         for secret, variable in find_secrets().items():
             if isinstance(value, str | Path | tuple) and secret in str(value):
                 raise UserError(
-                    f"{setting}: holds the value of ${variable}, which by its name is secret, and would be written "
-                    f"into the run's files: choose another, or unset {variable} if it is none"
+                    f"{setting}: holds the value of ${variable}, whose name says that it is secret, and would be "
+                    f"written into the run's files: choose another, or unset {variable} if it is no secret"
                 )
 
 

@@ -119,7 +119,7 @@ def _read_idx_files(folder: Path) -> RawData:
                 content = path.read_bytes()
                 arrays.append(idx.decode(gzip.decompress(content) if path.suffix == ".gz" else content, *axes))
             except UNREADABLE as error:
-                raise UserError(f"{path}: cannot be read as an idx file: {error}: write it anew") from None
+                raise UserError(f"{path}: cannot be read as an idx file: {error}: write it again") from None
     images, labels, test_images, test_labels = arrays
     return RawData((images, labels), (test_images, test_labels), _read_class_names(folder / "classes.txt"))
 
@@ -128,7 +128,7 @@ def _read_class_names(path: Path) -> list[str] | None:
     try:
         lines = path.read_text().splitlines() if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}: write it anew, one name per line") from None
+        raise UserError(f"{path}: cannot be read: {error}: write it again, one name per line") from None
     return [line.strip() for line in lines if line.strip()] if lines else None
 
 

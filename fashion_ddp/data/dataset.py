@@ -34,7 +34,7 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+        """Return (C, H, W)."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 

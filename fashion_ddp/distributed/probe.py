@@ -34,7 +34,7 @@ def time_limit(rank: int, what: str, seconds: float) -> Iterator[None]:
 
     def give_up() -> None:
         text = f"rank {rank} on {socket.gethostname()}: {what} did not end within {seconds:.0f} s"
-        say(f"error: {text}; {ADVICE if rank == 0 else 'what rank 0 says holds'}")
+        say(f"error: {text}; {ADVICE if rank == 0 else 'see the advice of rank 0'}")
         os._exit(1)
 
     timer = threading.Timer(seconds, give_up)

@@ -60,7 +60,7 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
-    raise MachineError("no port from 20000 to 32000 is free for ranks to meet at: end what listens there")
+    raise MachineError("no port from 20000 to 32000 is free for ranks to meet at: end a program that listens there")
 
 
 def explain_failure(
@@ -70,17 +70,17 @@ def explain_failure(
     text, port = str(error), env.get("MASTER_PORT", "29500")
     if "EADDRINUSE" in text:
         return MachineError(
-            f"port {port}, where ranks were to meet, is taken, as by another training: start this one with {TORCHRUN}, "
-            "which looks for a free one, or give another (--master-port of torchrun, MASTER_PORT)"
+            f"port {port}, where ranks were to meet, is taken, perhaps by another training: start this one with "
+            f"{TORCHRUN}, which finds a free port, or give another (--master-port of torchrun, MASTER_PORT)"
         )
     if came := re.search(r"Timed out after (\d+) seconds waiting for clients. (\d+)/(\d+)", text):
         return MissingRankError(
-            f"{came[2]} of {came[3]} ranks came to port {port} within {came[1]} s: the words of the others, or of what "
-            "starts them, tell why; all must be started, each with a RANK of its own"
+            f"{came[2]} of {came[3]} ranks came to port {port} within {came[1]} s: see the messages of the others, or "
+            "of what starts them; every rank must be started, with its own RANK"
         )
     if "client socket has timed out" in text:
         return MissingRankError(
-            f"rank {placement.rank} found no rank 0 at port {port} of {env['MASTER_ADDR']}: its own words, or its "
-            "launcher's, tell why"
+            f"rank {placement.rank} found no rank 0 at port {port} of {env['MASTER_ADDR']}: see the messages of "
+            "rank 0, or of its launcher"
         )
     return None

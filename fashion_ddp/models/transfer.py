@@ -67,7 +67,7 @@ def _load(model: nn.Module, path: Path) -> str:
             new.append(name)
         elif not name.endswith("num_batches_tracked"):  # nothing depends on it
             misfits.append(f"{name} {_shape_text(other)} for {_shape_text(tensor)}")
-    misfits += [f"{name}, which the model has not" for name in given if name not in ours]
+    misfits += [f"{name}, which the model does not have" for name in given if name not in ours]
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise UserError(

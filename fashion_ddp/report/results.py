@@ -27,7 +27,7 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [n]"""
+        """Return whether each prediction is right: bool [n]."""
         return self.predicted == self.labels
 
 

@@ -1,4 +1,4 @@
-"""The figures that the two tutorials published, shown beside runs with the recipe's own settings.
+"""Keep the figures that the two tutorials published. They are shown beside runs with the recipe's own settings.
 
 Both tutorials average the accuracies of batches, so the last, smaller batch weighs too much.
 """

@@ -100,14 +100,14 @@ def claim(cfg: Config, made_by_now: dict[str, Any], fresh: bool = False, reuse: 
         # Check before locking, too: a folder that is finished or not ours gets no file, not even a lock.
         if check(cfg, made_by_now, fresh, reuse) == "finished":
             return RunFolder(path, finished=True)
-        held = lock.acquire(path)
+        own_lock = lock.acquire(path)
         try:
             state = check(cfg, made_by_now, fresh, reuse)
             if state in ("nothing", "continue"):
                 for left in [*path.glob(".*.part"), *path.glob(f"{lock.NAME}-*")]:  # left by a kill
                     left.unlink(missing_ok=True)
-                write_whole(path / "config.yaml", cfg.to_yaml(), held.check)
-                return RunFolder(path, lock=held)
+                write_whole(path / "config.yaml", cfg.to_yaml(), own_lock.check)
+                return RunFolder(path, lock=own_lock)
             if state == "aside":
                 aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{n}")).exists())
                 path.rename(aside)
@@ -115,9 +115,9 @@ def claim(cfg: Config, made_by_now: dict[str, Any], fresh: bool = False, reuse: 
                     left.unlink(missing_ok=True)
                 say(f"kept what {path} held as {aside}")
         except BaseException:
-            held.release()
+            own_lock.release()
             raise
-        held.release()
+        own_lock.release()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --runs-dir") from None
     # Again without --fresh: the folder is gone now, or another process has begun or finished the run meanwhile.
