@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`fashion_ddp.load_run`, imported when it is asked for: help and mistakes are answered without it."""
+    """Import `fashion_ddp.load_run` when it is used: help and error messages do not need it."""
     if name == "load_run":
         from fashion_ddp.runs.reading import load_run
 

@@ -1,7 +1,7 @@
-"""What this machine has, and whether training can start on it: for a doubt, and for a bug report.
+"""Print what this machine has, and whether training can start on it. A bug report needs this, too.
 
-    python -m fashion_ddp.check                    everything, in a few seconds; starts nothing
-    accelerate launch -m fashion_ddp.check         a probe of the ranks: cards, memory, a timed all-reduce (probe.py)
+    python -m fashion_ddp.check                    prints everything in a few seconds; starts nothing
+    accelerate launch -m fashion_ddp.check         probes the ranks: cards, memory, a timed all-reduce (probe.py)
 
 Exit code 0: training can start. 1: it cannot, and the lines with PROBLEM say why.
 """
@@ -17,21 +17,21 @@ from pathlib import Path
 
 from fashion_ddp.config import Config
 from fashion_ddp.console import fail, say
-from fashion_ddp.data.published import PUBLISHED, absent, cache, locate
+from fashion_ddp.data.published import PUBLISHED, cache_folder, locate, missing_files_message
 from fashion_ddp.distributed import machine
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.redact import redact
 from fashion_ddp.runs import provenance
 
 PACKAGES = ("torchvision", "wandb", "submitit", "torchmetrics", "tyro", "safetensors")
-# Beginnings of libraries that torch brings along, and that another copy on the search path comes before.
-SHADOWED = ("libcudart", "libcublas", "libcudnn", "libnccl", "libnvrtc", "libcusparse", "libcufft", "libtorch")
+# Names (beginnings) of libraries that torch ships. Another copy of one on the search path would be loaded instead.
+TORCH_LIBRARIES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libnvrtc", "libcusparse", "libcufft", "libtorch")
 SLURM = ("sbatch", "srun", "squeue", "scontrol", "sacct")
 
 
 @dataclass(frozen=True)
-class Found:
-    """One line of the answer."""
+class CheckResult:
+    """One printed line."""
 
     what: str
     text: str
@@ -41,24 +41,24 @@ class Found:
         return f"{self.what:<12}{'PROBLEM: ' * self.problem}{self.text}"
 
 
-def check() -> list[Found]:
-    """All that is found, in the order in which it is printed."""
+def check() -> list[CheckResult]:
+    """Return all lines in the order in which they are printed."""
     return [*system(), *packages(), *cards(), *precisions(), *accelerate(), *datasets(), *wandb(), *slurm(), *disk()]
 
 
-def system() -> Iterator[Found]:
-    yield Found("system", f"{platform.platform()}; Python {platform.python_version()} in {sys.prefix}")
+def system() -> Iterator[CheckResult]:
+    yield CheckResult("system", f"{platform.platform()}; Python {platform.python_version()} in {sys.prefix}")
     free = machine.free_memory()
-    told = f", {free / 1e9:.1f} GB of memory free" if free is not None else ""
-    yield Found("processor", f"{machine.cpu_name()}, {counted(machine.usable_cores(), 'usable core')}{told}")
+    memory = f", {free / 1e9:.1f} GB of memory free" if free is not None else ""
+    yield CheckResult("processor", f"{machine.cpu_name()}, {pluralize(machine.usable_cores(), 'usable core')}{memory}")
 
 
-def packages() -> Iterator[Found]:
+def packages() -> Iterator[CheckResult]:
     ours = provenance.versions()
     others = {name: _version(name) for name in PACKAGES}
     text = ", ".join(f"{name} {version or '(not installed)'}" for name, version in (ours | others).items())
     commit = provenance.git_commit() or "unknown"
-    yield Found("versions", f"{text}; source {provenance.code_hash()[:12]}, commit {commit}")
+    yield CheckResult("versions", f"{text}; source {provenance.code_hash()[:12]}, commit {commit}")
 
 
 def _version(package: str) -> str | None:
@@ -68,29 +68,33 @@ def _version(package: str) -> str | None:
         return None
 
 
-def cards() -> Iterator[Found]:
-    """NVIDIA's cards and driver beside this build of torch, and whether a run would take them."""
+def cards() -> Iterator[CheckResult]:
+    """Check NVIDIA's cards and driver against this build of torch, and whether a run would use them."""
     import torch
 
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}"
-    driver = machine.ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    yield Found("driver", f"NVIDIA {driver[0]}; {built}" if driver else f"no NVIDIA driver answers; {built}")
+    driver = machine.run_and_read_lines("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    yield CheckResult("driver", f"NVIDIA {driver[0]}; {built}" if driver else f"no NVIDIA driver answers; {built}")
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
-        yield Found(f"card {index}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
-    for held in machine.ask("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"):
-        yield Found("card in use", held)
+        yield CheckResult(f"card {index}", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+    for process in machine.run_and_read_lines(
+        "nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"
+    ):
+        yield CheckResult("card in use", process)
     try:
-        device = machine.choose_device(Config(), machine.Place())
-        yield Found("device", f"a run takes {'the cards' if device == 'cuda' else 'the CPU: there is no NVIDIA card'}")
+        device = machine.choose_device(Config(), machine.RankPlacement())
+        yield CheckResult(
+            "device", f"a run takes {'the cards' if device == 'cuda' else 'the CPU: there is no NVIDIA card'}"
+        )
     except UserError as error:
-        yield Found("device", str(error), problem=True)
+        yield CheckResult("device", str(error), problem=True)
     for folder in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")):
-        if shadows := sorted(p.name for p in _files(Path(folder)) if p.name.startswith(SHADOWED)):
+        if shadows := sorted(p.name for p in _files(Path(folder)) if p.name.startswith(TORCH_LIBRARIES)):
             text = f"{folder} on LD_LIBRARY_PATH comes before torch's own {', '.join(shadows[:5])}"
-            yield Found("libraries", f"{text}: unset it where CUDA fails to start")
+            yield CheckResult("libraries", f"{text}: unset it where CUDA fails to start")
 
 
 def _files(folder: Path) -> Iterable[Path]:
@@ -100,50 +104,52 @@ def _files(folder: Path) -> Iterable[Path]:
         return []
 
 
-def precisions() -> Iterator[Found]:
-    able, unable = [], []
+def precisions() -> Iterator[CheckResult]:
+    supported, unsupported = [], []
     for precision in ("fp32", "fp16", "bf16", "fp64"):
         try:
-            machine.choose_device(Config(precision=precision), machine.Place())
-            able.append(precision)
+            machine.choose_device(Config(precision=precision), machine.RankPlacement())
+            supported.append(precision)
         except UserError:
-            unable.append(precision)
-    yield Found("precision", ", ".join(able) + (f"; not {', '.join(unable)}" if unable else ""))
+            unsupported.append(precision)
+    yield CheckResult("precision", ", ".join(supported) + (f"; not {', '.join(unsupported)}" if unsupported else ""))
 
 
-def accelerate() -> Iterator[Found]:
-    """The file that `accelerate launch` reads without being told."""
+def accelerate() -> Iterator[CheckResult]:
+    """Name the file that `accelerate launch` reads by default."""
     from accelerate.commands.config.config_args import default_config_file
 
     path = Path(default_config_file)
     if path.is_file():
-        text = f"`accelerate launch` reads {path}; `--config_file accelerate_config.yaml` goes by ours instead"
+        text = f"`accelerate launch` reads {path}; `--config_file accelerate_config.yaml` uses ours instead"
     else:
-        text = f"`accelerate launch` finds no file of its own at {path}, and takes all cards"
-    yield Found("accelerate", text)
+        text = f"`accelerate launch` finds no file at {path}, and uses all cards"
+    yield CheckResult("accelerate", text)
 
 
-def datasets() -> Iterator[Found]:
+def datasets() -> Iterator[CheckResult]:
     for name in PUBLISHED:
         folder = locate(name, None)
         if folder is not None:
-            yield Found("data", f"{name} in {folder}")
+            yield CheckResult("data", f"{name} in {folder}")
         elif name == Config.dataset:
-            yield Found("data", f"a run would download it: {absent(name, None)}")
+            yield CheckResult("data", f"a run would download it: {missing_files_message(name, None)}")
 
 
-def wandb() -> Iterator[Found]:
-    version, said = _version("wandb"), {k: v for k, v in sorted(os.environ.items()) if k.startswith("WANDB_")}
+def wandb() -> Iterator[CheckResult]:
+    version, settings = _version("wandb"), {k: v for k, v in sorted(os.environ.items()) if k.startswith("WANDB_")}
     if version is None:
-        yield Found("W&B", "not installed: runs are recorded in their folders alone")
+        yield CheckResult("W&B", "not installed: runs are recorded in their folders alone")
         return
-    mode = said.get("WANDB_MODE") or ("online" if _has_key() else "offline: there is no key, `wandb login` keeps one")
-    variables = ", ".join(redact(f"{name}={value}") for name, value in said.items() if "KEY" not in name)
-    yield Found("W&B", f"{version}, {mode}{f' ({variables})' if variables else ''}")
+    mode = settings.get("WANDB_MODE") or (
+        "online" if _has_key() else "offline: there is no key, `wandb login` keeps one"
+    )
+    variables = ", ".join(redact(f"{name}={value}") for name, value in settings.items() if "KEY" not in name)
+    yield CheckResult("W&B", f"{version}, {mode}{f' ({variables})' if variables else ''}")
 
 
 def _has_key() -> bool:
-    """Whether W&B's key is in its variable, or in the file that `wandb login` writes."""
+    """Return whether W&B's key is in its variable, or in the file that `wandb login` writes."""
     import netrc
 
     try:
@@ -154,36 +160,38 @@ def _has_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or stored)
 
 
-def slurm() -> Iterator[Found]:
-    there = [name for name in SLURM if shutil.which(name)]
+def slurm() -> Iterator[CheckResult]:
+    installed = [name for name in SLURM if shutil.which(name)]
     inside = f"; this is inside job {job}" if (job := os.environ.get("SLURM_JOB_ID")) else ""
-    if there:
-        missing = [name for name in SLURM if name not in there]
-        yield Found("SLURM", ", ".join(there) + (f"; without {', '.join(missing)}" if missing else "") + inside)
+    if installed:
+        missing = [name for name in SLURM if name not in installed]
+        yield CheckResult(
+            "SLURM", ", ".join(installed) + (f"; without {', '.join(missing)}" if missing else "") + inside
+        )
     else:
-        yield Found("SLURM", "no command of it here")
+        yield CheckResult("SLURM", "none of its commands is installed")
 
 
-def disk() -> Iterator[Found]:
+def disk() -> Iterator[CheckResult]:
     runs = Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")).absolute()
-    own = sys.prefix != sys.base_prefix  # else it is the system's Python, and not ours to count
-    folders = {"environment": Path(sys.prefix)} if own else {}
-    for what, folder in (folders | {"data cache": cache(), "runs": runs}).items():
+    virtual = sys.prefix != sys.base_prefix  # the system's own Python is not counted
+    folders = {"environment": Path(sys.prefix)} if virtual else {}
+    for what, folder in (folders | {"data cache": cache_folder(), "runs": runs}).items():
         if folder.is_dir():
             size, count = _size(folder)
-            yield Found("disk", f"{what}: {size / 1e9:.2f} GB in {counted(count, 'file')}, {folder}")
-    there = next(folder for folder in (runs, *runs.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    yield Found("disk", f"{free / 1e9:.1f} GB free where runs are written", problem=free < 50e6)
+            yield CheckResult("disk", f"{what}: {size / 1e9:.2f} GB in {pluralize(count, 'file')}, {folder}")
+    existing = next(folder for folder in (runs, *runs.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    yield CheckResult("disk", f"{free / 1e9:.1f} GB free where runs are written", problem=free < 50e6)
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    """Bytes and files below a folder, of what can be read."""
+    """Return the number of bytes and of files below a folder, without what cannot be read."""
     size = count = 0
-    for at, _, names in os.walk(folder):
+    for below, _, names in os.walk(folder):
         for name in names:
             try:
-                size += os.lstat(os.path.join(at, name)).st_size
+                size += os.lstat(os.path.join(below, name)).st_size
                 count += 1
             except OSError:
                 continue
@@ -200,7 +208,7 @@ def main() -> None:
     for one in found:
         say(redact(str(one)))
     if problems := [one for one in found if one.problem]:
-        fail(TrainingFailed(f"training cannot start here: {counted(len(problems), 'problem')}, see above"), 1)
+        fail(TrainingFailed(f"training cannot start here: {pluralize(len(problems), 'problem')}, see above"), 1)
     say("training can start here")
 
 

@@ -37,13 +37,14 @@ class Command:
 
 
 def report_json(comparison: Comparison) -> dict[str, Any]:
-    """Every number of the page: by run, by row (runs that differ in the seed alone), by pair of rows; the verdicts."""
+    """Return all numbers of the page by run, by row (runs that differ only in the seed) and by pair of rows, and the
+    verdicts."""
     verdicts = [{"dataset": s.title, "verdict": " ".join(sentences.verdict(s))} for s in comparison.sections]
     return {"verdicts": verdicts} | comparison.as_json()
 
 
 def csv_rows(comparison: Comparison) -> str:
-    """One line per run: what of its object in report.json is a single value."""
+    """Return a line of CSV per run, with all single values of its object in report.json."""
     rows = [
         {name: _no_formula(value) for name, value in r.record.items() if not isinstance(value, dict | list)}
         for r in comparison.results
@@ -56,24 +57,24 @@ def csv_rows(comparison: Comparison) -> str:
 
 
 def _no_formula(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula, marked as text (OWASP, CSV injection)."""
+    """Mark text that a spreadsheet would run as a formula as text (source: OWASP, CSV injection)."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def terminal_text(comparison: Comparison) -> str:
-    """The tables in short, each with its verdict below."""
+    """Return the short tables, each with its verdict below."""
     parts = []
     for section in comparison.sections:
-        table = terminal_table(tables.main_table(section, tables.BRIEF))
-        said = " ".join(part for part in (*sentences.verdict(section), sentences.shared_times(section)) if part)
-        parts.append(f"{section.title}\n{table}\n\n{said}")
+        table = terminal_table(tables.main_table(section, tables.TERMINAL_COLUMNS))
+        text = " ".join(part for part in (*sentences.verdict(section), sentences.shared_times(section)) if part)
+        parts.append(f"{section.title}\n{table}\n\n{text}")
     if unfinished := tables.unfinished_table(comparison):
         parts.append(f"not finished, not ranked\n{terminal_table(unfinished)}")
     return "\n\n".join(parts)
 
 
 def write(comparison: Comparison, out: Path) -> None:
-    """Write the four files. Raises UserError where `out` cannot be written."""
+    """Write the report's four files. Raises UserError where `out` cannot be written."""
     files = {
         "report.json": json.dumps(report_json(comparison), indent=1, allow_nan=False) + "\n",
         "runs.csv": csv_rows(comparison),

@@ -1,32 +1,32 @@
-"""What goes wrong in ways that have a plain explanation, and words for the messages."""
+"""Errors that a message can explain, and helpers that write such messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend: its text says what is wrong, where, and how to fix it. Exit code 2."""
+    """The user can fix this: the text says what is wrong, where, and how to fix it. Exit code 2."""
 
 
 class TrainingFailed(RuntimeError):
-    """Training went wrong in a way that has a plain explanation. Exit code 1."""
+    """Training failed, and the text explains why. Exit code 1."""
 
 
 class Stopped(RuntimeError):
-    """Training was told to stop, and saved what it had: the same command continues. Exit code 75 (EX_TEMPFAIL)."""
+    """Training was asked to stop and has saved its state: the same command continues. Exit code 75 (EX_TEMPFAIL)."""
 
     def __init__(self, position: str, reason: str):
         super().__init__(f"stopped ({reason}) and saved in {position}: the same command continues")
-        self.reason = reason  # a signal's name, or what else it was told
+        self.reason = reason  # a signal's name, or what else asked for the stop
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The text that ends a message about an unknown word: what was probably meant, and what there is."""
+    """Return the end of a message about an unknown word: the choice that was probably meant, and all choices."""
     choices = list(choices)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return (f"did you mean {close[0]!r}? " if close else "") + "choices: " + ", ".join(choices)
 
 
-def counted(n: int, noun: str) -> str:
-    """`1 rank`, `2 ranks`."""
+def pluralize(n: int, noun: str) -> str:
+    """Return a number with its noun: `1 rank`, `2 ranks`."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, and where this package lies."""
+"""Write files atomically, and say where this package lies."""
 
 import errno
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 
-def write_whole(path: Path, content: str | bytes, last_look: Callable[[], object] = lambda: None) -> None:
-    """Replace a file so that a reader, or a crash, finds the old content or the new, never a part.
+def write_whole(path: Path, content: str | bytes, before_replace: Callable[[], object] = lambda: None) -> None:
+    """Replace a file atomically: a reader, also after a crash, finds the old content or the new, never a part of it.
 
-    `last_look` may raise when all is written but the new name, which keeps the old file.
+    `before_replace` is called when the new content is on disk under a temporary name. If it raises, the old file stays.
+    Raises OSError where the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -20,15 +21,15 @@ def write_whole(path: Path, content: str | bytes, last_look: Callable[[], object
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        last_look()
+        before_replace()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # else the new name itself may be lost with the machine
+        os.fsync(folder)  # without it, a machine that crashes may lose the new name
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system cannot sync folders
             raise
     finally:
         os.close(folder)

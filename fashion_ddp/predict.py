@@ -1,10 +1,10 @@
-"""What a trained model takes pictures for, and whether its weights give the figures that its run recorded.
+"""Classify pictures with a trained model, or verify that its weights give the figures that its run recorded.
 
     python -m fashion_ddp.predict runs/cnn-blog-seed42 boot.jpg shirt.png
     python -m fashion_ddp.predict runs/cnn-blog-seed42 --verify
 
-For each picture the three likeliest classes are printed, and a picture of what the model saw is saved. Exit code 1: the
-weights do not give what was recorded. 2: nothing was done, because something must be mended first.
+For each picture it prints the three likeliest classes, and saves a picture of what the model saw. Exit code 1: the
+weights do not give what was recorded. 2: nothing was done, because the user must fix something first.
 """
 
 import sys
@@ -20,18 +20,18 @@ from tqdm import tqdm
 from fashion_ddp import user_code
 from fashion_ddp.config.names import is_code
 from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.data.photo import Seen, card, is_light_on_dark, save_beside, see
-from fashion_ddp.errors import UserError, counted
+from fashion_ddp.data.photo import Photo, draw_card, is_light_on_dark, prepare_photo, save_without_replacing
+from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs.reading import Run, load_run, softmax
 
 T = TypeVar("T")
 
 TOP = 3
-# How far a logit may be from the recorded one, as a share of the largest: rounding, in another order of additions. Half
-# precision has 8 or 11 bits; so has float32 in a card's convolutions by default (TF32: 11).
+# How far a logit may be from the recorded one, as a share of the largest: rounding, for another order of additions.
+# Half precision has 8 or 11 bits. float32 has 11 in a card's convolutions by default (TF32).
 ROUNDING = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-ON_A_CARD = 1e-2
+ROUNDING_ON_A_CARD = 1e-2
 
 
 class Mismatch(RuntimeError):
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("nothing to do: name pictures, or give --verify")
         run = load_run(command.run)
         kept = run.path / "model.py"
-        if command.model and kept.is_file() and user_code.differs(command.model, kept):
+        if command.model and kept.is_file() and user_code.source_differs(command.model, kept):
             say(f"note: the source of {command.model} is not that of the run, which {kept} keeps")
         if command.verify:
             say(verify(run, command.model, command.data_dir, command.dataset))
@@ -80,37 +80,43 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def classify(run: Run, command: Command) -> None:
-    """Print what each picture is taken for, and save what the model saw. Nothing is done where one cannot be read."""
+    """Print the likeliest classes of each picture, and save what the model saw.
+
+    Raises UserError, before anything is done, where a picture cannot be read.
+    """
     light_on_dark = is_light_on_dark(run.arrays("examples.safetensors")["samples"])
-    seen, unreadable = list[Seen](), list[str]()
-    for path in _bar(command.images, "reading"):
+    photos, unreadable = list[Photo](), list[str]()
+    for path in _progress(command.images, "reading"):
         try:
-            seen.append(see(path, run.image_shape, light_on_dark))
+            photos.append(prepare_photo(path, run.image_shape, light_on_dark))
         except UserError as error:
             unreadable.append(str(error))
     if unreadable:
         more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
         raise UserError("; ".join(unreadable[:5]) + more)
-    logits = answers(run, np.stack([one.pixels for one in seen]), command.model)
+    logits = compute_logits(run, np.stack([photo.pixels for photo in photos]), command.model)
     classes = run.summary["classes"]
     try:
         command.out.mkdir(parents=True, exist_ok=True)
-        for one, row in _bar(list(zip(seen, softmax(logits), strict=True)), "saving"):
+        for photo, row in _progress(list(zip(photos, softmax(logits), strict=True)), "saving"):
             top = [(classes[c], float(row[c])) for c in np.argsort(-row, kind="stable")[:TOP]]
-            saved = save_beside(card(one, top), command.out / one.path.name)
-            said = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in top)
-            say(f"{one.path}: {said}  ({saved})")
+            saved = save_without_replacing(draw_card(photo, top), command.out / photo.path.name)
+            likeliest = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in top)
+            say(f"{photo.path}: {likeliest}  ({saved})")
     except OSError as error:
         raise UserError(f"{command.out}: cannot be written ({error.strerror or error}): choose another --out") from None
 
 
-def _bar(each: "Sequence[T]", doing: str) -> "tqdm[T]":
+def _progress(each: "Sequence[T]", doing: str) -> "tqdm[T]":
     return tqdm(each, desc=doing, unit="picture", leave=False, disable=len(each) < 2 or not sys.stderr.isatty())
 
 
-def answers(run: Run, images: np.ndarray, own: str | None) -> np.ndarray:
-    """The model's logits [n, classes] for images uint8 [n, C, H, W], on the CPU, in the run's precision."""
-    model = run.model(own)
+def compute_logits(run: Run, images: np.ndarray, user_model: str | None) -> np.ndarray:
+    """Return the model's logits [n, classes] for images uint8 [n, C, H, W], on the CPU, in the run's precision.
+
+    `user_model` names the model of a run with one of the user's own, as `Run.model` needs it.
+    """
+    model = run.model(user_model)
     import torch
 
     from fashion_ddp.training.batches import to_unit
@@ -120,24 +126,24 @@ def answers(run: Run, images: np.ndarray, own: str | None) -> np.ndarray:
     mixed = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.config["precision"])
     rows = torch.from_numpy(images).split(ROWS)
     with torch.no_grad(), torch.autocast("cpu", mixed or torch.bfloat16, enabled=mixed is not None):
-        return torch.cat([model(to_unit(part, dtype)).to(dtype) for part in _bar(rows, "classifying")]).numpy()
+        return torch.cat([model(to_unit(part, dtype)).to(dtype) for part in _progress(rows, "classifying")]).numpy()
 
 
-def verify(run: Run, own: str | None, data_dir: Path | None, named: str | None = None) -> str:
-    """Evaluate the test set with the run's weights, and compare: what was found, in a sentence.
+def verify(run: Run, user_model: str | None, data_dir: Path | None, user_dataset: str | None = None) -> str:
+    """Evaluate the test set with the run's weights, compare with the record, and return the result in a sentence.
 
-    `own` and `named`: the user's own model and data, if they are, named again.
+    `user_model` and `user_dataset` name the model and the data again, where they are the user's own.
 
-    Raises Mismatch where anything is not as recorded; UserError where it cannot be told.
+    Raises Mismatch where anything differs from the record, UserError where that cannot be decided.
     """
     from fashion_ddp import data
 
     recorded, cfg = run.predictions, run.settings()
-    made_with = run.environment[-1]["made_by"]["data"] if run.environment else {}
-    if is_code(cfg.dataset) and named is None:  # a run folder never decides which code is imported
+    data_md5 = run.environment[-1]["made_by"]["data"] if run.environment else {}
+    if is_code(cfg.dataset) and user_dataset is None:  # a run folder never decides which code is imported
         raise UserError(f"{run.path} has data of your own: name it again, as --dataset {cfg.dataset}")
-    dataset = data.load(named or cfg.dataset, data_dir or cfg.data_dir)
-    if dataset.md5 != made_with:
+    dataset = data.load(user_dataset or cfg.dataset, data_dir or cfg.data_dir)
+    if dataset.md5 != data_md5:
         raise UserError(
             f"{run.path} was made with other data than {dataset.source} holds: name its own with --data-dir"
         )
@@ -146,20 +152,22 @@ def verify(run: Run, own: str | None, data_dir: Path | None, named: str | None =
         raise Mismatch(f"{run.path}: the labels in predictions.safetensors are not those of the test set")
     if accuracy(recorded["predicted"], recorded["labels"]) != run.summary["test/accuracy"]:
         raise Mismatch(f"{run.path}: predictions.safetensors and summary.json give different accuracies")
-    logits = answers(run, dataset.test_images, own)
-    apart = float(np.abs(logits - recorded["logits"]).max())
-    share = max(ROUNDING[cfg.precision], 0 if run.summary["device"] == "cpu" else ON_A_CARD)
-    most = share * max(1.0, float(np.abs(recorded["logits"]).max()))
-    found = f"{count:,} test images: logits at most {apart:.1e} from the recorded ones (rounding: up to {most:.1e})"
-    if not apart <= most:  # nor where it is not a number
-        raise Mismatch(f"{run.path}: its weights do not give its record. {found}")
-    # Within rounding of the logits a class can change only where two were level.
-    changed = int((logits.argmax(axis=1) != recorded["predicted"]).sum())
-    again = accuracy(logits.argmax(axis=1), dataset.test_labels)
-    exactly = (
-        "exactly as recorded" if not changed else f"with {counted(changed, 'tie')} of two classes decided otherwise"
+    logits = compute_logits(run, dataset.test_images, user_model)
+    difference = float(np.abs(logits - recorded["logits"]).max())
+    share = max(ROUNDING[cfg.precision], 0 if run.summary["device"] == "cpu" else ROUNDING_ON_A_CARD)
+    limit = share * max(1.0, float(np.abs(recorded["logits"]).max()))
+    found = (
+        f"{count:,} test images: logits at most {difference:.1e} from the recorded ones (rounding: up to {limit:.1e})"
     )
-    return f"verified: {found}; accuracy {100 * again:.2f} %, {exactly}"
+    if not difference <= limit:  # also true for nan
+        raise Mismatch(f"{run.path}: its weights do not give its record. {found}")
+    # When logits differ by rounding only, a predicted class can change only where two classes had the same logit.
+    changed = int((logits.argmax(axis=1) != recorded["predicted"]).sum())
+    recomputed = accuracy(logits.argmax(axis=1), dataset.test_labels)
+    exactly = (
+        "exactly as recorded" if not changed else f"with {pluralize(changed, 'tie')} of two classes decided otherwise"
+    )
+    return f"verified: {found}; accuracy {100 * recomputed:.2f} %, {exactly}"
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:

@@ -1,11 +1,11 @@
-"""Bring run folders, and their report, to W&B: from a machine that has a network, for those that have none.
+"""Upload run folders, and their report, to W&B, for example for machines that have no network.
 
     python -m fashion_ddp.push runs --report report
     WANDB_MODE=offline python -m fashion_ddp.push runs/cnn-blog-seed42        into a file for `wandb sync`
 
-A run is made there, or brought up to date: what its server has is not told again, so the same command may be given as
-often as one likes. Runs that were made without W&B get a name for it in their summary.json. Exit code 1: some could not
-be brought there, and the same command goes on. 2: nothing was, because something must be mended first.
+It creates a run at W&B or updates it. It sends nothing that the server already has, so the command may be repeated. A
+run that was made without W&B gets an id for it in its summary.json. Exit code 1: some runs could not be uploaded, and
+the same command goes on. 2: nothing was uploaded, because the user must fix something first.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from fashion_ddp import data
 from fashion_ddp.config import Config
 from fashion_ddp.config.names import is_code
 from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.redact import refuse_secrets, restrict_umask
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import Run, find_runs, read_run
-from fashion_ddp.tracking.mirror import Wandb, panels
+from fashion_ddp.runs.reading import Run, find_runs, load_run
+from fashion_ddp.tracking.mirror import WandbMirror, panels
 
-NAME = "wandb.json"  # in a report's folder: the name that W&B knows it by
+IDS_FILE = "wandb.json"  # in a report's folder: its ids at W&B
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Command:
 
 
 class NotPushed(RuntimeError):
-    """W&B could not be told of a run, and said why. Exit code 1."""
+    """A run could not be uploaded to W&B, and the reason has been printed. Exit code 1."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     done = 0
     try:
         refuse_secrets(dataclasses.asdict(command))
-        runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := read_run(folder))]
+        runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := load_run(folder))]
         configs = [command.over(run.settings()) for run in runs]
         report = command.report and read_report(command.report)
         _check_saved_report(command, _common(configs))
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, TrainingFailed) as error:
         fail(error, 2)
     except NotPushed as error:
-        fail(NotPushed(f"{error}; {done} of {counted(len(runs), 'run')} done, and the same command goes on"), 1)
-    say(f"pushed: {counted(done, 'run')}" + (f", and {command.report}" if command.report else ""))
+        fail(NotPushed(f"{error}; {done} of {pluralize(len(runs), 'run')} done, and the same command goes on"), 1)
+    say(f"pushed: {pluralize(done, 'run')}" + (f", and {command.report}" if command.report else ""))
 
 
 def _can_be_pushed(run: Run) -> bool:
@@ -103,45 +103,48 @@ def _can_be_pushed(run: Run) -> bool:
 
 
 def push(run: Run, cfg: Config) -> None:
-    """Make a run at W&B of a folder, or bring it up to date. Raises NotPushed."""
-    if not (name := run.summary.get("wandb_id")):
-        name = secrets.token_hex(4)
-        _remember(run, name)  # before W&B is told of it
+    """Create or update a run at W&B from a run folder. Raises NotPushed where that fails."""
+    if not (wandb_id := run.summary.get("wandb_id")):
+        wandb_id = secrets.token_hex(4)
+        _save_wandb_id(run, wandb_id)  # before W&B gets it
     finished = run.status == "finished"
 
-    def tell(mirror: Wandb) -> None:
+    def log(mirror: WandbMirror) -> None:
         mirror.start(run.steps, run.metrics)
-        mirror.summarise(run.summary | {"wandb_id": name})
+        mirror.update_summary(run.summary | {"wandb_id": wandb_id})
         if finished:
-            mirror.show(_test_images(run))
+            mirror.show_results(_test_images(run))
 
-    config = panels.config(cfg, run.summary, run.environment)
-    _push(Wandb(run.path, cfg, name, config, upload=True), tell, None if finished else TrainingFailed(run.status))
+    config = panels.run_config(cfg, run.summary, run.environment)
+    mirror = WandbMirror(run.path, cfg, wandb_id, config, upload=True)
+    _push(mirror, log, None if finished else TrainingFailed(run.status))
 
 
 def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config, saved: bool = False) -> None:
-    """Make a run of type report at W&B, or bring it up to date: of `runs`, the objects in report.json; and, if it is
-    to be `saved`, a report of W&B's own."""
-    known = {"wandb_id": secrets.token_hex(4)} | _known_names(folder)
-    write_whole(folder / NAME, json.dumps(known) + "\n")
+    """Create or update a run of type report at W&B from the objects in report.json, `runs`.
 
-    def tell(mirror: Wandb) -> None:
+    `saved`: also save a report of W&B's own. Raises NotPushed where one of them fails.
+    """
+    ids = {"wandb_id": secrets.token_hex(4)} | _read_wandb_ids(folder)
+    write_whole(folder / IDS_FILE, json.dumps(ids) + "\n")
+
+    def log(mirror: WandbMirror) -> None:
         mirror.start([], [])
         mirror.show_report(runs)
 
     config = {"runs": ", ".join(str(run["name"]) for run in runs)}
-    mirror = Wandb(folder, cfg, known["wandb_id"], config, job="report", upload=True)
-    _push(mirror, tell, None)
+    mirror = WandbMirror(folder, cfg, ids["wandb_id"], config, job_type="report", upload=True)
+    _push(mirror, log, None)
     if saved:
         try:
             from wandb_workspaces.reports import v2
 
-            place = {"entity": mirror.run.entity, "project": mirror.run.project}
-            report = panels.saved_report(v2, place, cfg.wandb_group or "", known.get("saved_report", ""))
-        except Exception as error:  # noqa: BLE001 - whatever W&B has against it
+            project = {"entity": mirror.run.entity, "project": mirror.run.project}
+            report = panels.save_report(v2, project, cfg.wandb_group or "", ids.get("saved_report", ""))
+        except Exception as error:  # noqa: BLE001 - W&B may raise anything
             why = " ".join(str(error).split())[:200]
             raise NotPushed(f"W&B did not save the report ({type(error).__name__}: {why})") from None
-        write_whole(folder / NAME, json.dumps(known | {"saved_report": report.id}) + "\n")
+        write_whole(folder / IDS_FILE, json.dumps(ids | {"saved_report": report.id}) + "\n")
         say(f"W&B: report at {report.url}")
 
 
@@ -151,46 +154,49 @@ def _check_saved_report(command: Command, cfg: Config) -> None:
     if command.report is None:
         raise UserError("--saved-report goes with --report: name the report's folder, too")
     if not cfg.wandb_group:
-        raise UserError("--saved-report is on the runs of one group, and these have none in common: give --group")
+        raise UserError("--saved-report shows the runs of one group, and these have none in common: give --group")
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("--saved-report needs a package that is not installed: pip install wandb-workspaces")
 
 
-def _push(mirror: Wandb, tell: Callable[[Wandb], None], error: Exception | None) -> None:
+def _push(mirror: WandbMirror, log: Callable[[WandbMirror], None], error: Exception | None) -> None:
     before = set(os.environ)
-    tell(mirror)
+    log(mirror)
     mirror.finish(error)
-    for name in set(os.environ) - before:  # each run has its own folder to stage in
+    for name in set(os.environ) - before:  # the mirror set W&B's folders for this run: the next one has others
         del os.environ[name]
     if mirror.mode not in ("online", "offline"):
         raise NotPushed(f"{mirror.path} could not be brought to W&B")
 
 
-def _remember(run: Run, name: str) -> None:
+def _save_wandb_id(run: Run, wandb_id: str) -> None:
     try:
-        held = lock.take(run.path)
+        own_lock = lock.acquire(run.path)
         try:
             summary = json.loads((run.path / "summary.json").read_text())
-            RunFolder(run.path, lock=held).write_json("summary.json", summary | {"wandb_id": name})
+            RunFolder(run.path, lock=own_lock).write_json("summary.json", summary | {"wandb_id": wandb_id})
         finally:
-            held.release()
+            own_lock.release()
     except OSError as error:
         raise UserError(
-            f"{run.path}: its name at W&B cannot be noted there ({error.strerror}): make the folder writable"
+            f"{run.path}: its id at W&B cannot be saved there ({error.strerror}): make the folder writable"
         ) from None
 
 
-def _known_names(folder: Path) -> dict[str, str]:
+def _read_wandb_ids(folder: Path) -> dict[str, str]:
     try:
-        return dict(json.loads((folder / NAME).read_text()))
+        return dict(json.loads((folder / IDS_FILE).read_text()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / NAME} cannot be used ({error}): remove it, which makes a new run at W&B") from None
+        raise UserError(
+            f"{folder / IDS_FILE} cannot be used ({error}): remove it, which makes a new run at W&B"
+        ) from None
 
 
 def _common(configs: list[Config]) -> Config:
-    """Settings whose W&B project, group and so on are those of all these runs; none where they differ."""
+    """Return settings with the W&B project, group and so on that all runs have in common; the default where they
+    differ."""
     cfg = configs[0] if configs else Config()
     names = [field.name for field in dataclasses.fields(cfg) if field.name.startswith("wandb_")]
     differ = [name for name in names if len({getattr(each, name) for each in configs}) > 1]
@@ -198,7 +204,7 @@ def _common(configs: list[Config]) -> Config:
 
 
 def read_report(folder: Path) -> list[dict[str, Any]]:
-    """The runs in a report. Raises UserError where there is none."""
+    """Return the objects of the runs in a report. Raises UserError where there is no report."""
     try:
         (folder / "report.html").stat()
         return json.loads((folder / "report.json").read_text())["runs"]
@@ -218,8 +224,11 @@ def _dataset(name: str, data_dir: Path | None) -> data.Dataset | None:
 
 
 def _test_images(run: Run) -> np.ndarray | None:
-    """The test set's, uint8 [n, C, H, W]; None where the run's own data is not here, or a function of the user's makes
-    it: a run folder never decides which code is imported."""
+    """Return the test set's images, uint8 [n, C, H, W].
+
+    None where the run's data is not on this machine, or a function of the user's own makes it: a run folder never
+    decides which code is imported.
+    """
     cfg, start = run.settings(), run.environment[-1] if run.environment else {}
     if is_code(cfg.dataset):
         return None

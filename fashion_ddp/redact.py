@@ -1,4 +1,4 @@
-"""What others must not get: secrets in what a run writes and says, and the right to change its files."""
+"""Keep secrets out of what a run writes and prints, and keep other users from changing its files."""
 
 import os
 import re
@@ -12,36 +12,39 @@ from fashion_ddp.errors import UserError
 _WORDS = "key|apikey|token|secret|password|passwd|passphrase|credential|jwt"
 _NAME = re.compile(rf"(?:^|[^a-z])(?:{_WORDS})s?(?:[^a-z]|$)", re.IGNORECASE)
 _IN_URL = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")  # https://user:password@host
-SHORTEST = 8  # characters of a secret: shorter values are parts of other words
+SHORTEST = 8  # characters: a shorter value may be a part of an ordinary word
 
 
-def secrets() -> dict[str, str]:
-    """The environment's secrets: each value, and the variable that holds it. The path of a key's file is none."""
+def find_secrets() -> dict[str, str]:
+    """Return the secrets in the environment: each value with its variable's name, longest value first.
+
+    The path of an existing file (of a key, for example) is not a secret.
+    """
     named = ((name, value) for name, value in os.environ.items() if len(value) >= SHORTEST and _NAME.search(name))
     found = {value: name for name, value in named if not os.path.exists(value)}
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))  # one that holds another comes first
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))  # one secret may contain another
 
 
 def redact(text: str) -> str:
-    """A text with *** in the place of secrets."""
-    for value in secrets():
+    """Replace each secret in a text by ***."""
+    for value in find_secrets():
         text = text.replace(value, "***")
     return _IN_URL.sub(r"\1:***@", text)
 
 
 def refuse_secrets(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a setting that holds a secret: settings are written into the run's files and name it."""
+    """Raise UserError for a setting that contains a secret, because settings are written into the run's files."""
     for setting, value in settings.items():
-        for secret, variable in secrets().items():
+        for secret, variable in find_secrets().items():
             if isinstance(value, str | Path | tuple) and secret in str(value):
                 raise UserError(
-                    f"{setting}: holds the value of ${variable}, which by its name is secret, and would be written "
-                    f"into the run's files: choose another, or unset {variable} if it is none"
+                    f"{setting}: holds the value of ${variable}, whose name says that it is secret, and would be "
+                    f"written into the run's files: choose another, or unset {variable} if it is no secret"
                 )
 
 
 def hide_values(words: Iterable[str]) -> Iterator[str]:
-    """A command line without the values of flags whose names say that they are secret. (None of ours does.)"""
+    """Replace by *** the values of flags whose names look secret in a command line. (None of our flags does.)"""
     hide = False
     for word in words:
         flag, equals, _ = word.partition("=")
@@ -51,5 +54,5 @@ def hide_values(words: Iterable[str]) -> Iterator[str]:
 
 
 def restrict_umask() -> None:
-    """Whatever this process makes from here on, only its user, and the group where the umask lets it, may change."""
+    """Let only the user, and the group if the umask allows it, change the files that this process makes from now on."""
     os.umask(os.umask(0o022) | 0o002)

@@ -16,7 +16,7 @@ from typing import Any
 from fashion_ddp.config import cli
 from fashion_ddp.console import fail, say
 from fashion_ddp.distributed import signals
-from fashion_ddp.distributed.rendezvous import RENDEZVOUS, free_port
+from fashion_ddp.distributed.rendezvous import RENDEZVOUS_TIMEOUT, free_port
 from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim
@@ -119,12 +119,12 @@ def _meet(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[
         new = folder / f".new-meet-{start}"
         new.write_text(str(port))
         new.rename(path)
-    limit = time.monotonic() + RENDEZVOUS
+    limit = time.monotonic() + RENDEZVOUS_TIMEOUT
     while not path.exists():
         if time.monotonic() > limit:
             raise UserError(
-                f"rank {rank} on {socket.gethostname()} waited {RENDEZVOUS:.0f} s for rank 0 on {first_host} to write "
-                f"{path}: is {folder.parent} on a file system that both machines share?"
+                f"rank {rank} on {socket.gethostname()} waited {RENDEZVOUS_TIMEOUT:.0f} s for rank 0 on {first_host} "
+                f"to write {path}: is {folder.parent} on a file system that both machines share?"
             )
         time.sleep(0.1)
         list(folder.iterdir())  # makes NFS look again

@@ -14,7 +14,7 @@ from fashion_ddp.errors import UserError
 from fashion_ddp.files import write_whole
 from fashion_ddp.report.text import Table, percent, terminal_table
 from fashion_ddp.runs.lock import holder
-from fashion_ddp.runs.reading import Run, read_run
+from fashion_ddp.runs.reading import Run, load_run
 from launch import slurm
 
 NOTE = "job.json"  # in a run's folder: as which job it was last submitted
@@ -91,7 +91,7 @@ def _seen(run: Run, known: dict[str, Any], queue: dict[str, slurm.Queued], ended
 def _read(folder: Path) -> Run:
     """A run; one whose folder cannot be read is shown as such, beside the others."""
     try:
-        return read_run(folder)
+        return load_run(folder)
     except UserError as error:
         return Run(folder, {}, {"status": "damaged", "error": str(error)}, [], [], [])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fashion_ddp.console import say
 from fashion_ddp.distributed import signals
 from fashion_ddp.report.text import percent
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from launch.processes import LOOK, STOPPED, Job, Running
 from launch.share import Share
 
@@ -33,7 +33,7 @@ class Active:
     def end(self, code: int) -> None:
         """Say how it ended."""
         if code == 0:
-            summary = read_run(self.folder).summary
+            summary = load_run(self.folder).summary
             accuracy, seconds = percent(summary["test/accuracy"]), summary["time/total_s"]
             say(f"{self.label} finished: test accuracy {accuracy} %; {seconds:.1f} s from start to end")
         elif code == STOPPED:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.distributed import machine, signals
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 
 Sizes = tuple[tuple[int, int, int], int, int]  # of the data: (C, H, W), classes, training images
 
@@ -65,10 +65,10 @@ def announce(jobs: int, asked: int, cfg: Config, todo: list[Config], sizes: Size
     """
     import torch
 
-    kind = machine.choose_device(cfg, machine.Place())
+    kind = machine.choose_device(cfg, machine.RankPlacement())
     cards, cores = torch.cuda.device_count() if kind == "cuda" else 0, machine.usable_cores()
     ranks = asked or (1 if jobs > 1 else cards or min(4, cores))
-    machine.choose_device(cfg, machine.Place(world_size=ranks, local_world_size=ranks))
+    machine.choose_device(cfg, machine.RankPlacement(world_size=ranks, local_world_size=ranks))
     dealt = deal(visible_cards(cards), jobs, ranks) if cards and jobs > 1 else [None] * jobs
     # By `jobs`, however many runs there are or are left: a run's bits depend on its threads, and a run that continues
     # alone must end in those that it would have had among the others. More ranks than cores are not refused: with one
@@ -77,13 +77,13 @@ def announce(jobs: int, asked: int, cfg: Config, todo: list[Config], sizes: Size
     if not todo:
         return share
     on = f"{cards} x {torch.cuda.get_device_name(0)}" if cards else f"CPU, {cores} cores"
-    each = f"{counted(ranks, 'rank')} with {counted(share.threads, 'CPU thread')} each"
+    each = f"{pluralize(ranks, 'rank')} with {pluralize(share.threads, 'CPU thread')} each"
     seconds = [_estimate(cfg, kind, ranks, share.threads, sizes) for cfg in todo]
     at_once = jobs if cards else min(jobs, max(1, cores // (ranks * share.threads)))
     whole = max(sum(seconds) / at_once, *seconds)
     took = f"about {whole / 60:.0f} min" if whole > 90 else f"about {whole:.0f} s"
     beside = f", {jobs} at once," if jobs > 1 else ""
-    say(f"{counted(len(todo), 'run')}{beside} of {each}, on {on}; {took}")
+    say(f"{pluralize(len(todo), 'run')}{beside} of {each}, on {on}; {took}")
     return share
 
 
@@ -99,8 +99,8 @@ def deal(cards: Sequence[str], jobs: int, ranks: int) -> list[str]:
     if jobs * ranks > len(cards):
         fit = len(cards) // ranks
         raise UserError(
-            f"jobs={jobs} of {counted(ranks, 'rank')} each need {counted(jobs * ranks, 'NVIDIA card')}, and there are "
-            f"{len(cards)}: give --jobs {fit} (JOBS={fit}), or --device cpu to train without them"
+            f"jobs={jobs} of {pluralize(ranks, 'rank')} each need {pluralize(jobs * ranks, 'NVIDIA card')}, and there "
+            f"are {len(cards)}: give --jobs {fit} (JOBS={fit}), or --device cpu to train without them"
         )
     return [",".join(cards[at : at + ranks]) for at in range(0, jobs * ranks, ranks)]
 

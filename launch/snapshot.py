@@ -35,7 +35,7 @@ def users_code(names: list[str]) -> list[Path]:
 
     Raises UserError for a package too large to be copied for every submission.
     """
-    user_code.reach_current_folder()  # as the run itself will
+    user_code.add_current_folder_to_path()  # as the run itself will
     installed = [Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
     found = []
     for name in dict.fromkeys(re.split("[.:]", one)[0] for one in names if is_code(one)):

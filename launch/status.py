@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.errors import UserError, counted
+from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.report.text import terminal_table
 from fashion_ddp.runs.lock import holder
@@ -76,7 +76,7 @@ def _end_local(group: list[Seen]) -> None:
     if note["host"] != socket.gethostname():
         raise UserError(f"{group[0].folder} runs on {note['host']}: give the command there")
     os.kill(int(note["job"]), signal.SIGTERM)
-    say(f"process {note['job']} is told to end, with {counted(len(group), 'run')}: it saves, and resubmit continues")
+    say(f"process {note['job']} is told to end, with {pluralize(len(group), 'run')}: it saves, and resubmit continues")
 
 
 def resubmit(seen: list[Seen]) -> int:

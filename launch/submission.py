@@ -12,7 +12,7 @@ import tyro
 
 from fashion_ddp.config import Config, cli, field_types, layers
 from fashion_ddp.errors import UserError, nearest
-from fashion_ddp.report.text import in_common
+from fashion_ddp.report.text import common_settings
 from fashion_ddp.runs import claim
 
 # Flags of fashion_ddp.train that mean nothing for many runs, and what does instead.
@@ -142,7 +142,7 @@ def shared_group(configs: list[Config]) -> str | None:
     same at every start; None where the user said one, or W&B's own variable does."""
     if any(cfg.wandb_group for cfg in configs) or "WANDB_RUN_GROUP" in os.environ:
         return None
-    common = in_common([layers.changed(cfg) for cfg in configs])
+    common = common_settings([layers.changed(cfg) for cfg in configs])
     return "-".join([Path(configs[0].recipe).stem, *(f"{name}{value}" for name, value in common.items())])
 
 

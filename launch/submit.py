@@ -29,12 +29,12 @@ from fashion_ddp.config import Config, layers
 from fashion_ddp.config.cli import Command
 from fashion_ddp.config.names import is_code, is_path
 from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.data.published import named
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.data.published import chosen_folder
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim, lock, provenance
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from launch import jobs, sbatch, site, slurm, snapshot, submission, submitit_local
 from launch.job import Report
 from launch.submission import Submission
@@ -94,7 +94,7 @@ def _submit(asked: Submission, flags: list[str]) -> int:
 
 def _absolute(cfg: Config) -> Config:
     """The run as it is from any folder. What is named by a variable of this shell is named in the settings."""
-    paths: dict[str, Any] = {"runs_dir": cfg.runs_dir, "run_dir": cfg.run_dir, "data_dir": named(cfg.data_dir)}
+    paths: dict[str, Any] = {"runs_dir": cfg.runs_dir, "run_dir": cfg.run_dir, "data_dir": chosen_folder(cfg.data_dir)}
     found: dict[str, Any] = {name: path.absolute() for name, path in paths.items() if path is not None}
     if cfg.recipe not in layers.recipe_names():
         found["recipe"] = os.path.abspath(cfg.recipe)
@@ -155,7 +155,7 @@ def _made_by(cfg: Config, group: site.Site, md5: dict[str, dict[str, str]]) -> d
     """What a job of ours would record as its code, versions and data. A Python that is not this one has the versions
     that a run which is there already had, and a dataset that is not here that run's md5."""
     folder = claim.folder_of(cfg)
-    starts = read_run(folder).environment if (folder / "config.yaml").is_file() else []
+    starts = load_run(folder).environment if (folder / "config.yaml").is_file() else []
     before = starts[-1].get("made_by", {}) if starts else {}
     now = provenance.made_by(cfg, md5.get(cfg.dataset, before.get("data", {})))
     others = {name: value for name, value in now.items() if name not in provenance.versions()}
@@ -173,7 +173,7 @@ def _show(plan: sbatch.Plan, configs: list[Config]) -> None:
         say(f"--- {claim.folder_of(cfg)}\n{cfg.to_yaml()}")
     if plan.asked.executor != "slurm" or not configs:
         return
-    say(f"--- sbatch, for {counted(len(configs), 'run')}\n{plan.text(len(configs))}")
+    say(f"--- sbatch, for {pluralize(len(configs), 'run')}\n{plan.text(len(configs))}")
     say(f"--- sbatch, for the comparison\n{plan.report_text()}")
     if slurm.answers():
         say(f"--- SLURM here would take them: {sbatch.check(plan, len(configs))}")
@@ -185,7 +185,7 @@ def _send(plan: sbatch.Plan, todo: list[Path], every: list[Path]) -> int:
     try:
         plan.base.mkdir(parents=True)
         if not plan.code.exists() and asked.executor != "debug":
-            configs = [read_run(folder).settings() for folder in todo]
+            configs = [load_run(folder).settings() for folder in todo]
             snapshot.take(plan.code, [name for cfg in configs for name in (cfg.model, cfg.dataset)])
         write_whole(plan.base / RECORD, json.dumps(_record(plan, every), indent=1, default=str) + "\n")
     except OSError as error:
@@ -196,7 +196,7 @@ def _send(plan: sbatch.Plan, todo: list[Path], every: list[Path]) -> int:
     ids, last = sbatch.submit(plan, todo, report)
     for folder, job in zip(todo, ids, strict=True):
         say(f"job {job}  {folder}")
-    say(f"{counted(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {asked.out}")
+    say(f"{pluralize(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {asked.out}")
     say(f"next: python -m launch.status {shlex.quote(str(todo[0].parent))}")
     if not asked.wait:
         return 0

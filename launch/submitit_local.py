@@ -18,7 +18,7 @@ import submitit
 from fashion_ddp.console import say
 from fashion_ddp.distributed import signals
 from fashion_ddp.runs import lock
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from launch import jobs, slurm
 from launch.controller import STOPPED
 from launch.job import Rank, Report
@@ -37,7 +37,7 @@ def run_all(plan: Plan, todo: list[Path], report: Report) -> int:
                 submitit.DebugExecutor(plan.base).submit(task).result()
         report()
         return 0
-    held = lock.take(plan.base)  # while it is held, these runs are queued
+    held = lock.acquire(plan.base)  # while it is held, these runs are queued
     try:
         for folder in todo:
             jobs.note(folder, plan.base, "local", str(os.getpid()))
@@ -70,7 +70,7 @@ def _run(plan: Plan, folder: Path, held: lock.Lock) -> None:
             told = True
         held.touch()
         time.sleep(0.1)
-    summary = read_run(folder).summary
+    summary = load_run(folder).summary
     status = summary.get("status", "not begun")
     why = "" if status == "finished" else f": {summary.get('error') or 'see its log'}"
     say(f"{status}{why}")

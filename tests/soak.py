@@ -30,7 +30,7 @@ from faults import TINY_STEPS, Fault, Ranks, start_tiny, wrong
 
 from fashion_ddp.distributed import machine
 from fashion_ddp.runs import provenance
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 
 STEPS = 3 * TINY_STEPS
 STRUCK = 12  # faults that a run takes before it is left in peace
@@ -115,7 +115,7 @@ class Soak:
                     raise AssertionError("it makes no progress")
             soaked.failures += wrong(folder, reference)
             soaked.steps = len(Ranks(folder, []).noted("steps"))
-            soaked.step_seconds = read_run(folder / "run").summary["time/step_p50_ms"] / 1000
+            soaked.step_seconds = load_run(folder / "run").summary["time/step_p50_ms"] / 1000
         except (AssertionError, pytest.fail.Exception) as error:
             soaked.failures.append(str(error))
         if soaked.failures:
@@ -151,7 +151,7 @@ class Soak:
         if struck and fault is not None:
             soaked.struck[fault.kind()] += 1
         action = fault.action if struck and fault is not None else None
-        status = read_run(folder / "run").summary.get("status") if (folder / "run" / "config.yaml").exists() else None
+        status = load_run(folder / "run").summary.get("status") if (folder / "run" / "config.yaml").exists() else None
         _check(soaked, codes, action, isinstance(fault, AtTime), status)
         return codes == [0] * size
 
@@ -215,7 +215,7 @@ def _newest(run: Path) -> str:
 
 def _damage(draw: random.Random, run: Path) -> str | None:
     """Damage a file of a run that stands; None where there is none, or it is complete."""
-    if not (newest := _newest(run)) or read_run(run).summary.get("status") == "finished":
+    if not (newest := _newest(run)) or load_run(run).summary.get("status") == "finished":
         return None
     path, kind = run / "checkpoints" / newest, draw.choice(["truncate", "flip", "empty", "half a line"])
     content = path.read_bytes()

@@ -62,7 +62,7 @@ def test_what_is_missing_or_in_the_way_is_told(
     assert code == 0 and "5ecre7" not in printed
     assert found["libraries"].startswith(f"{tmp_path} on LD_LIBRARY_PATH comes before torch's own libcudart.so.12")
     assert "train-images-idx3-ubyte.gz" in found["data"] and "python -m fashion_ddp.data" in found["data"]
-    assert ", online (WANDB_PROJECT=mine)" in found["W&B"] and found["SLURM"] == "no command of it here"
+    assert ", online (WANDB_PROJECT=mine)" in found["W&B"] and found["SLURM"] == "none of its commands is installed"
     monkeypatch.delenv("WANDB_API_KEY")
     assert ", offline: there is no key" in told(capsys)[1]["W&B"]
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -81,7 +81,7 @@ def test_ranks_that_can_talk_say_how_fast(tmp_path: Path) -> None:
 @quick
 def test_ranks_that_hang_end_with_advice() -> None:
     code = "import time; from fashion_ddp.distributed import probe\n"
-    code += "with probe.limit(0, 'an all-reduce', 0.2): time.sleep(60)"
+    code += "with probe.time_limit(0, 'an all-reduce', 0.2): time.sleep(60)"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False, capture_output=True, text=True)
     assert done.returncode == 1 and time.monotonic() - start < 50

@@ -208,7 +208,7 @@ def test_unfinished_and_failed_runs_are_listed_not_ranked(tmp_path: Path, report
     make_run(runs / "bad", model="cnn", status="failed", summary={"error": "TrainingFailed: loss is nan | step 12"})
     make_run(runs / "halted", model="mlp", status="stopped")
     make_run(runs / "gone", model="relu", status="running")  # killed: no process holds its folder
-    going = lock.take(make_run(runs / "going", model="relu", status="running"))
+    going = lock.acquire(make_run(runs / "going", model="relu", status="running"))
     (make_run(runs / "empty", model="linear", seed=7) / "summary.json").unlink()
     r = report()
     going.release()

@@ -53,7 +53,7 @@ def saved(image: Any, path: Path, **how: Any) -> Path:
 
 
 def seen(path: Path, light_on_dark: bool = True, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
-    return photo.see(path, shape, light_on_dark).pixels
+    return photo.prepare_photo(path, shape, light_on_dark).pixels
 
 
 # --- A picture as the data looks --------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_a_picture_of_the_datas_own_kind_keeps_its_pixels(shoes: np.ndarray, tmp
 
 @pytest.mark.quick
 def test_the_background_of_the_data_is_known(shoes: np.ndarray) -> None:
-    assert max(photo.background(image) for image in shoes[:2_000]) <= 127
+    assert max(photo.background_brightness(image) for image in shoes[:2_000]) <= 127
     assert photo.is_light_on_dark(shoes[:25]) and not photo.is_light_on_dark(255 - shoes[:25])
 
 
@@ -281,7 +281,7 @@ def test_a_tie_within_rounding_is_told(
 
 def test_a_users_model_is_named(run: Run) -> None:
     with pytest.raises(UserError, match="model nobody:Net"):
-        predict.answers(run, np.zeros((1, *SHAPE), np.uint8), "nobody:Net")
+        predict.compute_logits(run, np.zeros((1, *SHAPE), np.uint8), "nobody:Net")
 
 
 def test_a_run_does_not_decide_which_code_makes_its_data(

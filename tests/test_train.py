@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fashion_ddp import data
 from fashion_ddp.models import architectures
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 
 TRAIN = (
     "python",
@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
 
 
 def test_a_run_leaves_a_complete_folder(finished: Path) -> None:
-    run = read_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
+    run = load_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
     names = {path.name for path in run.path.iterdir()}
     tensors = {"predictions.safetensors", "examples.safetensors", "model.safetensors"}
     records = {"config.yaml", "environment.json", "metrics.jsonl", "steps.jsonl", "summary.json", "model.txt"}
@@ -60,7 +60,7 @@ def test_a_run_leaves_a_complete_folder(finished: Path) -> None:
 
 
 def test_saved_weights_loaded_again_give_the_saved_predictions(finished: Path, data_dir: Path) -> None:
-    run = read_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
+    run = load_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
     d = data.load("fashion_mnist", data_dir)
     saved = load_file(run.path / "predictions.safetensors")
     model = architectures.build(run.settings(), d.image_shape, len(d.classes))
@@ -83,7 +83,7 @@ def test_the_screen_says_what_is_trained_on_what(finished: Path) -> None:
 
 
 def test_its_config_makes_the_same_run(finished: Path) -> None:
-    run = read_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
+    run = load_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
     again = command(*TRAIN[:3], "--config", str(run.path / "config.yaml"), "--run-dir", "again", cwd=finished)
     assert again.returncode == 0, again.stderr
     assert (finished / "again" / "model.safetensors").read_bytes() == (run.path / "model.safetensors").read_bytes()

@@ -14,7 +14,7 @@ from fashion_ddp import user_code
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 
 quick = pytest.mark.quick
 SMALL = ("--dataset", "synthetic", "--tracker", "none", "--device", "cpu", "--epochs", "1", "--threads", "1")
@@ -55,7 +55,7 @@ class Net(nn.Module):
     ],
 )
 def test_arguments_are_of_the_types_of_the_signature(text: str, value: Any) -> None:
-    found = user_code.typed(Net, [text])[text.partition("=")[0]]
+    found = user_code.convert_arguments(Net, [text])[text.partition("=")[0]]
     assert found == value and type(found) is type(value)
 
 
@@ -76,15 +76,15 @@ def test_arguments_are_of_the_types_of_the_signature(text: str, value: Any) -> N
 )
 def test_a_wrong_argument_is_named(text: str, said: str) -> None:
     with pytest.raises(UserError) as told:
-        user_code.typed(Net, [text])
+        user_code.convert_arguments(Net, [text])
     assert f"model_args: {said}" in str(told.value)
 
 
 @quick
 def test_a_function_may_take_any_argument_or_none() -> None:
-    assert user_code.typed(lambda shape, classes, **more: None, ["a=1", "b=x"]) == {"a": 1, "b": "x"}
+    assert user_code.convert_arguments(lambda shape, classes, **more: None, ["a=1", "b=x"]) == {"a": 1, "b": "x"}
     with pytest.raises(UserError, match="unknown 'a'; it takes none"):
-        user_code.typed(lambda shape, classes: None, ["a=1"])
+        user_code.convert_arguments(lambda shape, classes: None, ["a=1"])
 
 
 @quick
@@ -93,13 +93,13 @@ def test_arguments_make_the_run(tmp_path: Path) -> None:
         return make_config({"model": "my.net:Net", "model_args": list(arguments)})
 
     one = made("dropout=0.2", "depth=3")
-    assert one == made("depth=3", "dropout=0.2") and claim.name(one) == "my.net_Net-blog-seed42-depth3-dropout0.2"
+    assert one == made("depth=3", "dropout=0.2") and claim.run_name(one) == "my.net_Net-blog-seed42-depth3-dropout0.2"
     changed = provenance.differences(provenance.identity(one), provenance.identity(made("depth=4", "dropout=0.2")))
     assert changed == ["depth: 3 -> 4"]
     (tmp_path / "mine.yaml").write_text("all: {}\nmodels: {'my.net:Net': {model_args: {depth: 5, act: relu}}}\n")
     recipe = {"model": "my.net:Net", "recipe": str(tmp_path / "mine.yaml")}
     assert make_config(recipe).model_args == ("act=relu", "depth=5")
-    assert claim.name(make_config(recipe)) == "my.net_Net-mine-seed42"
+    assert claim.run_name(make_config(recipe)) == "my.net_Net-mine-seed42"
     for wrong in (["dropout"], ["=3"], ["a=1", "a=2"]):
         with pytest.raises(UserError, match="model_args: "):
             made(*wrong)
@@ -118,14 +118,16 @@ def test_the_source_is_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cfg = make_config({"model": "deep.nets_7:Net"})
     before = provenance.made_by(cfg, {})
     copy.write_bytes(source.read_bytes())
-    assert user_code.source(cfg.model) == source and not user_code.differs(cfg.model, copy)
+    assert user_code.source_path(cfg.model) == source and not user_code.source_differs(cfg.model, copy)
     source.write_text("import no_such_package\n\n")
-    assert user_code.differs(cfg.model, copy)
+    assert user_code.source_differs(cfg.model, copy)
     after = provenance.made_by(cfg, {})
     assert provenance.differences(before, after) == ["another source of the model"]
     source.unlink()
-    assert user_code.differs(cfg.model, copy) and user_code.source(cfg.model) is None
-    assert user_code.source("no_such_module_7:Net") is None and user_code.source("no_such.module_7:Net") is None
+    assert user_code.source_differs(cfg.model, copy) and user_code.source_path(cfg.model) is None
+    assert (
+        user_code.source_path("no_such_module_7:Net") is None and user_code.source_path("no_such.module_7:Net") is None
+    )
     assert "model source" not in provenance.made_by(make_config({"model": "cnn"}), {})
 
 
@@ -173,7 +175,7 @@ SLOW = ("torchrun", "accelerate", "submit")  # theirs, which take long to start
 def test_a_model_in_the_current_folder_trains_under_every_launcher(launcher: str, here: Path) -> None:
     done = command(*LAUNCHERS[launcher], *SMALL, *ARGUMENTS, cwd=here, ACCELERATE_CONFIG_FILE="")
     assert done.returncode == 0, done.stdout + done.stderr
-    run = read_run(here / "run")
+    run = load_run(here / "run")
     assert run.summary["status"] == "finished"
     assert {"depth": "3", "dropout": "0.2", "width": "4"}.items() <= run.summary["changed"].items()
     convolutions = (9 + 1) * 4 + 2 * (9 * 4 + 1) * 4

@@ -1,4 +1,4 @@
-"""Datasets: found, else downloaded; verified and decoded; and those of one's own."""
+"""Datasets: find or download, verify and decode the published ones, read a user's own, and prepare pictures."""
 
 from fashion_ddp.data.dataset import PUBLISHED, Dataset, fetch, load, locate
 

@@ -1,4 +1,4 @@
-"""Find the data, else download it; verify it.
+"""Find a dataset or download it, and verify it.
 
 python -m fashion_ddp.data [--dataset NAME, FOLDER, FILE.npz or package.module:function] [--data-dir DIR]
 """
@@ -14,12 +14,12 @@ from fashion_ddp.redact import restrict_umask
 
 
 def main(dataset: str = "fashion_mnist", data_dir: Path | None = None) -> None:
-    """Find the data, else download it into the user's cache folder; verify it.
+    """Find a dataset or download it into the user's cache folder, and verify it.
 
     Args:
-        dataset: fashion_mnist, mnist or kmnist; or what --dataset of a training takes, to have it checked.
-        data_dir: The only folder that a published set is looked for in; else $FASHION_DDP_DATA_DIR, or ./data and the
-            user's cache.
+        dataset: fashion_mnist, mnist or kmnist; or anything else that --dataset of a training takes, to check it.
+        data_dir: The only folder to search for a published dataset; by default $FASHION_DDP_DATA_DIR, or else ./data
+            and the user's cache folder.
     """
     restrict_umask()
     if dataset in PUBLISHED and data_dir is None and locate(dataset, None) is None:

@@ -1,15 +1,15 @@
-"""A dataset of the user's own: what lies in a folder or an .npz file, or what a function returns.
+"""Read a dataset of the user's own: from a folder, from an .npz file, or from a function.
 
     ./mine            train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-..., t10k-labels-... (or test-...),
-                      each plain or .gz, of whatever size, count and number of classes; their names, one per line, in
-                      classes.txt, else they are numbers
+                      each plain or .gz, of any image size, count and number of classes. classes.txt may name the
+                      classes, one per line
     ./mine            train/<class>/*.png and test/<class>/*.png (any format that pillow reads), all of one size
     ./mine.npz        train_images, train_labels, test_images, test_labels (or x_train, y_train, x_test, y_test), and
-                      classes, if they are to have names
+                      optionally classes: their names
     package.module:f  f() returns (train_images, train_labels), (test_images, test_labels), names of the classes
 
-Images are uint8 [N, C, H, W]; [N, H, W] and [N, H, W, C] with 1 or 3 channels are understood. Labels are whole numbers
-from 0.
+Images are uint8 [N, C, H, W]; [N, H, W], and [N, H, W, C] with 1 or 3 channels, are accepted, too. Labels are whole
+numbers from 0. Classes without names are called by their numbers.
 """
 
 import gzip
@@ -33,8 +33,8 @@ NPZ = [("train_images", "train_labels", "test_images", "test_labels"), ("x_train
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
-class Found(NamedTuple):
-    """What lay there, not yet checked."""
+class RawData(NamedTuple):
+    """Arrays and names as the user gave them, not yet checked."""
 
     train: tuple[Any, Any]  # images, labels
     test: tuple[Any, Any]
@@ -42,30 +42,35 @@ class Found(NamedTuple):
 
 
 def load(dataset: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The arrays of a Dataset by name, and the names of the classes. Raises UserError for what cannot be trained on."""
+    """Return the arrays of a Dataset by name, and the names of the classes.
+
+    Raises UserError for data that is missing, cannot be read, or that a model cannot be trained on.
+    """
     if is_code(dataset):
-        return _checked(dataset, _call(dataset))
+        return _check_arrays(dataset, _call_function(dataset))
     path = Path(dataset)
     if path.is_dir():
-        return _checked(dataset, Found(*image_folder.read(path)) if (path / "train").is_dir() else _idx_files(path))
+        return _check_arrays(
+            dataset, RawData(*image_folder.read(path)) if (path / "train").is_dir() else _read_idx_files(path)
+        )
     if not path.is_file():
         raise UserError(f"dataset {dataset}: there is no such folder or file (looked for at {path.absolute()})")
-    return _checked(dataset, _npz(path))
+    return _check_arrays(dataset, _read_npz(path))
 
 
-def md5(arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, str]:
-    """Of each array's shape and bytes, and of the names."""
-    found = {}
+def array_hashes(arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, str]:
+    """Return the md5 of each array's shape and bytes, and of the classes' names."""
+    hashes = {}
     for name, array in arrays.items():
         digest = hashlib.md5(str(array.shape).encode(), usedforsecurity=False)
         digest.update(array.data)
-        found[name] = digest.hexdigest()
+        hashes[name] = digest.hexdigest()
     names = hashlib.md5("\n".join(classes).encode(errors="surrogateescape"), usedforsecurity=False)
-    return found | {"classes": names.hexdigest()}
+    return hashes | {"classes": names.hexdigest()}
 
 
-def _call(dataset: str) -> Found:
-    function = user_code.find(dataset, "dataset")
+def _call_function(dataset: str) -> RawData:
+    function = user_code.load(dataset, "dataset")
     shape = "it must return (train_images, train_labels), (test_images, test_labels), names of the classes"
     try:
         train, test, classes = function()
@@ -73,67 +78,68 @@ def _call(dataset: str) -> Found:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"dataset {dataset}: calling it: {user_code.described(error)}; {shape}") from error
-    return Found((train_images, train_labels), (test_images, test_labels), classes)
+        raise UserError(f"dataset {dataset}: calling it: {user_code.describe_error(error)}; {shape}") from error
+    return RawData((train_images, train_labels), (test_images, test_labels), classes)
 
 
-def _npz(path: Path) -> Found:
+def _read_npz(path: Path) -> RawData:
     try:
         with np.load(path) as file:
-            held = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
     except UNREADABLE as error:
         raise UserError(
             f"dataset {path}: cannot be read as .npz: {error}: write it with np.savez, no objects"
         ) from None
-    names = next((names for names in NPZ if held.keys() >= set(names)), None)
+    names = next((names for names in NPZ if arrays.keys() >= set(names)), None)
     if names is None:
         raise UserError(
-            f"dataset {path}: needs the arrays {', '.join(NPZ[0])}, found {', '.join(held) or 'none'}: name them so in "
-            "np.savez"
+            f"dataset {path}: needs the arrays {', '.join(NPZ[0])}, found {', '.join(arrays) or 'none'}: name them so "
+            "in np.savez"
         )
-    images, labels, test_images, test_labels = (held[name] for name in names)
-    classes = held["classes"].ravel().tolist() if "classes" in held else None
-    return Found((images, labels), (test_images, test_labels), classes)
+    images, labels, test_images, test_labels = (arrays[name] for name in names)
+    classes = arrays["classes"].ravel().tolist() if "classes" in arrays else None
+    return RawData((images, labels), (test_images, test_labels), classes)
 
 
-def _idx_files(folder: Path) -> Found:
+def _read_idx_files(folder: Path) -> RawData:
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     arrays = []
     for part in ("train", "t10k|test"):
         for kind, axes in (("images", (3, 4)), ("labels", (1,))):
             pattern = rf"({part}).*{kind}.*(idx|ubyte)"
-            found = sorted({name.removesuffix(".gz") for name in names if re.search(pattern, name)})
-            if len(found) != 1:
+            matches = sorted({name.removesuffix(".gz") for name in names if re.search(pattern, name)})
+            if len(matches) != 1:
                 what = f"{'train' if part == 'train' else 't10k'}-{kind}-idx{axes[0]}-ubyte(.gz)"
                 raise UserError(
-                    f"dataset {folder}: needs one file {what}, found {', '.join(found) or 'none'}; or pictures in "
+                    f"dataset {folder}: needs one file {what}, found {', '.join(matches) or 'none'}; or pictures in "
                     "train/<class>/ and test/<class>/"
                 )
-            path = folder / (f"{found[0]}.gz" if f"{found[0]}.gz" in names else found[0])
+            path = folder / (f"{matches[0]}.gz" if f"{matches[0]}.gz" in names else matches[0])
             try:
                 content = path.read_bytes()
                 arrays.append(idx.decode(gzip.decompress(content) if path.suffix == ".gz" else content, *axes))
             except UNREADABLE as error:
-                raise UserError(f"{path}: cannot be read as an idx file: {error}: write it anew") from None
+                raise UserError(f"{path}: cannot be read as an idx file: {error}: write it again") from None
     images, labels, test_images, test_labels = arrays
-    return Found((images, labels), (test_images, test_labels), _named_classes(folder / "classes.txt"))
+    return RawData((images, labels), (test_images, test_labels), _read_class_names(folder / "classes.txt"))
 
 
-def _named_classes(path: Path) -> list[str] | None:
+def _read_class_names(path: Path) -> list[str] | None:
     try:
         lines = path.read_text().splitlines() if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}: write it anew, one name per line") from None
+        raise UserError(f"{path}: cannot be read: {error}: write it again, one name per line") from None
     return [line.strip() for line in lines if line.strip()] if lines else None
 
 
-def _checked(dataset: str, found: Found) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    train = _images_and_labels(dataset, "train", *found.train)
-    test = _images_and_labels(dataset, "test", *found.test)
+def _check_arrays(dataset: str, data: RawData) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return the arrays of a Dataset by name, and the names of the classes. Raises UserError for unusable data."""
+    train = _check_part(dataset, "train", *data.train)
+    test = _check_part(dataset, "test", *data.test)
     shapes = [images.shape[1:] for images, _ in (train, test)]
     if shapes[0] != shapes[1]:
         raise UserError(f"dataset {dataset}: test images are {shapes[1]}, training images {shapes[0]}: make them alike")
-    names = range(int(train[1].max()) + 1) if found.classes is None else found.classes
+    names = range(int(train[1].max()) + 1) if data.classes is None else data.classes
     classes = tuple(map(str, names))
     for part, (_, labels) in zip(PARTS, (train, test), strict=True):
         low, high, present = int(labels.min()), int(labels.max()), set(labels.tolist())
@@ -156,8 +162,8 @@ def _checked(dataset: str, found: Found) -> tuple[dict[str, np.ndarray], tuple[s
     return arrays, classes
 
 
-def _images_and_labels(dataset: str, part: str, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [N, C, H, W] and int64 [N], writable, or a UserError."""
+def _check_part(dataset: str, part: str, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [N, C, H, W] and labels int64 [N], both writable. Raises UserError for anything else."""
     where = f"dataset {dataset}: {part}"
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8:
@@ -175,5 +181,5 @@ def _images_and_labels(dataset: str, part: str, images: Any, labels: Any) -> tup
         )
     if not len(images):
         raise UserError(f"{where} set is empty: add images")
-    # torch warns of memory that it must not write.
+    # Writable, because torch warns about memory that is read-only.
     return np.require(images, requirements=["C", "W"]), np.require(labels.reshape(-1), np.int64, ["C", "W"])

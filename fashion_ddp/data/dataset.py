@@ -1,6 +1,7 @@
-"""A dataset, verified and decoded.
+"""Load a dataset, verified and decoded.
 
-Where a published set is looked for: published.py. Where it comes from: download.py. What else is data: custom.py.
+published.py knows where a published dataset is searched for, download.py where it comes from, custom.py reads a user's
+own.
 """
 
 import gzip
@@ -12,7 +13,7 @@ import numpy as np
 from fashion_ddp.config import names
 from fashion_ddp.data import custom, idx, synthetic
 from fashion_ddp.data.download import fetch
-from fashion_ddp.data.published import PUBLISHED, File, Form, absent, locate, published_as
+from fashion_ddp.data.published import PUBLISHED, Fingerprint, IdxFile, find_dataset_of, locate, missing_files_message
 from fashion_ddp.errors import UserError
 
 __all__ = ["PUBLISHED", "Dataset", "fetch", "load", "locate"]
@@ -20,7 +21,7 @@ __all__ = ["PUBLISHED", "Dataset", "fetch", "load", "locate"]
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A dataset, decoded and verified."""
+    """A dataset, verified and decoded."""
 
     name: str
     classes: tuple[str, ...]
@@ -28,12 +29,12 @@ class Dataset:
     train_labels: np.ndarray  # int64 [N]
     test_images: np.ndarray  # uint8 [n, C, H, W]
     test_labels: np.ndarray  # int64 [n]
-    md5: dict[str, str]  # of each file as published, however it is stored; of other sets: of each array
+    md5: dict[str, str]  # by file, as published (.gz) even if it is stored unpacked; of other datasets by array
     source: str  # where it was read from, or "built in"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+        """Return (C, H, W)."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 
@@ -47,23 +48,25 @@ class Dataset:
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """The dataset, verified and decoded. Nothing is downloaded or written.
+    """Load a dataset and verify it, without downloading or writing anything.
 
-    Raises UserError for files that are not there, cannot be read, do not hold what was published, or, if they are the
-    user's own, what can be trained on.
+    `name` is a published dataset, `synthetic`, or a user's own (custom.py). Only published ones are searched for in
+    `data_dir`. Raises UserError for files that are missing, cannot be read, or differ from the published ones, and for
+    data of the user's own that a model cannot be trained on.
     """
     names.check_dataset(name)
     if name == "synthetic":
         arrays = synthetic.arrays()
-        md5 = {key: Form.of(array.tobytes()).md5 for key, array in arrays.items()}
+        md5 = {key: Fingerprint.from_bytes(array.tobytes()).md5 for key, array in arrays.items()}
         return Dataset(name, synthetic.CLASSES, **arrays, md5=md5, source="built in")
     if name not in PUBLISHED:
-        own, named_classes = custom.load(name)
-        return Dataset(names.of_dataset(name), named_classes, **own, md5=custom.md5(own, named_classes), source=name)
+        own, own_classes = custom.load(name)
+        md5 = custom.array_hashes(own, own_classes)
+        return Dataset(names.of_dataset(name), own_classes, **own, md5=md5, source=name)
     published, folder = PUBLISHED[name], locate(name, data_dir)
     if folder is None:
-        raise UserError(absent(name, data_dir))
-    paths = [file.path(folder) for file in published.files]
+        raise UserError(missing_files_message(name, data_dir))
+    paths = [file.path_in(folder) for file in published.files]
     train_images, train_labels, test_images, test_labels = (
         _decode(path, _read(name, path, file), axes)
         for path, file, axes in zip(paths, published.files, (3, 1, 3, 1), strict=True)
@@ -89,25 +92,25 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
 
 def _require(holds: bool, path: Path, expected: object, found: object) -> None:
     if not holds:
-        raise _damaged(path, f"expected {expected}, found {found}")
+        raise _damaged_file_error(path, f"expected {expected}, found {found}")
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def _damaged_file_error(path: Path, what: str) -> UserError:
     return UserError(
         f"{path} is damaged or another file: {what}: put a good copy in its place, "
         "or delete it and run `python -m fashion_ddp.data` where there is a network"
     )
 
 
-def _read(name: str, path: Path, file: File) -> bytes:
-    """A file's content, verified and unpacked."""
+def _read(name: str, path: Path, file: IdxFile) -> bytes:
+    """Return a file's content, verified and unpacked."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): mend that, or name another folder") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): fix that, or name another folder") from None
     packed = path.suffix == ".gz"
-    expected, found = file.gz if packed else file.idx, Form.of(content)
-    if found != expected and (other := published_as(found)) not in (None, name):
+    expected, found = file.gz if packed else file.idx, Fingerprint.from_bytes(content)
+    if found != expected and (other := find_dataset_of(found)) not in (None, name):
         raise UserError(f"{path} is of {other}, not {name}: name the folder of {name} with --data-dir")
     _require(found == expected, path, expected, found)
     return gzip.decompress(content) if packed else content
@@ -117,4 +120,4 @@ def _decode(path: Path, content: bytes, axes: int) -> np.ndarray:
     try:
         return idx.decode(content, axes)
     except ValueError as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged_file_error(path, str(error)) from None

@@ -1,6 +1,6 @@
-"""Download a published dataset: from several sources, verified, and once however many processes ask for it.
+"""Download a published dataset from one of several sources, verify it, and do so once for all processes that ask.
 
-$FASHION_DDP_DATA_MIRROR, the URL of a folder, comes before the public sources; http_proxy and the like are heeded.
+$FASHION_DDP_DATA_MIRROR, the URL of a folder, is tried before the public sources. http_proxy and the like are used.
 """
 
 import contextlib
@@ -8,7 +8,6 @@ import fcntl
 import http.client
 import os
 import queue
-import socket
 import sys
 import threading
 import urllib.request
@@ -16,32 +15,40 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fashion_ddp.data.published import PUBLISHED, File, Form, absent, cache, named
+from fashion_ddp.data.published import (
+    PUBLISHED,
+    Fingerprint,
+    IdxFile,
+    cache_folder,
+    chosen_folder,
+    missing_files_message,
+)
 from fashion_ddp.errors import UserError
+from fashion_ddp.files import write_whole
 
-TIMEOUT = 5.0  # seconds without a byte after which a source is given up
-NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # ValueError: what is no URL
+TIMEOUT = 5.0  # seconds without a byte, after which the next source is tried
+DOWNLOAD_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: not a URL
 
 
 def fetch(name: str, timeout: float = TIMEOUT) -> Path:
-    """Download what is missing of a published dataset into the user's cache folder; returns the files' folder.
+    """Download the missing files of a published dataset into the user's cache folder, and return the files' folder.
 
-    A file gets its name when it is whole and verified. Of processes that fetch at once, one downloads and the others
-    wait for it. `timeout` is in seconds without a byte. Raises UserError where no source has a file, the cache cannot
-    be written, or $FASHION_DDP_DATA_DIR names a folder, since then the cache is not looked into.
+    A file gets its name only when it is complete and verified. If several processes call this at the same time, one
+    downloads and the others wait. `timeout` is in seconds without a byte. Raises UserError where no source has a file,
+    the cache cannot be written, or $FASHION_DDP_DATA_DIR names a folder, because then the cache is not searched.
     """
-    if named(None):
-        raise UserError(absent(name, None))
-    folder = cache() / PUBLISHED[name].folder
+    if chosen_folder(None):
+        raise UserError(missing_files_message(name, None))
+    folder = cache_folder() / PUBLISHED[name].folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:
-            # Some cluster file systems have no locks: there a file may be downloaded twice, and is right all the same.
+            # Some cluster file systems have no locks. There a file may be downloaded twice, which does no harm.
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             for file in PUBLISHED[name].files:
-                if not file.is_in(folder):
-                    _write(folder / f"{file.name}.gz", _download(name, file, timeout))
+                if not file.exists_in(folder):
+                    write_whole(folder / f"{file.name}.gz", _download(name, file, timeout))
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): set $XDG_CACHE_HOME to a folder that can, "
@@ -50,41 +57,30 @@ def fetch(name: str, timeout: float = TIMEOUT) -> Path:
     return folder
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Give a file its content, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _download(name: str, file: File, timeout: float) -> bytes:
-    """A file as published, verified, from the first source that has it."""
+def _download(name: str, file: IdxFile, timeout: float) -> bytes:
+    """Return a packed file's content, verified, from the first source that has it."""
     mirror = os.environ.get("FASHION_DDP_DATA_MIRROR")
     problems = []
     for base in (*([mirror] if mirror else []), *PUBLISHED[name].urls):
         url = f"{base.rstrip('/')}/{file.name}.gz"
         try:
-            content = _get(url, file.gz.size, timeout)
-        except NO_ANSWER as error:
+            content = _read_url(url, file.gz.size, timeout)
+        except DOWNLOAD_ERRORS as error:
             problems.append(f"{url} ({str(error).strip('<>')})")
             continue
-        if (found := Form.of(content)) == file.gz:
+        if (found := Fingerprint.from_bytes(content)) == file.gz:
             return content
         problems.append(f"{url} (expected {file.gz}, found {found})")
-    raise UserError(f"{file.name}.gz could not be downloaded: {', '.join(problems)}; {absent(name, None)}")
+    raise UserError(
+        f"{file.name}.gz could not be downloaded: {', '.join(problems)}; {missing_files_message(name, None)}"
+    )
 
 
-def _get(url: str, size: int, timeout: float) -> bytes:
-    """What a URL holds, announced as `size` bytes. Raises one of NO_ANSWER.
+def _read_url(url: str, size: int, timeout: float) -> bytes:
+    """Return the content of a URL; `size` in bytes is only for the progress bar. Raises one of DOWNLOAD_ERRORS.
 
-    A thread reads, so that no wait is longer than `timeout`: urllib's own bounds neither the look-up of a name nor
-    the sum over a host's addresses, which takes most of a minute where a firewall swallows packets.
+    A thread reads, so that no wait is longer than `timeout` seconds: urllib's own timeout limits neither the look-up of
+    a name nor the sum over a host's addresses, which takes most of a minute where a firewall drops packets.
     """
     arrived: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
@@ -94,7 +90,7 @@ def _get(url: str, size: int, timeout: float) -> bytes:
                 while chunk := reply.read1(1 << 16):
                     arrived.put(chunk)
             arrived.put(b"")
-        except NO_ANSWER as error:
+        except DOWNLOAD_ERRORS as error:
             arrived.put(error)
 
     if not sys.stderr.isatty():

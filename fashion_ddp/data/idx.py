@@ -1,4 +1,4 @@
-"""Idx files, which MNIST and its relatives come in."""
+"""Decode idx files, the format of MNIST and its relatives."""
 
 import math
 import struct
@@ -7,12 +7,13 @@ import numpy as np
 
 
 def decode(content: bytes, *axes: int) -> np.ndarray:
-    """The array of an idx file of unsigned bytes, uint8 [as its header says], which has one of these numbers of axes.
+    """Return the array in an idx file of unsigned bytes: uint8, of the shape in its header.
 
-    An idx file is 0, 0, the type of the values (8: unsigned byte), the number of axes; the length of each axis as a
-    big-endian 32-bit number; the values, last axis fastest. Source: http://yann.lecun.com/exdb/mnist
+    `axes` are the numbers of axes to accept. An idx file is 0, 0, the type of the values (8: unsigned byte), the number
+    of axes; the length of each axis as a big-endian 32-bit number; the values, last axis fastest. Source:
+    http://yann.lecun.com/exdb/mnist
 
-    Raises ValueError saying what was expected, and what found.
+    Raises ValueError, which says what was expected and what was found.
     """
     count = content[3] if content[3:4] and content[3] in axes else axes[0]
     magic, header = bytes((0, 0, 8, count)), struct.Struct(f">4x{count}I")
@@ -22,5 +23,5 @@ def decode(content: bytes, *axes: int) -> np.ndarray:
     size = header.size + math.prod(shape)
     if len(content) != size:
         raise ValueError(f"expected {size:,} bytes for {shape}, found {len(content):,}")
-    # Copied, because torch warns of memory that it must not write.
+    # A copy, because torch warns about memory that is read-only.
     return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape).copy()

@@ -1,9 +1,10 @@
-"""The published datasets: what is known of them, and where their files are looked for.
+"""Describe the published datasets, and search for their files.
 
-A folder that is named, by --data-dir or else by $FASHION_DDP_DATA_DIR, is the only one looked into: it is read, never
-written, and where it lacks a file that is an error. Where none is named, ./data and then the user's cache folder
-($XDG_CACHE_HOME/fashion_ddp, by default ~/.cache/fashion_ddp) are looked into, and a download goes to the cache.
-In each, the four files lie as torchvision has them (FashionMNIST/raw/) or directly, each published (.gz) or unpacked.
+If the user chooses a folder, with --data-dir or else with $FASHION_DDP_DATA_DIR, only that folder is searched. It is
+read and never written, and a missing file is an error. Otherwise ./data and then the user's cache folder
+($XDG_CACHE_HOME/fashion_ddp, by default ~/.cache/fashion_ddp) are searched, and downloads go to the cache folder.
+In each folder, the four files are either where torchvision puts them (FashionMNIST/raw/) or directly in the folder,
+each as published (.gz) or unpacked.
 """
 
 import hashlib
@@ -13,14 +14,14 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Form:
-    """What tells one content of a file from another."""
+class Fingerprint:
+    """Identify a file's content by its size and md5."""
 
     size: int  # bytes
     md5: str
 
     @classmethod
-    def of(cls, content: bytes) -> "Form":
+    def from_bytes(cls, content: bytes) -> "Fingerprint":
         return cls(len(content), hashlib.md5(content, usedforsecurity=False).hexdigest())
 
     def __str__(self) -> str:
@@ -28,46 +29,46 @@ class Form:
 
 
 @dataclass(frozen=True)
-class File:
-    """An idx file: its name unpacked, and its content as published (name.gz) and unpacked."""
+class IdxFile:
+    """An idx file: its name when unpacked, and its fingerprints as published (name.gz) and unpacked."""
 
     name: str
-    gz: Form
-    idx: Form | None  # None: not known, so that only the packed file is taken
+    gz: Fingerprint
+    idx: Fingerprint | None  # None: not known, so that only the packed file is accepted
 
-    def path(self, folder: Path) -> Path:
-        """Where the folder has the file, rather published than unpacked; it may have neither."""
-        published = folder / f"{self.name}.gz"
-        return published if self.idx is None or os.path.isfile(published) else folder / self.name
+    def path_in(self, folder: Path) -> Path:
+        """Return the file's path in a folder: the packed file if it exists, else the unpacked one, which may not."""
+        packed = folder / f"{self.name}.gz"
+        return packed if self.idx is None or os.path.isfile(packed) else folder / self.name
 
-    def is_in(self, folder: Path) -> bool:
-        return os.path.isfile(self.path(folder))
+    def exists_in(self, folder: Path) -> bool:
+        return os.path.isfile(self.path_in(folder))
 
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-UNPACKED = (47_040_016, 60_008, 7_840_016, 10_008)  # bytes of each, in every relative of MNIST
+UNPACKED_SIZES = (47_040_016, 60_008, 7_840_016, 10_008)  # bytes of each, the same in every relative of MNIST
 
 
 @dataclass(frozen=True)
-class Published:
-    """All that tells one relative of MNIST from another."""
+class PublishedDataset:
+    """A relative of MNIST: where its files are, and what they contain."""
 
-    folder: str  # of torchvision's layout
-    urls: tuple[str, ...]  # folders that have the .gz files, tried in this order
+    folder: str  # below a data folder, in torchvision's layout
+    urls: tuple[str, ...]  # web folders that have the .gz files, tried in this order
     classes: tuple[str, ...]
-    files: tuple[File, ...]  # training images and labels, test images and labels
+    files: tuple[IdxFile, ...]  # training images and labels, test images and labels
 
 
-def _files(*known: tuple[int, str, str | None]) -> tuple[File, ...]:
-    """The four files, by the size and md5 of each as published, and its md5 unpacked where that is known."""
+def _files(*known: tuple[int, str, str | None]) -> tuple[IdxFile, ...]:
+    """Return the four files, given for each the packed size, the packed md5, and the unpacked md5 or None."""
     return tuple(
-        File(name, Form(size, md5), Form(unpacked, of_unpacked) if of_unpacked else None)
-        for name, unpacked, (size, md5, of_unpacked) in zip(NAMES, UNPACKED, known, strict=True)
+        IdxFile(name, Fingerprint(size, md5), Fingerprint(unpacked_size, unpacked_md5) if unpacked_md5 else None)
+        for name, unpacked_size, (size, md5, unpacked_md5) in zip(NAMES, UNPACKED_SIZES, known, strict=True)
     )
 
 
 PUBLISHED = {
-    "fashion_mnist": Published(
+    "fashion_mnist": PublishedDataset(
         folder="FashionMNIST/raw",
         urls=(
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -84,7 +85,7 @@ PUBLISHED = {
             (5_148, "bb300cfdad3c16e7a12a480ee83cd310", "15d484375f8d13e6eb1aabb0c3f46965"),
         ),
     ),
-    "mnist": Published(
+    "mnist": PublishedDataset(
         folder="MNIST/raw",
         urls=(
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -98,7 +99,7 @@ PUBLISHED = {
             (4_542, "ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637"),
         ),
     ),
-    "kmnist": Published(
+    "kmnist": PublishedDataset(
         folder="KMNIST/raw",
         urls=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
         classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
@@ -112,46 +113,46 @@ PUBLISHED = {
 }
 
 
-def published_as(content: Form) -> str | None:
-    """The name of the published dataset that a file with this content belongs to."""
+def find_dataset_of(fingerprint: Fingerprint) -> str | None:
+    """Return the name of the published dataset that a file with this fingerprint belongs to, or None."""
     known = ((name, file) for name, published in PUBLISHED.items() for file in published.files)
-    return next((name for name, file in known if content in (file.gz, file.idx)), None)
+    return next((name for name, file in known if fingerprint in (file.gz, file.idx)), None)
 
 
-def cache() -> Path:
-    """The user's cache folder of this package: torchvision's layout below it."""
+def cache_folder() -> Path:
+    """Return this package's folder in the user's cache; below it is torchvision's layout."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fashion_ddp"
 
 
-def named(data_dir: Path | None) -> Path | None:
-    """The folder that the user named, if any."""
+def chosen_folder(data_dir: Path | None) -> Path | None:
+    """Return the folder that the user chose, by `data_dir` or else by $FASHION_DDP_DATA_DIR; None without either."""
     return data_dir or (Path(folder) if (folder := os.environ.get("FASHION_DDP_DATA_DIR")) else None)
 
 
-def _searched(data_dir: Path | None) -> list[Path]:
-    folder = named(data_dir)
-    return [folder.absolute()] if folder else [Path("data").absolute(), cache()]
+def _searched_folders(data_dir: Path | None) -> list[Path]:
+    folder = chosen_folder(data_dir)
+    return [folder.absolute()] if folder else [Path("data").absolute(), cache_folder()]
 
 
 def locate(name: str, data_dir: Path | None) -> Path | None:
-    """The folder that holds all four files of a published dataset, or None. Looks at names, not into the files."""
+    """Return the folder that has all four files of a published dataset, or None. It does not read the files."""
     published = PUBLISHED[name]
-    folders = [at for folder in _searched(data_dir) for at in (folder / published.folder, folder)]
-    return next((folder for folder in folders if all(file.is_in(folder) for file in published.files)), None)
+    folders = [path for folder in _searched_folders(data_dir) for path in (folder / published.folder, folder)]
+    return next((folder for folder in folders if all(file.exists_in(folder) for file in published.files)), None)
 
 
-def absent(name: str, data_dir: Path | None) -> str:
-    """The message for files that are not there: which, where they were looked for, and what to do."""
+def missing_files_message(name: str, data_dir: Path | None) -> str:
+    """Return the message for missing files: which they are, where they were searched for, and what to do."""
     published = PUBLISHED[name]
     files = ", ".join(f"{file.name}.gz" for file in published.files)
-    where = " or ".join(map(str, _searched(data_dir)))
+    where = " or ".join(map(str, _searched_folders(data_dir)))
     forms = " (each may be unpacked)" if all(file.idx for file in published.files) else ""
-    mend = "copy them there, or into a folder that you name with --data-dir, or"
-    if named(data_dir):
+    advice = "copy them there, or into a folder that you name with --data-dir, or"
+    if chosen_folder(data_dir):
         by = "--data-dir" if data_dir else "$FASHION_DDP_DATA_DIR"
-        where, mend = f"{where} (from {by})", f"correct {by}, or leave it out and"
+        where, advice = f"{where} (from {by})", f"correct {by}, or leave it out and"
     return (
         f"{name} needs {files}{forms}, which are not all in {where}, nor in {published.folder}/ below: "
-        f"{mend} run `python -m fashion_ddp.data --dataset {name}` where there is a network (a login node), "
-        f"which puts them into {cache()}"
+        f"{advice} run `python -m fashion_ddp.data --dataset {name}` where there is a network (a login node), "
+        f"which puts them into {cache_folder()}"
     )

@@ -1,4 +1,4 @@
-"""A built-in dataset that needs no file and no network: good for checking a machine, and for nothing else."""
+"""Make a dataset that needs no file and no network. It is only good for checking a machine."""
 
 import math
 
@@ -8,11 +8,11 @@ CLASSES = tuple(f"SYNTHETIC {n}" for n in range(10))
 
 
 def arrays(train: int = 12_000, test: int = 2_000) -> dict[str, np.ndarray]:
-    """The arrays of a Dataset by name: images uint8 [n, 1, 28, 28], labels int64 [n].
+    """Return the arrays of a Dataset by name: images uint8 [n, 1, 28, 28], labels int64 [n].
 
-    Each image is its class's coarse pattern and, fainter, another one as a distraction, both moved, under noise: a
-    linear model learns most of it, not all. The same bits on any machine, because NumPy promises never to change
-    PCG64's raw stream (NEP 19) and all else is whole numbers.
+    Each image is its class's coarse pattern and a fainter one as a distraction, both shifted, plus noise. A linear
+    model learns most of it, not all. The bits are the same on any machine: NumPy promises never to change the raw
+    stream of PCG64 (NEP 19), and all other operations are on whole numbers.
     """
     stream = np.random.PCG64(2017)
 

@@ -1,1 +1,1 @@
-"""The machine and its ranks. Importing this package imports no torch; `world` does."""
+"""Know the machine and its ranks. Importing this package needs no torch; `world` imports it."""

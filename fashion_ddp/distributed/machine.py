@@ -1,7 +1,7 @@
-"""What the launcher asked for and what this machine has, and a refusal where the two do not meet.
+"""Read what the launcher asked for and what this machine has, and refuse what does not fit together.
 
-Every rank runs these checks before it talks to another. What a launcher asks beyond placing ranks (precision,
-accumulation, another engine) is refused by name: it would train something else than the command says.
+Every rank runs these checks before it talks to another one. A launcher may only place ranks. Anything else that it asks
+for (precision, accumulation, another engine) is refused by name, because the run would not be what its command says.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from fashion_ddp.config import Config
-from fashion_ddp.errors import UserError, counted
+from fashion_ddp.errors import UserError, pluralize
 
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
 
 
 class MachineError(UserError):
-    """What only this machine's ranks may find: told once per machine, with its name."""
+    """An error that may occur on this machine alone: its first rank prints it, with the machine's name."""
 
     of_machine = True
 
@@ -30,8 +30,8 @@ class MachineError(UserError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank stands, as its launcher says."""
+class RankPlacement:
+    """A rank's numbers, as its launcher gives them."""
 
     rank: int = 0
     world_size: int = 1
@@ -39,15 +39,18 @@ class Place:
     local_world_size: int = 1
 
 
-def place(env: Mapping[str, str] = os.environ) -> Place:
-    """This process's place. Raises UserError for variables half set, or ranks asked for that were not made."""
+def read_placement(env: Mapping[str, str] = os.environ) -> RankPlacement:
+    """Read this process's rank and world size from the launcher's variables; without any it is the only rank.
+
+    Raises UserError where only some variables are set, or where several processes were started without ranks.
+    """
     if "WORLD_SIZE" not in env:
-        _refuse_lost_ranks(env)
-        return Place()
+        _refuse_processes_without_ranks(env)
+        return RankPlacement()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
         rank, world_size, local_rank = (int(env[name]) for name in names)
-        here = Place(rank, world_size, local_rank, int(env.get("LOCAL_WORLD_SIZE", world_size)))
+        placement = RankPlacement(rank, world_size, local_rank, int(env.get("LOCAL_WORLD_SIZE", world_size)))
     except (KeyError, ValueError) as error:
         raise UserError(
             f"WORLD_SIZE={env['WORLD_SIZE']} is set, but {'/'.join(names)} are not all whole numbers ({error}): "
@@ -55,17 +58,17 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
         ) from None
     if world_size > 1 and "MASTER_ADDR" not in env:
         raise UserError(f"WORLD_SIZE={world_size} but no MASTER_ADDR: start ranks with {TORCHRUN}, or unset WORLD_SIZE")
-    return here
+    return placement
 
 
-def _refuse_lost_ranks(env: Mapping[str, str]) -> None:
-    """Several processes asked for, and each would train alone believing that it is the only one."""
-    # `accelerate launch` without --multi_gpu names a meeting point for N > 1 processes, then starts one.
+def _refuse_processes_without_ranks(env: Mapping[str, str]) -> None:
+    """Raise UserError where several processes were asked for and each would train alone, as if it were the only one."""
+    # `accelerate launch` without --multi_gpu sets an address for N > 1 processes, then starts one.
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
         raise UserError(
             "accelerate launch was asked for several processes and started one, as it does for CPU ranks and where "
             f"torch finds no card: for N CPU ranks use {TORCHRUN} --device cpu; for one rank give --num_processes 1, "
-            "and unset MASTER_ADDR if it was you who set it"
+            "and unset MASTER_ADDR if you set it yourself"
         )
     for variable, starter in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
         if int(env.get(variable) or 1) > 1:
@@ -75,22 +78,25 @@ def _refuse_lost_ranks(env: Mapping[str, str]) -> None:
             )
 
 
-def _on(env: Mapping[str, str], name: str) -> bool:
-    """Whether Accelerate takes a variable for true."""
+def _is_true(env: Mapping[str, str], name: str) -> bool:
+    """Return whether Accelerate reads a variable as true."""
     return env.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def refuse_launcher_settings(cfg: Config, env: Mapping[str, str] = os.environ) -> None:
-    """Refuse what `accelerate launch`, its files or ACCELERATE_* variables ask for beyond placing ranks."""
+    """Raise UserError where `accelerate launch`, its files or ACCELERATE_* variables do more than place ranks."""
     mixed = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     ours = {"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision)
-    # Each: the variable that the launcher sets, whether it asks for something else, and what to say.
+    # By variable that the launcher sets: whether it asks for more, and what for.
     refused = {
         "ACCELERATE_DYNAMO_BACKEND": (env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no", "dynamo"),
-        "ACCELERATE_USE_FSDP": (_on(env, "ACCELERATE_USE_FSDP"), "FSDP"),
-        "ACCELERATE_USE_DEEPSPEED": (_on(env, "ACCELERATE_USE_DEEPSPEED"), "DeepSpeed"),
-        "ACCELERATE_USE_MEGATRON_LM": (_on(env, "ACCELERATE_USE_MEGATRON_LM"), "Megatron-LM"),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": (_on(env, "ACCELERATE_USE_PARALLELISM_CONFIG"), "a parallelism config"),
+        "ACCELERATE_USE_FSDP": (_is_true(env, "ACCELERATE_USE_FSDP"), "FSDP"),
+        "ACCELERATE_USE_DEEPSPEED": (_is_true(env, "ACCELERATE_USE_DEEPSPEED"), "DeepSpeed"),
+        "ACCELERATE_USE_MEGATRON_LM": (_is_true(env, "ACCELERATE_USE_MEGATRON_LM"), "Megatron-LM"),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": (
+            _is_true(env, "ACCELERATE_USE_PARALLELISM_CONFIG"),
+            "a parallelism config",
+        ),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
             env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") not in (None, "", "1"),
             "gradient accumulation (here batch_size is global and --micro-batch cuts it)",
@@ -100,7 +106,7 @@ def refuse_launcher_settings(cfg: Config, env: Mapping[str, str] = os.environ) -
             f"precision {mixed!r} where the run's is {cfg.precision} (choose it with --precision)",
         ),
         "ACCELERATE_USE_CPU": (
-            _on(env, "ACCELERATE_USE_CPU") and cfg.device == "cuda",
+            _is_true(env, "ACCELERATE_USE_CPU") and cfg.device == "cuda",
             "the CPU where the run asks for cuda",
         ),
     }
@@ -114,7 +120,7 @@ def refuse_launcher_settings(cfg: Config, env: Mapping[str, str] = os.environ) -
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use: its affinity, and a container's quota (cgroup v2)."""
+    """Return how many CPU cores this process may use, by its affinity and its container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -123,8 +129,8 @@ def usable_cores() -> int:
         return cores
 
 
-def ask(*words: str) -> list[str]:
-    """The lines that a program prints; none where it is not there, or fails."""
+def run_and_read_lines(*words: str) -> list[str]:
+    """Run a program and return the lines that it prints; none where it is missing or fails, or after 20 seconds."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -133,7 +139,7 @@ def ask(*words: str) -> list[str]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the processor's name, as far as the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -142,8 +148,8 @@ def cpu_name() -> str:
 
 
 def free_memory() -> int | None:
-    """Bytes of this machine's memory that can still be had: what is available, and a container's limit (cgroup v2).
-    None where the system does not tell."""
+    """Return how many bytes of memory this process can still get on this machine, within its container's limit (cgroup
+    v2); None where the system does not say."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -152,12 +158,12 @@ def free_memory() -> int | None:
         group = Path("/sys/fs/cgroup")
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used + int(stat["file"]))  # the cache of files makes room
+        found.append(limit - used + int(stat["file"]))  # the system drops cached files when memory is needed
     return min(found, default=None)
 
 
 def require_memory(what: str, needed: int, free: int | None, on: str = "this machine") -> None:
-    """Raises UserError, with both sizes, where something does not fit into the memory that is free."""
+    """Raise UserError, with both sizes, where `needed` bytes do not fit into `free` ones. None: unknown, accepted."""
     if free is not None and needed > free:
         raise UserError(
             f"{what} takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB of memory are free on {on}: take fewer or "
@@ -166,23 +172,29 @@ def require_memory(what: str, needed: int, free: int | None, on: str = "this mac
 
 
 def threads_per_rank(cfg: Config, local_world_size: int) -> int:
-    """CPU threads of one rank. Decided here because each launcher would choose another number, and the number
-    decides the order of additions: the last bits of the result."""
+    """Return the number of CPU threads of one rank.
+
+    It is decided here because each launcher would choose another number, and the number decides the order of additions
+    and so the last bits of the result.
+    """
     return cfg.threads or max(1, usable_cores() // local_world_size)
 
 
 def _cards_present() -> bool:
-    """Whether this machine has NVIDIA cards that nobody hid, whether or not torch can use them."""
+    """Return whether this machine has NVIDIA cards that are not hidden, even if torch cannot use them."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "none"):
         return False
     return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/nvidia0").exists()
 
 
-def choose_device(cfg: Config, here: Place, env: Mapping[str, str] = os.environ) -> Literal["cpu", "cuda"]:
-    """The kind of device that every rank of the run takes. Raises MachineError where it is not what was asked."""
+def choose_device(cfg: Config, placement: RankPlacement, env: Mapping[str, str] = os.environ) -> Literal["cpu", "cuda"]:
+    """Return the kind of device that every rank of the run uses.
+
+    Raises MachineError where this machine lacks what the settings or the launcher ask for.
+    """
     import torch
 
-    asked_cpu = cfg.device == "cpu" or _on(env, "ACCELERATE_USE_CPU")
+    asked_cpu = cfg.device == "cpu" or _is_true(env, "ACCELERATE_USE_CPU")
     usable = not asked_cpu and torch.cuda.is_available()
     if not asked_cpu and not usable:
         if _cards_present():
@@ -193,9 +205,9 @@ def choose_device(cfg: Config, here: Place, env: Mapping[str, str] = os.environ)
             )
         if cfg.device == "cuda":
             raise MachineError("--device cuda, but torch finds no NVIDIA card: check nvidia-smi, or use --device cpu")
-        if here.world_size > 1 and "ACCELERATE_MIXED_PRECISION" in env:
+        if placement.world_size > 1 and "ACCELERATE_MIXED_PRECISION" in env:
             raise MachineError(
-                f"accelerate launch was asked for {here.world_size} GPU ranks, and there is no NVIDIA card here: "
+                f"accelerate launch was asked for {placement.world_size} GPU ranks, and there is no NVIDIA card here: "
                 "add --device cpu to train on CPU ranks"
             )
     if not usable:
@@ -203,14 +215,14 @@ def choose_device(cfg: Config, here: Place, env: Mapping[str, str] = os.environ)
             raise MachineError("precision fp16 needs an NVIDIA card: choose fp32 or bf16")
         return "cpu"
     cards = torch.cuda.device_count()
-    if here.local_world_size > cards:
+    if placement.local_world_size > cards:
         raise MachineError(
-            f"{here.local_world_size} ranks were started for {counted(cards, 'NVIDIA card')}: "
+            f"{placement.local_world_size} ranks were started for {pluralize(cards, 'NVIDIA card')}: "
             f"start {cards} (--num_processes {cards}), or add --device cpu"
         )
     if cfg.precision == "fp64":
         raise MachineError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
-    name = torch.cuda.get_device_name(here.local_rank)
+    name = torch.cuda.get_device_name(placement.local_rank)
     # By default torch says yes on older cards too: it emulates bf16 there, slowly.
     if cfg.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise MachineError(f"precision bf16: {name} has no bf16 units; choose fp16 or fp32")

@@ -1,8 +1,8 @@
-"""Being told to stop: by a signal, remembered from the program's first line on, or by the death of the launcher.
+"""Notice that this process must stop: because of a signal, or because its launcher died.
 
-A handler that saved or talked to other ranks would do so in the middle of a step, on one rank: here it notes the signal
-and nothing else. At the next sync point every rank says what it was told, all save at the same step, and end together.
-A launcher listens in the same way, and hands on what it hears.
+A handler that saved or talked to other ranks would do so in the middle of a step, on one rank. So it only records the
+signal. At the next sync point the ranks exchange what they received, save at the same step, and end together. A
+launcher records signals in the same way and passes them on.
 """
 
 import atexit
@@ -18,51 +18,51 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REASONS = (*(one.name for one in SIGNALS), "the launcher died")
-AT_ONCE = 2.0  # seconds after which a second SIGINT means: now (a terminal and a launcher may both send the first)
-ORPHAN = 60.0  # seconds that a rank without its launcher gets to come to a sync point, to save and to end
+SECOND_INTERRUPT = 2.0  # seconds; a later second SIGINT means "now" (a terminal and a launcher may both send the first)
+ORPHAN_TIMEOUT = 60.0  # seconds that a rank without its launcher gets to reach a sync point, to save and to end
 
-children: list[Any] = []  # a launcher's processes, with a method kill(): they end with it where it ends at once
+children: list[Any] = []  # a launcher's processes, with a method kill(): killed where the launcher ends at once
 
 _received: set[str] = set()
-_listens = 0  # the process that does; a forked one starts anew
-_launcher = 0  # process id of whoever started this rank; 0 where it is no launcher, and may end before us
+_listening_pid = 0  # the process that called `listen`; a forked process must call it again
+_launcher = 0  # process id of the launcher; 0 where the parent is none and may end before us
 
 
 def listen() -> None:
-    """From here on SIGNALS ask for a stop. To be called before slow imports; once is enough.
+    """Record SIGNALS from now on, as requests to stop. Call it before slow imports; further calls do nothing.
 
-    Raises ValueError where it is not the main thread that calls: Python runs no handler in another.
+    Raises ValueError outside of the main thread, because Python runs handlers only there.
     """
-    global _listens, _launcher
-    if _listens == os.getpid():
+    global _listening_pid, _launcher
+    if _listening_pid == os.getpid():
         return
     _received.clear()
-    # Not known by RANK, which people also set by hand, in a shell that ends long before its ranks.
+    # RANK does not show a launcher: people also set it by hand, in a shell that ends long before its ranks.
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     _launcher = int(os.environ.get("FASHION_DDP_LAUNCHER", os.getppid() if launched else 0))
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    with blocked():  # the thread takes none either: a handler that runs in it while Python takes itself apart crashes
-        threading.Thread(target=_attend, args=(readable,), daemon=True).start()
+    with blocked():  # for this thread, too: a handler that runs in it while Python shuts down crashes
+        threading.Thread(target=_watch, args=(readable,), daemon=True).start()
     for one in SIGNALS:
-        # What nohup, and a shell for its background, shut off was not meant for us.
+        # nohup, and a shell for its background jobs, ignore these two: keep it so.
         if not (one in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(one) == signal.SIG_IGN):
-            signal.signal(one, _note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while they were `blocked` comes now
+            signal.signal(one, _record)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # signals that came while `blocked` are delivered now
     atexit.register(_ignore_signals)
-    _listens = os.getpid()
+    _listening_pid = os.getpid()
 
 
-def _note(number: int, frame: object) -> None:
+def _record(number: int, frame: object) -> None:
     _received.add(signal.Signals(number).name)
 
 
 def _ignore_signals() -> None:
-    """The last that Python does before it gives signals their deadly meaning back: the exit code is to stay ours.
+    """Ignore SIGNALS at the end of the process, so that none changes the exit code once Python restores the defaults.
 
-    A signal that comes while `signal.signal` takes our handler away finds none, and Python prints a traceback of it:
-    the system ignores them first, then Python runs what has come, and only then lets the handlers go.
+    A signal that comes while `signal.signal` replaces our handler finds none, and Python prints a traceback. So the
+    system ignores them first; then Python runs handlers for signals that already came, and only then drops them.
     """
     for one in SIGNALS:
         ctypes.pythonapi.PyOS_setsig(one, ctypes.c_void_p(signal.SIG_IGN))
@@ -70,14 +70,17 @@ def _ignore_signals() -> None:
         signal.signal(one, signal.SIG_IGN)
 
 
-def _attend(readable: int) -> None:
-    """What cannot wait for the main thread, which runs no handler while it waits for a rank that hangs."""
+def _watch(readable: int) -> None:
+    """End the process at a second SIGINT, or when its launcher is dead and no sync point comes.
+
+    Runs in a thread, because the main thread runs no handler while it waits for a rank that hangs.
+    """
     first, orphaned, beat = 0.0, 0.0, 1.0
     while True:
         ready, _, _ = select.select([readable], [], [], beat if _launcher else None)
         if ready and signal.SIGINT in os.read(readable, 64):
             now = time.monotonic()
-            if first and now - first >= AT_ONCE:
+            if first and now - first >= SECOND_INTERRUPT:
                 _say("interrupted twice: ended at once; the same command continues from the last checkpoint")
                 for child in children:
                     child.kill()
@@ -86,36 +89,37 @@ def _attend(readable: int) -> None:
                 first = now
                 _say("interrupted: ends when all is saved; interrupt again to end at once")
         elif not ready and os.getppid() != _launcher:
-            orphaned += beat  # by beats and not by a clock, so that a process that stood still is given its time
-            if orphaned > ORPHAN:  # it waits for ranks that never came, or hang
+            orphaned += beat  # counted in beats, so that a process that was paused still gets its time
+            if orphaned > ORPHAN_TIMEOUT:  # it waits for ranks that never came, or hang
                 _say("the launcher died, and no sync point came: ended; the same command continues")
                 os._exit(1)
 
 
 def _say(text: str) -> None:
-    """One line, of one process; whoever read it may be gone."""
+    """Print a line from one process only; the reader may be gone."""
     if os.environ.get("RANK", "0") == "0" and "FASHION_DDP_LAUNCHER" not in os.environ:
         with contextlib.suppress(OSError):
             os.write(2, f"\n{text}\n".encode())
 
 
 def stop_requests() -> list[bool]:
-    """For each of REASONS, whether this rank was told so."""
+    """Return, for each of REASONS, whether this rank must stop for it."""
     if _launcher and os.getppid() != _launcher:
         _received.add(REASONS[-1])
     return [reason in _received for reason in REASONS]
 
 
 def received() -> list[signal.Signals]:
-    """The signals that came."""
+    """Return the signals that came."""
     return [one for one in SIGNALS if one.name in _received]
 
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """A process started herein gets none of SIGNALS before it listens: they would kill it in its first moments.
+    """Block SIGNALS in this thread.
 
-    A thread started herein never gets any.
+    A process started meanwhile gets none before it calls `listen`: they would kill it in its first moments. A thread
+    started meanwhile never gets any.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -1,4 +1,4 @@
-"""How a process works with memory, garbage and the scheduler, so that steps wait for nothing."""
+"""Tune a process's memory allocator, garbage collector and scheduling, so that steps do not wait."""
 
 import contextlib
 import ctypes
@@ -6,45 +6,54 @@ import gc
 import os
 from collections.abc import Iterator
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt; older ones refuse the latter above 32 MB
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt; older versions limit the latter to 32 MB
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep memory that it frees for its next use. By default glibc gives arrays of a layer's size back
-    to the system at once, and each step pays for getting them again, page by page: a fifth of a small cnn's step."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library does as it does
+    """Keep the memory that this process frees, for its next use.
+
+    By default glibc returns arrays of a layer's size to the system at once, and each step pays for getting them again,
+    page by page: a fifth of a small cnn's step.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library: leave it as it is
         libc = ctypes.CDLL(None)
         for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
             libc.mallopt(parameter, size)
 
 
 def schedule_as_batch() -> None:
-    """Ask the system that this process's threads, and those they start, interrupt nobody when they wake. An all-reduce
-    of gloo wakes some ten; as Linux 6.18 schedules them by default, every tenth to third one waits for a tick of the
-    clock, 4 ms. A policy that the user chose stays."""
-    with contextlib.suppress(OSError, AttributeError):  # another system, or a sandbox, does as it does
+    """Schedule this process's threads, and those that they start, as batch: a thread that wakes interrupts no other.
+
+    A gloo all-reduce wakes about ten threads. As Linux 6.18 schedules them by default, every tenth to third all-reduce
+    waits for a clock tick of 4 ms. A policy that the user chose stays.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system, or a sandbox: leave it as it is
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """While modules are loaded, Python looks for no garbage, and among them not before `gc_frozen` ends: going through
-    all that is there, again and again, is a sixth of the time that torch and Accelerate take to load."""
-    was = gc.isenabled()
+    """Pause garbage collection while modules are imported, and keep their objects out of it afterwards.
+
+    Going through all objects again and again is a sixth of the time that torch and Accelerate take to import.
+    """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        if was:
+        if was_enabled:
             gc.enable()
 
 
 @contextlib.contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Python looks for garbage in what is made from here on only: to go through all that is loaded takes it 0.14 s, as
-    long as an epoch of a linear model."""
+    """Collect garbage only among objects made from now on, until the block ends.
+
+    Going through all that is loaded takes 0.14 s, as long as an epoch of a linear model.
+    """
     gc.freeze()
     try:
         yield

@@ -53,7 +53,7 @@ class World:
     """All ranks of the run, as one of them sees it."""
 
     accelerator: Accelerator
-    place: machine.Place
+    place: machine.RankPlacement
     threads: int
     graphs: list[torch.cuda.CUDAGraph] = field(default_factory=list)
 
@@ -163,12 +163,12 @@ _groups: list[Any] = []
 def open_world(cfg: Config) -> Iterator[World]:
     """Join the other ranks. Raises UserError where launcher, machine and command do not fit together or ranks do not
     meet, TrainingFailed where another one ends before its time."""
-    here = machine.place()
+    here = machine.read_placement()
     try:
         with _join(cfg, here) as world:
             yield world
     except Exception as error:
-        if isinstance(error, dist.DistError) and (plain := rendezvous.explained(error, here)):
+        if isinstance(error, dist.DistError) and (plain := rendezvous.explain_failure(error, here)):
             raise plain from error
         if is_lost_rank(error):
             raise TrainingFailed(f"{LOST_RANK}; the same command continues from the last checkpoint") from error
@@ -176,14 +176,14 @@ def open_world(cfg: Config) -> Iterator[World]:
 
 
 @contextmanager
-def _join(cfg: Config, here: machine.Place) -> Iterator[World]:
+def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     device = machine.choose_device(cfg, here)
     threads = machine.threads_per_rank(cfg, here.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate warns, and sets a number of its own
     tuning.keep_freed_memory()
     if device == "cpu" and here.world_size > 1:
         tuning.schedule_as_batch()
-    rendezvous.reach_first(here)
+    rendezvous.wait_for_rank_zero(here)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision={"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision),

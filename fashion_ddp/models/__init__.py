@@ -1,1 +1,1 @@
-"""Architectures, batch norm over the global batch, and weights to start from. Importing it imports no torch."""
+"""Build models, normalize over the global batch, and load weights to start from. Importing this needs no torch."""

@@ -1,8 +1,8 @@
-"""Architectures by name.
+"""Build a model by the name of its architecture.
 
-A new architecture is a function here, under `@architecture`, from (image_shape, classes) and settings of its own to
-a module that maps images [N, C, H, W] in [0, 1] to logits [N, classes]; its name and settings become choices of
-`--model` and flags that exist in config.py.
+To add an architecture, write a function here under `@architecture`. It takes (image_shape, classes) and settings of its
+own, which must be fields of config.py, and returns a module that maps images [N, C, H, W] in [0, 1] to logits
+[N, classes]. Its name becomes a choice of `--model`.
 """
 
 import math
@@ -22,7 +22,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 
 
 def architecture(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Make a function a choice of --model, under its own name."""
+    """Register a function as a choice of --model, under its own name."""
     ARCHITECTURES[build.__name__] = build
     return build
 
@@ -62,7 +62,7 @@ def cnn(
         for _ in range(2):
             layers.append(nn.Conv2d(channels, hidden_units, kernel_size=3, padding=1))
             layers += [GlobalBatchNorm2d(hidden_units)] if batch_norm else []
-            layers.append(nn.ReLU(inplace=True))  # half of the memory, and the cache's
+            layers.append(nn.ReLU(inplace=True))  # halves the memory, also in the cache
             channels = hidden_units
         layers.append(nn.MaxPool2d(2))
     features = channels * (height >> conv_blocks) * (width >> conv_blocks)
@@ -83,16 +83,16 @@ def build(
     trained_on: str = "cpu",
     function: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
-    """The run's model with its initial weights, the same on every rank, on CPU.
+    """Return the run's model on the CPU, with initial weights that are the same on every rank.
 
-    `trained_on`: the type of the device that it is for, which decides how convolutions lie in memory. `function`: the
-    model itself, where it is not to be found by its name.
+    `trained_on`: the type of the device that it will be trained on, which decides the memory format of convolutions.
+    `function`: builds the model; without it, the function or class of the name `cfg.model` does.
 
-    Raises UserError for a model of the user's that cannot be found, does not take the arguments, or does not give
-    logits [N, classes].
+    Raises UserError for a model of the user's own that cannot be found, does not take the arguments, has nothing to
+    train, or does not return logits [N, classes].
     """
-    function = function or ARCHITECTURES.get(cfg.model) or user_code.find(cfg.model, "model")
-    arguments = cfg.model_settings() | user_code.typed(function, cfg.model_args)
+    function = function or ARCHITECTURES.get(cfg.model) or user_code.load(cfg.model, "model")
+    arguments = cfg.model_settings() | user_code.convert_arguments(function, cfg.model_args)
     torch.manual_seed(cfg.seed)
     images = [2, *image_shape]
     try:
@@ -103,22 +103,24 @@ def build(
     except Exception as error:
         settings = "".join(f", {name}={value}" for name, value in arguments.items())
         raise UserError(
-            f"model {cfg.model} cannot be used: {user_code.described(error)}; it is called with "
-            f"({image_shape}, {classes}{settings}) and the module that it gives with images of shape {images}"
+            f"model {cfg.model} cannot be used: {user_code.describe_error(error)}; it is called with "
+            f"({image_shape}, {classes}{settings}) and the module that it returns with images of shape {images}"
         ) from error
     if not isinstance(model, nn.Module):
-        raise UserError(f"model {cfg.model} gave a {type(model).__name__}, not a torch.nn.Module: return the module")
+        raise UserError(
+            f"model {cfg.model} returned a {type(model).__name__}, not a torch.nn.Module: return the module"
+        )
     shape = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
     if shape != [2, classes]:
         raise UserError(
-            f"model {cfg.model} maps images of shape {images} to {shape}: it must give logits of shape [2, {classes}]"
+            f"model {cfg.model} maps images of shape {images} to {shape}: it must return logits of shape [2, {classes}]"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"model {cfg.model} has no parameters to train")
-    if rank > 0:  # from here on ranks draw apart: a user's Dropout must not drop the same units on each
+    if rank > 0:  # from here on each rank draws other numbers: a user's Dropout must not drop the same units on each
         torch.manual_seed(cfg.seed + rank)
     if trained_on == "cpu" and cfg.model in ARCHITECTURES:
-        # A CPU's convolutions are up to twice as fast with channels last. A user's own model stays as it is: Dropout
-        # draws in the order of memory, and would drop other units than in the user's own loop.
+        # Convolutions on a CPU are up to twice as fast with channels last. A user's own model keeps its format: Dropout
+        # draws in memory order, and would drop other units than in the user's own loop.
         model = model.to(memory_format=torch.channels_last)
     return model.to(torch.float64 if cfg.precision == "fp64" else torch.float32)

@@ -1,4 +1,4 @@
-"""Batch normalisation over the global batch."""
+"""Normalize over the global batch, whichever ranks hold its rows."""
 
 from typing import Any
 
@@ -20,21 +20,21 @@ class _Sum(torch.autograd.Function):
 
 
 def differentiable_all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over the ranks, through which gradients flow: each rank's gets the sum of all ranks' gradients."""
+    """Return the sum of a tensor over the ranks. Backward, each rank gets the sum of all ranks' gradients."""
     return _Sum.apply(tensor)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose batch is the global one, whichever ranks hold its rows.
+    """nn.BatchNorm2d over the global batch, whichever ranks hold its rows.
 
-    Sums, squares and the count are added up over the ranks in one all-reduce, through which gradients flow. Rows of
-    weight 0 do not count. (torch's SyncBatchNorm refuses CPU.)
+    Sums, squares and the count are added up over the ranks in one differentiable all-reduce. Rows of weight 0 do not
+    count. (torch's SyncBatchNorm does not work on the CPU.)
     """
 
     row_weights: Tensor | None = None  # [N], 1 or 0; the step sets it before each forward pass
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not self.weight.requires_grad:  # frozen: its statistics do not move, nor follow a batch
+        if not self.training or not self.weight.requires_grad:  # frozen: use the stored statistics and keep them
             stored = self.running_mean, self.running_var
             return F.batch_norm(input, *stored, self.weight, self.bias, training=False, eps=self.eps)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -49,7 +49,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
             assert self.num_batches_tracked is not None
             self.running_mean.lerp_(mean, self.momentum)
-            # Unbiased, as nn.BatchNorm2d keeps it.
+            # The unbiased variance, as nn.BatchNorm2d stores it.
             self.running_var.lerp_(variance * n / (n - 1).clamp_min(1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)

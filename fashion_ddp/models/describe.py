@@ -1,4 +1,4 @@
-"""What is told of a model: parameters, operations, layers, feature maps, and what makes it depend on the ranks."""
+"""Describe a model: its parameters, operations, layers, feature maps, and layers that depend on the ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,11 @@ Shape = tuple[int, int, int]  # channels, height, width
 
 @torch.no_grad()
 def apply_to_zeros(model: nn.Module, image_shape: Shape, rows: int = 1) -> Any:
-    """The model's output for black images, in evaluation mode, which leaves the model as it was, and the random numbers
-    too: a user's model may draw some, and a run that continues must draw those that follow."""
+    """Return the model's output for `rows` black images, computed in evaluation mode.
+
+    The model's mode and the random numbers stay as they were: a user's model may draw some, and a run that continues
+    must draw the same ones afterwards.
+    """
     parameter = next(model.parameters(), torch.zeros(()))
     was_training = model.training
     images = torch.zeros(rows, *image_shape, dtype=parameter.dtype, device=parameter.device)
@@ -23,12 +26,12 @@ def apply_to_zeros(model: nn.Module, image_shape: Shape, rows: int = 1) -> Any:
         model.train(was_training)
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_image(model: nn.Module, image_shape: Shape) -> int:
-    """Operations of one forward pass for one image: 2 per multiply-add of matrix products and convolutions."""
+    """Count the operations of a forward pass for one image: 2 per multiply-add of matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode  # takes seconds to import
 
     with FlopCounterMode(display=False) as counter:
@@ -37,7 +40,7 @@ def flops_per_image(model: nn.Module, image_shape: Shape) -> int:
 
 
 def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """What each convolution and pooling makes of one image [C, H, W]: {"<place in the model>.<layer>": [c, h, w]}."""
+    """Return each convolution's and pooling's output for one image [C, H, W]: {"<name in model>.<type>": [c, h, w]}."""
     maps: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -52,8 +55,8 @@ def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     return maps
 
 
-def summary(model: nn.Module, image_shape: Shape) -> str:
-    """The model's layers as a table: layer, output shape for one image, parameters."""
+def layers_table(model: nn.Module, image_shape: Shape) -> str:
+    """Return the model's layers as a table of text: type, output shape for one image, parameters."""
     rows: list[tuple[str, str, int]] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -65,12 +68,14 @@ def summary(model: nn.Module, image_shape: Shape) -> str:
     apply_to_zeros(model, image_shape)
     for hook in hooks:
         hook.remove()
-    lines = [f"  {name:<20}{shape:>14}{count:>12,}" for name, shape, count in [*rows, ("total", "", parameters(model))]]
+    lines = [
+        f"  {name:<20}{shape:>14}{count:>12,}" for name, shape, count in [*rows, ("total", "", count_parameters(model))]
+    ]
     return "\n".join([f"  {'layer':<20}{'output':>14}{'parameters':>12}", *lines])
 
 
-def rank_dependent(model: nn.Module) -> list[str]:
-    """Layers that make the result depend on how many ranks share the batch; empty for our own models."""
+def rank_dependent_layers(model: nn.Module) -> list[str]:
+    """Return the types of layers that make the result depend on the number of ranks; none in our own models."""
     per_rank = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     names = {type(m).__name__ for m in model.modules() if isinstance(m, per_rank)} - {"GlobalBatchNorm2d"}
     return sorted(names)

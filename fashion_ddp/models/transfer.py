@@ -1,4 +1,4 @@
-"""Transfer learning: a model that is known from elsewhere, weights to start from, and parts that are not trained."""
+"""Transfer learning: build a well-known model, load weights to start from, and freeze parts."""
 
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
 from fashion_ddp.models.weights import weights_file
 
-# Of ImageNet's red, green and blue, in [0, 1]: what torchvision's weights expect their input to be normalised with.
+# Of ImageNet's red, green and blue in [0, 1]. torchvision's weights expect an input that is normalized with them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def resnet18(channels: int, classes: int) -> nn.Module:
-    """torchvision's ResNet-18 for images [N, channels, H, W] in [0, 1], with batch norm over the global batch."""
-    from torchvision.models import resnet18 as torchvisions  # takes seconds, for those who ask for it
+    """Return torchvision's ResNet-18 for images [N, channels, H, W] in [0, 1], with batch norm over global batches."""
+    from torchvision.models import resnet18 as torchvision_resnet18  # not at the top: it takes seconds to import
 
-    model = torchvisions(num_classes=classes, norm_layer=GlobalBatchNorm2d)
+    model = torchvision_resnet18(num_classes=classes, norm_layer=GlobalBatchNorm2d)
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     if channels != 3:
         model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
         mean, std = mean.mean().expand(channels).clone(), std.mean().expand(channels).clone()
-    # Not among the weights, so that their names are torchvision's.
+    # Not saved with the weights, so that those have torchvision's names.
     model.register_buffer("mean", mean.view(-1, 1, 1), persistent=False)
     model.register_buffer("std", std.view(-1, 1, 1), persistent=False)
     model.register_forward_pre_hook(_normalise)
@@ -38,8 +38,10 @@ def _normalise(model: Any, inputs: tuple[Tensor]) -> Tensor:
 
 
 def prepare(cfg: Config, model: nn.Module) -> list[str]:
-    """Give the run's new model its initial weights, and freeze what is not to be trained. Returns what was done, in
-    words; raises UserError where weights do not fit, or no parameter has a name."""
+    """Load the initial weights that the settings ask for into a new model, and freeze the parts that they name.
+
+    Returns what was done, in words. Raises UserError where the weights do not fit, or no parameter has a name.
+    """
     done = []
     if (path := weights_file(cfg)) is not None:
         done.append(_load(model, path))
@@ -49,45 +51,45 @@ def prepare(cfg: Config, model: nn.Module) -> list[str]:
 
 
 def _load(model: nn.Module, path: Path) -> str:
-    """Weights by name. The last layer may be new, for other classes, and the first made for other channels."""
+    """Load weights by name. The last layer may be new, for other classes; the first is adapted to other channels."""
     given, ours = _read(path), model.state_dict()
     first, last = _first_and_last(model)
-    taken, new, misfits = {}, [], []
+    loaded, new, misfits = {}, [], []
     adapted = ""
     for name, tensor in ours.items():
-        there = given.get(name)
-        if there is not None and there.shape == tensor.shape:
-            taken[name] = there
-        elif there is not None and name == first and _differ_in_channels(there, tensor):
-            taken[name] = _for_channels(there, tensor.shape[1])
-            adapted = f"; {name} made of {there.shape[1]} channels for {tensor.shape[1]}"
+        other = given.get(name)
+        if other is not None and other.shape == tensor.shape:
+            loaded[name] = other
+        elif other is not None and name == first and _differ_in_channels_only(other, tensor):
+            loaded[name] = _adapt_channels(other, tensor.shape[1])
+            adapted = f"; {name} made of {other.shape[1]} channels for {tensor.shape[1]}"
         elif name in last:
             new.append(name)
-        elif not name.endswith("num_batches_tracked"):  # which nothing depends on
-            misfits.append(f"{name} {_shape(there)} for {_shape(tensor)}")
-    misfits += [f"{name}, which the model has not" for name in given if name not in ours]
+        elif not name.endswith("num_batches_tracked"):  # nothing depends on it
+            misfits.append(f"{name} {_shape_text(other)} for {_shape_text(tensor)}")
+    misfits += [f"{name}, which the model does not have" for name in given if name not in ours]
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise UserError(
             f"init_from {path}: holds another model's weights: {', '.join(misfits[:3])}{more}: choose the model that "
             "they are of (only the last layer, and the channels of a first convolution, may differ)"
         )
-    model.load_state_dict(taken, strict=False)
+    model.load_state_dict(loaded, strict=False)
     return f"initial weights from {path}" + adapted + (f"; new: {', '.join(new)}" if new else "")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file: loaded as data, which cannot run code."""
+    """Return the tensors in a file by name; they are read as data, which cannot run code."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own words advise to run what is in the file
+    except Exception as error:  # torch's own message advises to run code from the file
         raise UserError(
             f"init_from {path}: cannot be read as weights ({type(error).__name__}): it must be a .safetensors file, or "
             "torch.save(model.state_dict(), ...)"
         ) from error
-    for key in ("state_dict", "model"):  # as many training programs wrap it
+    for key in ("state_dict", "model"):  # many training programs store it under one of these
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -96,30 +98,32 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _first_and_last(model: nn.Module) -> tuple[str, set[str]]:
-    """The names of the model's first weight, and of all that its last layer has."""
+    """Return the name of the model's first parameter, and the names of its last layer's parameters."""
     layers = [(name, m) for name, m in model.named_modules() if [*m.parameters(recurse=False)]]
     name, layer = layers[-1]
     last = {f"{name}.{own}" if name else own for own, _ in layer.named_parameters(recurse=False)}
     return next(name for name, _ in model.named_parameters()), last
 
 
-def _differ_in_channels(one: Tensor, two: Tensor) -> bool:
-    """Whether both are weights of a convolution, of one shape but for the channels that come in."""
+def _differ_in_channels_only(one: Tensor, two: Tensor) -> bool:
+    """Return whether both are weights of a convolution, and their shapes differ in the input channels alone."""
     return one.dim() == two.dim() == 4 and one[:, 0].shape == two[:, 0].shape
 
 
-def _for_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution's weight for another number of channels: an image that is equal in all of them gives what
-    it gave before."""
+def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """Return a convolution's weight for another number of input channels.
+
+    For an image that is equal in all channels, the output stays the same.
+    """
     return weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (weight.shape[1] / channels)
 
 
-def _shape(tensor: Tensor | None) -> str:
+def _shape_text(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else str(list(tensor.shape))
 
 
 def _freeze(model: nn.Module, parts: tuple[str, ...]) -> str:
-    """Let the parameters below these names be as they are. A batch norm among them keeps its statistics."""
+    """Freeze the parameters below these names; a batch norm among them keeps its statistics. Return a note on it."""
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(_is_below(name, part) for name in names):
@@ -130,7 +134,7 @@ def _freeze(model: nn.Module, parts: tuple[str, ...]) -> str:
             parameter.requires_grad_(False)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d and not module.weight.requires_grad:
-            module.__class__ = GlobalBatchNorm2d  # which, frozen, uses the statistics that it has
+            module.__class__ = GlobalBatchNorm2d  # this class, frozen, uses its stored statistics
     left = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not left:
         raise UserError(f"freeze: {' '.join(parts)} leaves nothing to train: name fewer parts")

@@ -1,4 +1,4 @@
-"""Weights that a run starts from: which file they are in, and its hash. transfer.py reads them; torch is not needed."""
+"""Find the file of weights that a run starts from, and its hash. transfer.py reads it; this module needs no torch."""
 
 import hashlib
 import os
@@ -13,8 +13,10 @@ URL = "https://download.pytorch.org/models/"
 
 
 def weights_file(cfg: Config) -> Path | None:
-    """The file of the run's initial weights; None where they are drawn. Raises UserError where it is not there, or,
-    of ImageNet's, is damaged."""
+    """Return the file of the run's initial weights; None where they are random.
+
+    Raises UserError where the file is missing, or is damaged (known for ImageNet's).
+    """
     if cfg.init_from is None:
         return None
     if cfg.init_from == "imagenet":
@@ -30,7 +32,7 @@ def weights_file(cfg: Config) -> Path | None:
 
 
 def weights_hash(cfg: Config) -> str | None:
-    """sha256 of that file."""
+    """Return the sha256 of the file of the run's initial weights; None where they are random."""
     path = weights_file(cfg)
     return None if path is None else _sha256(path)
 
@@ -40,11 +42,11 @@ def _sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"init_from {path}: cannot be read ({error.strerror}): mend that, or name another") from None
+        raise UserError(f"init_from {path}: cannot be read ({error.strerror}): fix that, or name another") from None
 
 
 def _imagenet(model: str) -> Path:
-    """In torch's own cache, where torchvision puts it too."""
+    """Return the path of ImageNet's weights in torch's own cache, where torchvision looks for them, too."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
     path = Path(os.environ.get("TORCH_HOME") or cache) / "hub" / "checkpoints" / IMAGENET[model]
     if not path.is_file():

@@ -1,1 +1,1 @@
-"""What `python -m fashion_ddp.compare` says: results, tables, figures, page. It reads run folders and nothing else."""
+"""Make the report of `python -m fashion_ddp.compare` from run folders alone."""

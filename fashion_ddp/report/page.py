@@ -1,4 +1,4 @@
-"""The report as a page and as markdown."""
+"""Write the report as an HTML page and as markdown."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ import numpy as np
 from markupsafe import Markup
 
 from fashion_ddp.report import figures, sentences, tables
-from fashion_ddp.report.pictures import Album
+from fashion_ddp.report.album import Album
 from fashion_ddp.report.rows import Comparison, Row, Section
 from fashion_ddp.report.text import markdown_table, markdown_text
 
 HERE = Path(__file__).parent
-PICTURED = 12  # rows of a section, from the best, whose pictures are shown: fifty would make the page too large
-CLASSES = 20  # up to which a confusion matrix can be read
+PICTURED = 12  # the number of rows, from the best, whose pictures are shown: fifty would make the page too large
+READABLE_CLASSES = 20  # a confusion matrix of more classes cannot be read
 
 
 def html_page(comparison: Comparison) -> str:
@@ -42,29 +42,29 @@ def html_page(comparison: Comparison) -> str:
 
 
 def _section(section: Section, key: str) -> dict[str, Any]:
-    """All that the page shows of a section; `key` begins the names of its anchors."""
+    """Return all that the template shows of a section; `key` is the prefix of its anchors."""
     album = Album(section, key, PICTURED)
     pictured = section.rows[:PICTURED]
     maps = [(row.label, *album.feature_maps(row.first)) for row in pictured]
     return {
         "key": key,
         "title": section.title,
-        "order": {row.label: place % figures.COLOURS for place, row in enumerate(section.rows)},
+        "order": {row.label: index % figures.COLOURS for index, row in enumerate(section.rows)},
         "synthetic": section.synthetic,
         "verdict": sentences.verdict(section),
         "main": tables.main_table(section),
         "shared": sentences.shared_times(section),
         "best": section.best,
         "pairs": tables.pairs_table(section),
-        "published": tables.published_table(section),
+        "published": tables.tutorials_table(section),
         "single": tables.single_runs(section),
         "settings": tables.settings_table(section),
         "bars": figures.accuracy_bars(section),
         "curves": figures.learning_curves(section),
-        "costs": figures.costs(section),
+        "costs": figures.cost_figures(section),
         "relu": sentences.RELU,
         "logits": [
-            (r.name, figures.logits(r), sentences.dead(r))
+            (r.name, figures.logits_figure(r), sentences.dead_logits_sentence(r))
             for row in section.rows
             for r in row.results
             if "positive_by_class" in r.record
@@ -72,36 +72,42 @@ def _section(section: Section, key: str) -> dict[str, Any]:
         "confusion": [
             (row, counts, _shades(counts)) for row in section.rows if (counts := row.confusion()) is not None
         ],
-        "readable": len(section.first.classes) <= CLASSES,
+        "readable": len(section.first.classes) <= READABLE_CLASSES,
         "classes": section.first.classes,
         "f1": tables.f1_table(section),
-        "confused": [(row, _confused(row, album)) for row in pictured],
-        "grids": [(row, tiles) for row in pictured if (tiles := album.predictions(row))],
-        "wrong": [(row, tiles) for row in pictured if (tiles := album.confidently_wrong(row))],
-        "samples": album.samples(),
+        "confused": [(row, _confused_pairs(row, album)) for row in pictured],
+        "grids": [(row, tiles) for row in pictured if (tiles := album.prediction_tiles(row))],
+        "wrong": [(row, tiles) for row in pictured if (tiles := album.confidently_wrong_tiles(row))],
+        "samples": album.sample_tiles(),
         "maps": [of_row for of_row in maps if of_row[1]],
         "layers": [(row, text) for row in section.rows if (text := _layers(row))],
         "left_out": len(section.rows) - len(pictured),
-        "symbols": list(album.symbols.values()),  # last: those above ask for them
+        "symbols": list(album.symbols.values()),  # last, because the calls above add to them
     }
 
 
 def _shades(counts: np.ndarray) -> list[list[str]]:
-    """How strongly a cell is coloured: the square root lets a share of 1 % of the true class be seen."""
+    """Return how strongly each cell is coloured. The square root makes even 1 % of the true class visible."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return [[f"{0.7 * value**0.5:.2f}" for value in line] for line in shares]
 
 
-def _confused(row: Row, album: Album) -> list[dict[str, Any]]:
+def _confused_pairs(row: Row, album: Album) -> list[dict[str, Any]]:
     names = row.first.classes
     return [
-        {"true": names[t], "predicted": names[p], "images": count, "share": share, "tiles": album.confused(row, t, p)}
-        for t, p, count, share in tables.confused(row)
+        {
+            "true": names[t],
+            "predicted": names[p],
+            "images": count,
+            "share": share,
+            "tiles": album.confused_tiles(row, t, p),
+        }
+        for t, p, count, share in tables.most_confused(row)
     ]
 
 
 def _layers(row: Row) -> str:
-    """The model's layers, as printed at the run's start; empty for a run that has no record of them."""
+    """Return the model's layers, as printed at the run's start; "" where the run did not record them."""
     path = row.first.run.path / "model.txt"
     return path.read_text(errors="replace").rstrip() if path.exists() else ""
 
@@ -115,7 +121,7 @@ def markdown_page(comparison: Comparison) -> str:
         parts += [text(shared) + "\n"] if (shared := sentences.shared_times(section)) else []
         for heading, shown in (
             ("Are the differences real?", tables.pairs_table(section)),
-            ("Beside the tutorials' published figures", tables.published_table(section)),
+            ("Beside the tutorials' published figures", tables.tutorials_table(section)),
             ("Single runs", tables.single_runs(section)),
             ("What differs between the rows", tables.settings_table(section)),
             ("F1 by class", tables.f1_table(section)),

@@ -1,7 +1,7 @@
-"""Which of two rows is better, and whether the data carry it: both saw the same test images, so they are paired.
+"""Test which of two rows is better. Both were evaluated on the same test images, so the tests are paired.
 
-Of two rows the test is made on every pair of their runs, and the weakest pair counts: the one row is better if each
-of its runs is better than each of the other's (an intersection-union test: R. L. Berger, Technometrics 24, 1982).
+Every pair of runs from two rows is tested, and the weakest pair counts: a row is better if each of its runs is better
+than each of the other row's (an intersection-union test: R. L. Berger, Technometrics 24, 1982).
 """
 
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fashion_ddp.report.results import Answers, Result
+from fashion_ddp.report.results import Predictions, Result
 from fashion_ddp.report.statistics import Interval, bootstrap, holm, mcnemar, percentile_interval
 
 LEVEL = 0.05
@@ -18,8 +18,11 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows. The interval is of the difference of their mean accuracies, over redrawn images and, where a row has
-    several runs, redrawn runs."""
+    """The comparison of two rows.
+
+    The interval is of the difference of their mean accuracies, over resampled images and, where a row has several runs,
+    resampled runs.
+    """
 
     difference: float  # of mean accuracies, first minus second; not negative
     interval: Interval  # 95 %, paired bootstrap
@@ -38,27 +41,29 @@ class Pair:
 
 
 def compare_pairs(rows: list[list[Result]]) -> dict[tuple[int, int], Pair]:
-    """Each pair of rows by their places, the earlier first. `rows`: their runs, rows in order of mean accuracy.
+    """Compare each pair of rows; keys are the rows' indices, the earlier first.
 
-    Left out is a row of which a run has no predictions, or not for the same labels as those before it.
+    `rows`: the runs of each row, rows in order of mean accuracy. A row is left out if one of its runs has no
+    predictions, or predictions for other labels than the rows before it.
     """
-    answered: dict[int, list[Answers]] = {}
-    for place, row in enumerate(rows):
-        of_row = [result.answers for result in row if result.answers is not None]
-        like = next(iter(answered.values()), of_row)[:1]
-        if len(of_row) == len(row) and all(np.array_equal(a.labels, like[0].labels) for a in of_row):
-            answered[place] = of_row
-    if len(answered) < 2:
+    comparable: dict[int, list[Predictions]] = {}
+    for index, row in enumerate(rows):
+        of_row = [result.predictions for result in row if result.predictions is not None]
+        reference = next(iter(comparable.values()), of_row)[:1]
+        if len(of_row) == len(row) and all(np.array_equal(p.labels, reference[0].labels) for p in of_row):
+            comparable[index] = of_row
+    if len(comparable) < 2:
         return {}
-    correct = np.stack([a.correct for of_row in answered.values() for a in of_row])
-    ends = np.cumsum([len(of_row) for of_row in answered.values()])
-    groups = {place: range(end - len(rows[place]), end) for place, end in zip(answered, ends, strict=True)}
+    correct = np.stack([p.correct for of_row in comparable.values() for p in of_row])
+    ends = np.cumsum([len(of_row) for of_row in comparable.values()])
+    groups = {index: range(end - len(rows[index]), end) for index, end in zip(comparable, ends, strict=True)}
     exact = correct.astype(np.float64)
     both = (exact @ exact.T).astype(int)  # images that two runs both get right
     resampled = dict(zip(groups, bootstrap(correct, list(groups.values())).T, strict=True))
-    means = {place: correct[list(group)].mean() for place, group in groups.items()}
+    means = {index: correct[list(group)].mean() for index, group in groups.items()}
 
     def weakest(first: range, second: range) -> tuple[float, int, int]:
+        """Return p and both counts of images that only one gets right, for the weakest pair of runs."""
         tests = []
         for a in first:
             for b in second:
@@ -67,9 +72,9 @@ def compare_pairs(rows: list[list[Result]]) -> dict[tuple[int, int], Pair]:
         p, _, only_a, only_b = max(tests)
         return p, only_a, only_b
 
-    places = list(combinations(groups, 2))
-    found = {(a, b): weakest(groups[a], groups[b]) for a, b in places}
-    adjusted = dict(zip(places, holm([found[place][0] for place in places]), strict=True))
+    pairs = list(combinations(groups, 2))
+    tested = {(a, b): weakest(groups[a], groups[b]) for a, b in pairs}
+    adjusted = dict(zip(pairs, holm([tested[pair][0] for pair in pairs]), strict=True))
     return {
         (a, b): Pair(
             difference=float(means[a] - means[b]),
@@ -80,5 +85,5 @@ def compare_pairs(rows: list[list[Result]]) -> dict[tuple[int, int], Pair]:
             p=p,
             p_holm=adjusted[a, b],
         )
-        for (a, b), (p, only_a, only_b) in found.items()
+        for (a, b), (p, only_a, only_b) in tested.items()
     }

@@ -1,4 +1,4 @@
-"""What a report knows of one run: its folder, and its object in report.json."""
+"""Read the runs of a report: each run's folder, and its object in report.json."""
 
 import json
 import math
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from fashion_ddp.report import statistics, tutorials
-from fashion_ddp.runs.reading import Run, read_arrays, read_run, softmax
+from fashion_ddp.runs.reading import Run, load_run, read_arrays, softmax
 
 ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_per_s"
-SECONDS = "time/train_and_test_s"  # the tutorials' clock: training, and the pass over the test set after each epoch
+SECONDS = "time/train_and_test_s"  # as the tutorials measure: training, and the pass over the test set after each epoch
 MACRO_F1, CALIBRATION, MEMORY = "test/macro_f1", "test/calibration_error", "peak_memory_bytes"
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """What a run says of the n images of the test set."""
+class Predictions:
+    """A run's predictions for the n images of the test set."""
 
     labels: np.ndarray  # int64 [n]
     predicted: np.ndarray  # int64 [n]
@@ -27,17 +27,17 @@ class Answers:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [n]"""
+        """Return whether each prediction is right: bool [n]."""
         return self.predicted == self.labels
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run. `record` holds the summary's keys and values, and what is derived from the rest of the folder."""
+    """One run. `record` has the summary's keys and values, and values derived from the rest of the folder."""
 
     run: Run
     record: dict[str, Any]
-    answers: Answers | None = None  # None for a run that is not finished, or whose predictions are gone
+    predictions: Predictions | None = None  # None where the run is not finished, or the file is missing
 
     @property
     def name(self) -> str:
@@ -49,12 +49,12 @@ class Result:
 
     @property
     def recipe(self) -> str:
-        """The recipe's name, also where a path was given."""
+        """Return the recipe's name, also where a path was given."""
         return Path(self.run.config["recipe"]).stem
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The settings that are not the recipe's own; the dataset is the table's."""
+        """Return the settings that differ from the recipe, without the dataset, which the table's title names."""
         return {name: value for name, value in self.record.get("changed", {}).items() if name != "dataset"}
 
     @property
@@ -66,46 +66,48 @@ class Result:
         return self.record["dataset"] == "synthetic"
 
     @property
-    def place(self) -> str:
-        """Ranks x device."""
+    def ranks_and_device(self) -> str:
+        """Return the number of ranks and the device: `2 x cpu`."""
         return f"{self.record.get('world_size', '?')} x {self.record.get('device', '?')}"
 
     @property
-    def at_once(self) -> int:
-        """Runs that were trained at once on its machine, at most, itself among them: its times are its own where 1."""
+    def concurrent_runs(self) -> int:
+        """Return the most runs that were trained on its machine at the same time, with itself: 1 if it was alone."""
         return self.record.get("side_by_side", 1)
 
     @property
     def device(self) -> str:
-        """The kind of card, or of processor: what times may be compared on."""
+        """Return the name of the card or the processor. Times are comparable only on equal ones."""
         device = self.record.get("device", "?")
         ranks = self.start.get("ranks") or [{}]
         return (device if device != "cpu" else ranks[0].get("cpu")) or device
 
     @property
     def classes(self) -> list[str]:
-        """The classes' names; their numbers for a run that has no record of them."""
+        """Return the classes' names, or their numbers where the run did not record names."""
         return self.record.get("classes") or [str(c) for c in range(len(self.record.get("confusion", ())))]
 
     @property
     def start(self) -> dict[str, Any]:
-        """The environment that the run was last started in."""
+        """Return the environment of the run's last start."""
         return self.run.environment[-1] if self.run.environment else {}
 
     @property
     def data_md5(self) -> dict[str, str]:
-        """By file; empty where the run has no record of it."""
+        """Return the md5 of the data by file; empty where the run did not record it."""
         return self.start.get("made_by", {}).get("data") or {}
 
     @property
     def experiment(self) -> str:
-        """Equal for runs that differ in nothing but the seed and what they came to."""
-        return json.dumps([self.model, self.run.config["recipe"], self.record["settings"], self.place], sort_keys=True)
+        """Return a key that is equal for runs that differ only in the seed and in their results."""
+        return json.dumps(
+            [self.model, self.run.config["recipe"], self.record["settings"], self.ranks_and_device], sort_keys=True
+        )
 
 
 def read_results(folders: list[Path]) -> list[Result]:
-    """Raises UserError for a folder or file that cannot be read."""
-    runs = [read_run(folder) for folder in folders]
+    """Read runs. Raises UserError for a folder or file that cannot be read."""
+    runs = [load_run(folder) for folder in folders]
     same_name = Counter(run.path.name for run in runs)
     return [_result(run, unique=same_name[run.path.name] == 1) for run in runs]
 
@@ -122,42 +124,42 @@ def _result(run: Run, unique: bool) -> Result:
         "settings": run.settings().result_settings(),
         "published": None
         if summary.get("changed", True)
-        else tutorials.FIGURES.get((config["recipe"], config["model"])),
+        else tutorials.published_figures(config["recipe"], config["model"]),
         "environment": run.environment,
     }
     if record["status"] != "finished":
         return Result(run, record)
     parts = [summary.get("time/train_total_s"), summary.get("time/eval_total_s")]
     record[SECONDS] = None if None in parts else sum(parts)
-    saved = load_tensors(run.path / "predictions.safetensors")
+    saved = read_arrays(run.path / "predictions.safetensors", missing_ok=True)
     if not saved:
         return Result(run, record)
     probabilities = softmax(saved["logits"])
     predicted = saved["predicted"]
-    answers = Answers(saved["labels"], predicted, probabilities[np.arange(len(predicted)), predicted])
-    return Result(run, record | _derived(record, saved["logits"], answers), answers)
+    predictions = Predictions(saved["labels"], predicted, probabilities[np.arange(len(predicted)), predicted])
+    return Result(run, record | _derived(record, saved["logits"], predictions), predictions)
 
 
-def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file; empty where there is none. Raises UserError for one that cannot be read."""
-    return read_arrays(path) if path.exists() else {}
+def _derived(record: dict[str, Any], logits: np.ndarray, predictions: Predictions) -> dict[str, Any]:
+    """Return counts [true][predicted], the F1 from them, the calibration error and, for relu, the dead logits.
 
-
-def _derived(record: dict[str, Any], logits: np.ndarray, answers: Answers) -> dict[str, Any]:
-    """Counts [true][predicted] and what follows from them, the calibration error and, for relu, the dead logits.
-
-    A logit is dead that is positive for no image of the test set.
+    A logit is dead if it is positive for no image of the test set.
     """
     classes = logits.shape[1]
-    flat = answers.labels * classes + answers.predicted
+    flat = predictions.labels * classes + predictions.predicted
     counts = np.bincount(flat, minlength=classes**2).reshape(classes, classes)
-    f1, error = statistics.f1_by_class(counts), statistics.calibration_error(answers.confidence, answers.correct)
-    added: dict[str, Any] = {"confusion": counts.tolist(), "f1_by_class": f1.tolist(), MACRO_F1: float(f1.mean())}
-    added[CALIBRATION] = error if math.isfinite(error) else None
+    f1, error = (
+        statistics.f1_by_class(counts),
+        statistics.calibration_error(predictions.confidence, predictions.correct),
+    )
+    derived: dict[str, Any] = {"confusion": counts.tolist(), "f1_by_class": f1.tolist(), MACRO_F1: float(f1.mean())}
+    derived[CALIBRATION] = error if math.isfinite(error) else None
     if record["model"] == "relu":
         positive, names = logits > 0, record["classes"]
-        added["positive_by_class"] = positive.mean(axis=0).tolist()  # the share of the images that raise each logit
-        added["dead_classes"] = [names[c] for c in np.flatnonzero(~positive.any(axis=0))]
-        added["never_predicted"] = [names[c] for c in np.flatnonzero(counts.sum(axis=0) == 0)]
-        added["images_without_logit"] = int((~positive.any(axis=1)).sum())
-    return added
+        derived["positive_by_class"] = positive.mean(
+            axis=0
+        ).tolist()  # each logit's share of images where it is positive
+        derived["dead_classes"] = [names[c] for c in np.flatnonzero(~positive.any(axis=0))]
+        derived["never_predicted"] = [names[c] for c in np.flatnonzero(counts.sum(axis=0) == 0)]
+        derived["images_without_logit"] = int((~positive.any(axis=1)).sum())
+    return derived

@@ -1,7 +1,7 @@
-"""Which runs stand in one row, and which rows in one table.
+"""Group runs into rows, and rows into tables.
 
-A table holds finished runs of the same data on the same kind of device only. A row holds runs that differ in nothing
-but the seed: it shows their mean and sample standard deviation.
+A table holds finished runs on the same data and the same kind of device. A row holds runs that differ only in the seed,
+and shows their mean and sample standard deviation.
 """
 
 import functools
@@ -17,14 +17,14 @@ import numpy as np
 from fashion_ddp.report.pairs import Pair, compare_pairs
 from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS, Result
 from fashion_ddp.report.statistics import Interval, t_interval, wilson
-from fashion_ddp.report.text import assignments, in_common
+from fashion_ddp.report.text import common_settings, settings_text
 
 FIGURES = (ACCURACY, LOSS, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
 
 
 @dataclass(frozen=True)
 class Row:
-    """`label` tells the row from the others of its table."""
+    """Runs that differ only in the seed. `label` is unique in its table."""
 
     label: str
     results: list[Result]
@@ -34,44 +34,46 @@ class Row:
         return self.results[0]
 
     def mean(self, name: str) -> float | None:
-        """None where any of the runs has no such figure, or one that is not finite."""
+        """Return a figure's mean over the runs; None where a run does not have it, or not a finite one."""
         values = [r.record[name] for r in self.results if r.record.get(name) is not None]
         return statistics.fmean(values) if len(values) == len(self.results) else None
 
     def std(self, name: str) -> float | None:
-        """Sample standard deviation (n - 1); None for a single run."""
+        """Return a figure's sample standard deviation (n - 1); None for a single run."""
         several = len(self.results) > 1 and self.mean(name) is not None
         return statistics.stdev(r.record[name] for r in self.results) if several else None
 
     def interval(self) -> Interval | None:
-        """Of the accuracy, 95 %: for one seed Wilson's, from three on Student's t over them; None for two seeds, or
-        without predictions."""
+        """Return the 95 % interval of the accuracy: Wilson's for one seed, Student's t over three or more seeds.
+
+        None for two seeds, or for one without predictions.
+        """
         if self.mean(ACCURACY) is None:
             return None
         if len(self.results) > 2:
             low, high = t_interval([r.record[ACCURACY] for r in self.results])
             return Interval(max(0.0, low), min(1.0, high))
-        if len(self.results) == 1 and (answers := self.first.answers):
-            return wilson(int(answers.correct.sum()), len(answers.labels))
+        if len(self.results) == 1 and (predictions := self.first.predictions):
+            return wilson(int(predictions.correct.sum()), len(predictions.labels))
         return None
 
     @property
-    def at_once(self) -> list[int]:
-        """How many runs were trained at once when its own were: [1] where each had the machine to itself."""
-        return sorted({r.at_once for r in self.results})
+    def concurrent_runs(self) -> list[int]:
+        """Return each number of runs that were trained at the same time: [1] if each run had the machine to itself."""
+        return sorted({r.concurrent_runs for r in self.results})
 
     @property
     def shared(self) -> bool:
-        """Whether its times are no measure of speed."""
-        return self.at_once != [1]
+        """Return whether its runs shared the machine with others, so that their times do not measure speed."""
+        return self.concurrent_runs != [1]
 
     def confusion(self) -> np.ndarray | None:
-        """Counts [true, predicted], added over the runs that have predictions; None without any."""
+        """Return counts [true, predicted], added over the runs that have predictions; None without any."""
         counts = [np.array(r.record["confusion"]) for r in self.results if "confusion" in r.record]
         return sum(counts[1:], counts[0]) if counts else None
 
     def f1_by_class(self) -> list[float] | None:
-        """The mean over the runs; None without predictions."""
+        """Return each class's F1, the mean over the runs; None without predictions."""
         every = [r.record["f1_by_class"] for r in self.results if "f1_by_class" in r.record]
         return np.mean(every, axis=0).tolist() if every else None
 
@@ -81,7 +83,7 @@ class Row:
 
         of_row: dict[str, Any] = {"label": self.label, "runs": [r.name for r in self.results], "n": len(self.results)}
         of_row |= {"mean": each(self.mean), "std": each(self.std), "interval": self.interval()}
-        of_row |= {"side_by_side": max(self.at_once)}
+        of_row |= {"side_by_side": max(self.concurrent_runs)}
         return of_row | {"f1_by_class": self.f1_by_class()}
 
 
@@ -102,20 +104,20 @@ class Section:
 
     @property
     def ranked(self) -> list[Row]:
-        """The rows that have an accuracy: all but those whose figures are not finite, which come last."""
+        """Return the rows that have an accuracy. Rows whose figures are not finite come after them in `rows`."""
         return [row for row in self.rows if row.mean(ACCURACY) is not None]
 
     @functools.cached_property
     def pairs(self) -> dict[tuple[int, int], Pair]:
-        """By the places of two rows, the better first; empty where their runs cannot be paired image by image."""
+        """Return comparisons by the indices of two rows, the better first; {} if no runs share the same test images."""
         return compare_pairs([row.results for row in self.ranked])
 
     @property
     def best(self) -> Row | None:
-        """The first row, if it is significantly better than every other."""
+        """Return the first row if it is significantly better than every other one, else None."""
         others = [(0, other) for other in range(1, len(self.ranked))]
-        shown = [pair in self.pairs and self.pairs[pair].significant for pair in others]
-        return self.rows[0] if shown and all(shown) else None
+        better = [pair in self.pairs and self.pairs[pair].significant for pair in others]
+        return self.rows[0] if better and all(better) else None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Comparison:
         return self.finished + self.unfinished
 
     def as_json(self) -> dict[str, Any]:
-        """The content of report.json."""
+        """Return the content of report.json."""
         runs, rows, pairs = [r.record for r in self.results], [], []
         for section in self.sections:
             where = {"dataset": section.title}
@@ -145,20 +147,20 @@ class Comparison:
 
 
 def compare(results: list[Result]) -> Comparison:
-    """Rank the finished runs of each dataset and device."""
-    together: dict[str, list[Result]] = {}
+    """Group the finished runs by dataset and device, and rank them."""
+    groups: dict[str, list[Result]] = {}
     for result in results:
         if result.finished:
             key = json.dumps([result.record["dataset"], result.data_md5, result.device], sort_keys=True)
-            together.setdefault(key, []).append(result)
-    firsts = [group[0] for group in together.values()]
+            groups.setdefault(key, []).append(result)
+    firsts = [group[0] for group in groups.values()]
     titles = {id(first): _title(first, firsts) for first in firsts}
-    sections = [Section(titles[id(group[0])], _rows(group)) for group in together.values()]
+    sections = [Section(titles[id(group[0])], _rows(group)) for group in groups.values()]
     return Comparison(sorted(sections, key=lambda s: (s.synthetic, s.title)), [r for r in results if not r.finished])
 
 
 def _title(first: Result, all_firsts: list[Result]) -> str:
-    """A table's title: its dataset and, where other tables have the same one, the files; likewise the device."""
+    """Return a table's title: its dataset, and its files and its device where those of other tables differ."""
     alike = [r for r in all_firsts if r.record["dataset"] == first.record["dataset"]]
     title = "SYNTHETIC data" if first.synthetic else first.record["dataset"]
     if len({json.dumps(r.data_md5, sort_keys=True) for r in alike}) > 1:
@@ -168,24 +170,24 @@ def _title(first: Result, all_firsts: list[Result]) -> str:
 
 
 def _rows(results: list[Result]) -> list[Row]:
-    """The rows of one table, best accuracy first."""
+    """Return the rows of one table, best accuracy first."""
     groups: dict[tuple[str, int], list[Result]] = {}
     seen: Counter[tuple[str, int]] = Counter()
     for result in sorted(results, key=lambda r: r.record["seed"]):
-        # The same seed once more says nothing about the spread over seeds: it gets a row of its own.
+        # A repeated seed says nothing about the spread over seeds: it gets a row of its own.
         seed = result.experiment, result.record["seed"]
         groups.setdefault((result.experiment, seen[seed]), []).append(result)
         seen[seed] += 1
     firsts = [group[0] for group in groups.values()]
     several_recipes = len({r.recipe for r in firsts}) > 1
-    several_places = len({r.place for r in firsts}) > 1
-    common = in_common([r.changed for r in firsts])
+    several_places = len({r.ranks_and_device for r in firsts}) > 1
+    common = common_settings([r.changed for r in firsts])
 
     def label(result: Result) -> str:
         recipe = result.recipe if several_recipes else ""
-        place = f"on {result.place}" if several_places else ""
+        place = f"on {result.ranks_and_device}" if several_places else ""
         mark = "SYNTHETIC" if result.synthetic else ""
-        changed = assignments({n: value for n, value in result.changed.items() if n not in common})
+        changed = settings_text({n: value for n, value in result.changed.items() if n not in common})
         return " ".join(part for part in (mark, result.model, recipe, changed, place) if part)
 
     def rank(row: Row) -> tuple[float, str]:

@@ -1,10 +1,10 @@
-"""What the report says in words: its verdict, what was compared, and the notes under the tables."""
+"""Write the report's sentences: its verdict, what was compared, and the notes below the tables."""
 
-from fashion_ddp.errors import counted
+from fashion_ddp.errors import pluralize
 from fashion_ddp.report.pairs import Pair
 from fashion_ddp.report.results import ACCURACY, Result
 from fashion_ddp.report.rows import Comparison, Row, Section
-from fashion_ddp.report.text import assignments, in_common, percent, probability, span
+from fashion_ddp.report.text import common_settings, interval_text, p_value_text, percent, settings_text
 
 
 def title(comparison: Comparison) -> str:
@@ -14,20 +14,20 @@ def title(comparison: Comparison) -> str:
 
 
 def headline(comparison: Comparison) -> str:
-    """What was compared, in one sentence."""
+    """Say in one sentence what was compared."""
     results = comparison.finished
     if not results:
-        return f"None of {counted(len(comparison.unfinished), 'run')} is finished."
+        return f"None of {pluralize(len(comparison.unfinished), 'run')} is finished."
     models, recipes = {r.model for r in results}, sorted({r.recipe for r in results})
     seeds = [str(seed) for seed in sorted({r.record["seed"] for r in results})]
-    text = f"{counted(len(results), 'finished run')} of {counted(len(models), 'model')} on "
+    text = f"{pluralize(len(results), 'finished run')} of {pluralize(len(models), 'model')} on "
     text += " and ".join(section.title for section in comparison.sections)
     text += f"; {'recipes' if len(recipes) > 1 else 'recipe'} {', '.join(recipes)}"
-    if common := in_common([r.changed for r in results]):
-        text += f", with {assignments(common)}"
+    if common := common_settings([r.changed for r in results]):
+        text += f", with {settings_text(common)}"
     text += f"; {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"
     if comparison.unfinished:
-        text += f"; {counted(len(comparison.unfinished), 'run')} not finished and not ranked"
+        text += f"; {pluralize(len(comparison.unfinished), 'run')} not finished and not ranked"
     return text + "."
 
 
@@ -35,74 +35,79 @@ def headline(comparison: Comparison) -> str:
 
 
 def verdict(section: Section) -> tuple[str, str]:
-    """Which row is best; and by how much, how sure that is, and on how many seeds. No more than the data carry."""
+    """Return two sentences: which row is best; and by how much, how surely, and on how many seeds.
+
+    They claim no more than the data show.
+    """
     if not section.ranked:
         return "No run has an accuracy that is finite.", "Nothing can be said."
     top, others = section.ranked[0], section.ranked[1:]
     reached = f"{percent(top.mean(ACCURACY) or 0)} %"
-    if top.first.answers:
-        reached += f" of {len(top.first.answers.labels):,} test images right"
+    if top.first.predictions:
+        reached += f" of {len(top.first.predictions.labels):,} test images right"
     if not others:
         interval = top.interval()
         first = f"{top.label} gets {reached}."
-        second = f"95 % interval: {span(interval)} %. " if interval else ""
+        second = f"95 % interval: {interval_text(interval)} %. " if interval else ""
         second += "It stands alone: there is nothing to compare it with."
     elif section.best:
-        few = f"On {counted(len(top.results), 'seed')}, " if len(top.results) < 3 else ""
+        few = f"On {pluralize(len(top.results), 'seed')}, " if len(top.results) < 3 else ""
         first = f"{few}{top.label} is the best of {len(others) + 1}: {reached}."
-        second = f"That is {_by(section.pairs[0, 1])} more than {others[0].label}, the next."
+        second = f"That is {_difference_text(section.pairs[0, 1])} more than {others[0].label}, the next."
     else:
         first, second = f"No best can be named: {top.label} gets most, {reached}.", f"{_not_better(section)}."
     if section.synthetic:
         first = f"SYNTHETIC data, which says nothing about real images: {first}"
-    return first, f"{second} {_seeds(section.ranked)}"
+    return first, f"{second} {_seeds_sentence(section.ranked)}"
 
 
 def shared_times(section: Section) -> str:
-    """Whose times were shared by runs at once, so that nobody reads speed or cost from them; empty for none."""
+    """Name the runs that shared their machine, so that nobody takes speed or cost from their times; "" without any."""
     results = [r for row in section.rows for r in row.results]
-    names = [r.name for r in results if r.at_once > 1]
+    names = [r.name for r in results if r.concurrent_runs > 1]
     if not names:
         return ""
-    whose = "all runs" if len(names) == len(results) else _listed(names)
-    most = max(r.at_once for r in results)
+    which = "all runs" if len(names) == len(results) else _join_names(names)
+    most = max(r.concurrent_runs for r in results)
     return (
-        f"Times shared by up to {most} runs at once: {whose}. Their training time and images/s are no measure of speed "
+        f"Times shared by up to {most} runs at once: {which}. Their training time and images/s are no measure of speed "
         "or cost, and not to be compared with those of a run that had the machine to itself."
     )
 
 
-def _by(pair: Pair) -> str:
-    """By how much, with its interval and p."""
+def _difference_text(pair: Pair) -> str:
+    """Say by how much one row is better than another, with interval and p value."""
     weakest = f" in the weakest of {pair.tested} pairs of runs" if pair.tested > 1 else ""
-    interval = f"95 % interval {span(pair.interval)}"
-    return f"{percent(pair.difference)} points ({interval}; exact McNemar, Holm: {p_text(pair.p_holm)}{weakest})"
+    interval = f"95 % interval {interval_text(pair.interval)}"
+    return f"{percent(pair.difference)} points ({interval}; exact McNemar, Holm: {p_sentence(pair.p_holm)}{weakest})"
 
 
 def _not_better(section: Section) -> str:
-    """Which rows the first one is not shown to be better than."""
+    """Name the rows that the first one is not shown to be better than."""
     rows, pairs = section.ranked, section.pairs
-    untested = [place for place in range(1, len(rows)) if (0, place) not in pairs]
-    open_ = [place for place in range(1, len(rows)) if place not in untested and not pairs[0, place].significant]
-    said = []
-    if open_:
-        said.append(
-            f"It is not shown to be better than {_listed([rows[p].label for p in open_])}: "
-            f"{_by(pairs[0, open_[0]])}{f' more than {rows[open_[0]].label}' if len(open_) > 1 else ''}"
+    untested = [index for index in range(1, len(rows)) if (0, index) not in pairs]
+    undecided = [index for index in range(1, len(rows)) if index not in untested and not pairs[0, index].significant]
+    sentences = []
+    if undecided:
+        first = undecided[0]
+        than = f" more than {rows[first].label}" if len(undecided) > 1 else ""
+        sentences.append(
+            f"It is not shown to be better than {_join_names([rows[index].label for index in undecided])}: "
+            f"{_difference_text(pairs[0, first])}{than}"
         )
     if untested:
-        names = _listed([rows[place].label for place in untested])
-        said.append(f"It was not tested against {names}, for lack of predictions on the same images")
-    return ". ".join(said)
+        names = _join_names([rows[index].label for index in untested])
+        sentences.append(f"It was not tested against {names}, for lack of predictions on the same images")
+    return ". ".join(sentences)
 
 
-def _listed(names: list[str], most: int = 3) -> str:
+def _join_names(names: list[str], most: int = 3) -> str:
     shown = names[:most] + ([f"{len(names) - most} others"] if len(names) > most else [])
     return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
 
 
-def _seeds(rows: list[Row]) -> str:
-    """How many seeds stand behind the rows, and what that leaves open."""
+def _seeds_sentence(rows: list[Row]) -> str:
+    """Say how many seeds the rows have, and what that leaves open."""
     counts = sorted({len(row.results) for row in rows})
     each = "" if len(rows) == 1 else " each"
     if counts == [1]:
@@ -110,12 +115,14 @@ def _seeds(rows: list[Row]) -> str:
         return f"1 seed{each}: another seed may change the {order}."
     if len(counts) == 1:
         return f"{counts[0]} seeds{each}."
-    by_count = [f"{counted(n, 'seed')} of {_listed([r.label for r in rows if len(r.results) == n])}" for n in counts]
+    by_count = [
+        f"{pluralize(n, 'seed')} of {_join_names([r.label for r in rows if len(r.results) == n])}" for n in counts
+    ]
     return f"{'; '.join(by_count)}{': another seed may change the order' if counts[0] == 1 else ''}."
 
 
-def p_text(p: float) -> str:
-    shown = probability(p)
+def p_sentence(p: float) -> str:
+    shown = p_value_text(p)
     return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
 
 
@@ -153,16 +160,16 @@ METHOD = [
 
 
 def method(comparison: Comparison) -> list[str]:
-    """How the figures are meant."""
-    said = list(METHOD)
+    """Return notes that explain the figures."""
+    notes = list(METHOD)
     if any(len(row.results) > 1 for section in comparison.sections for row in section.rows):
-        said.append("Several seeds: the mean over n seeds, and the sample standard deviation (std) between them.")
+        notes.append("Several seeds: the mean over n seeds, and the sample standard deviation (std) between them.")
     if any(r.record["published"] for r in comparison.finished):
-        said.append(
+        notes.append(
             "Published figures stand beside runs with the recipe's own settings only. The tutorials average the "
             "accuracies of batches, so that the last, smaller batch weighs too much; ours are exact."
         )
-    return said
+    return notes
 
 
 RELU = (
@@ -173,33 +180,34 @@ RELU = (
 
 
 def dead_logits(comparison: Comparison) -> list[str]:
-    """Why relu is what it is, and which logits each run of it has lost."""
-    said = [dead(r) for r in comparison.finished if "dead_classes" in r.record]
-    return [RELU, *said] if any(r.model == "relu" for r in comparison.finished) else []
+    """Explain relu, and say which logits are dead in each run of it; empty without such runs."""
+    dead = [dead_logits_sentence(r) for r in comparison.finished if "dead_classes" in r.record]
+    return [RELU, *dead] if any(r.model == "relu" for r in comparison.finished) else []
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """What a reader must know of single runs before the figures are used."""
-    said = []
+    """Return what a reader must know about single runs before using their figures."""
+    notes = []
     for r in comparison.finished:
         columns = [sum(column) for column in zip(*r.record.get("confusion", []), strict=True)]
         if sum(count > 0 for count in columns) == 1:
-            said.append(f"{r.name}: answers {r.classes[columns.index(max(columns))]} for every image.")
-    said += [
+            notes.append(f"{r.name}: answers {r.classes[columns.index(max(columns))]} for every image.")
+    notes += [
         f"{r.name}: what this model computes depends on the number of ranks."
         for r in comparison.finished
         if r.record.get("rank_invariant") is False
     ]
-    said += [
+    notes += [
         f"{r.name}: continued on other hardware or beside other runs than it was begun, so its times are mixed and "
         "stand for neither."
         for r in comparison.finished
         if r.record.get("timings_mixed")
     ]
-    return said
+    return notes
 
 
-def dead(result: Result) -> str:
+def dead_logits_sentence(result: Result) -> str:
+    """Say which logits are dead in a run of relu."""
     dead, unused, empty = (result.record[k] for k in ("dead_classes", "never_predicted", "images_without_logit"))
     text = f"{result.name}: relu: {len(dead)} of {len(result.record['confusion'])} logits are dead"
     if dead:

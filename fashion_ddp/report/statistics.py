@@ -1,6 +1,6 @@
-"""The report's statistics, each with its source. Proportions and probabilities are fractions from 0 to 1.
+"""Compute the report's statistics, each with its source. Proportions and probabilities are fractions from 0 to 1.
 
-Nothing here knows of runs: numbers and arrays in, numbers out.
+This module does not know runs: it takes numbers and arrays, and returns numbers.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 Z = 1.959963984540054  # standard normal quantile at 0.975: two-sided 95 %
 RESAMPLES = 2_000
-BINS = 15  # of confidence, as Guo et al. have it
+BINS = 15  # of confidence, as in Guo et al.
 
 
 class Interval(NamedTuple):
@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: int, n: int) -> Interval:
-    """95 % score interval of a proportion: of hits among n independent samples.
+    """Return the 95 % score interval of a proportion: of hits among n independent samples.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
     """
@@ -35,7 +35,7 @@ def wilson(hits: int, n: int) -> Interval:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean of normal values; at least two of them, not cut at 0 or 1.
+    """Return the 95 % interval of the mean of two or more normally distributed values, not limited to 0 to 1.
 
     Source: Student, "The probable error of a mean", Biometrika 6 (1908).
     """
@@ -47,7 +47,9 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 @functools.cache
 def t_quantile(df: int) -> float:
-    """The t for which a share of 95 % of Student's distribution lies between -t and t; by bisection.
+    """Return the t for which 95 % of Student's distribution with `df` degrees of freedom lies between -t and t.
+
+    Found by bisection.
 
     Source of the distribution's series: M. Abramowitz and I. A. Stegun, Handbook of Mathematical Functions (1964),
     26.7.3 and 26.7.4.
@@ -60,6 +62,7 @@ def t_quantile(df: int) -> float:
 
 
 def _within(t: float, df: int) -> float:
+    """Return the share of Student's distribution with `df` degrees of freedom between -t and t."""
     angle = math.atan(t / math.sqrt(df))
     cos2 = math.cos(angle) ** 2
     odd = df % 2
@@ -74,8 +77,10 @@ def _within(t: float, df: int) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p that two classifiers are right equally often, from the images that only one gets right: under
-    that hypothesis each of them is as likely to be the first's as the second's.
+    """Return the exact two-sided p value for "both classifiers are right equally often".
+
+    `only_first` and `only_second` count the images that only one classifier gets right. Under the hypothesis, each such
+    image is as likely to be the first one's as the second one's.
 
     Source: Q. McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
     Psychometrika 12 (1947), with the binomial distribution itself in place of its approximation. T. G. Dietterich
@@ -92,33 +97,33 @@ def _log_factorials(n: int) -> np.ndarray:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """The p values of one family of tests, adjusted so that below 0.05 stands a false one in 5 % of all families.
+    """Adjust the p values of one family of tests: at most 5 % of all families have a false value below 0.05.
 
     Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statistics 6 (1979).
     """
     adjusted, highest = [0.0] * len(p), 0.0
-    for rank, place in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[place]))
-        adjusted[place] = highest
+    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = highest
     return adjusted
 
 
 def bootstrap(correct: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
-    """Mean accuracy of groups of runs, redrawn: [RESAMPLES, groups]. The same draws for all, so that differences of
-    columns are paired; the same at every call.
+    """Return resampled mean accuracies of groups of runs: float64 [RESAMPLES, groups].
 
-    `correct`: bool [runs, images], whether a run gets an image right. `groups`: each one's rows. Images are drawn with
-    replacement, and so are the runs of a group, for another seed would have given other runs.
+    `correct`: bool [runs, images], whether a run gets an image right. `groups`: each group's rows in it. Images are
+    drawn with replacement, and so are the runs of a group, because other seeds would have given other runs. All groups
+    share the same draws of images, so that differences of columns are paired; every call draws the same.
     Source: B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13; paired over the
     test set as P. Koehn, "Statistical significance tests for machine translation evaluation", EMNLP (2004).
     """
     generator = np.random.default_rng(0)
-    # Images on which the same runs are right are drawn together: a resample is the number of each kind.
+    # Images that the same runs get right are of one kind, and drawn together: a resample is a count per kind.
     kinds, counts = np.unique(np.packbits(correct, axis=0), axis=1, return_counts=True)
     right = np.unpackbits(kinds, axis=0, count=len(correct)).astype(np.float64)  # [runs, kinds]
     images = correct.shape[1]
     shares = counts / counts.sum()
-    # In parts: fifty runs have thousands of kinds.
+    # In parts, to save memory: fifty runs have thousands of kinds.
     parts = [generator.multinomial(images, shares, size=RESAMPLES // 4) @ right.T for _ in range(4)]
     by_run = np.concatenate(parts) / images  # [RESAMPLES, runs]
     means = []
@@ -129,16 +134,16 @@ def bootstrap(correct: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarra
 
 
 def percentile_interval(resampled: np.ndarray) -> Interval:
-    """95 % percentile interval. Source: Efron and Tibshirani (1993), chapter 13."""
+    """Return the 95 % percentile interval. Source: Efron and Tibshirani (1993), chapter 13."""
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Interval(float(low), float(high))
 
 
-# --- One classifier's answers -----------------------------------------------------------------------------------
+# --- One classifier's predictions -------------------------------------------------------------------------------
 
 
 def f1_by_class(confusion: np.ndarray) -> np.ndarray:
-    """F1 of each class, 2 tp / (2 tp + fp + fn), from counts [true, predicted]; 0 for a class that has none of these.
+    """Return the F1 of each class, 2 tp / (2 tp + fp + fn), from counts [true, predicted]; 0 where all three are 0.
 
     Their mean is the macro F1. Source: C. J. van Rijsbergen, Information Retrieval (1979), chapter 7.
     """
@@ -148,11 +153,11 @@ def f1_by_class(confusion: np.ndarray) -> np.ndarray:
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error: the mean distance between confidence and accuracy, over bins of equal width.
+    """Return the expected calibration error: the mean distance between confidence and accuracy in bins of equal width.
 
     `confidence` [n]: the probability of the predicted class. `correct` [n] bool.
     Source: C. Guo, G. Pleiss, Y. Sun and K. Q. Weinberger, "On calibration of modern neural networks", ICML (2017).
     """
-    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)  # a bin holds its upper edge
-    gaps = np.bincount(place, confidence - correct, minlength=BINS)
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)  # a bin includes its upper edge
+    gaps = np.bincount(bins, confidence - correct, minlength=BINS)
     return float(np.abs(gaps).sum() / len(confidence))

@@ -1,4 +1,4 @@
-"""The report's tables: made here once, placed by the page, the markdown and the terminal."""
+"""Make the report's tables, which the page, the markdown and the terminal show."""
 
 import re
 import shlex
@@ -8,36 +8,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fashion_ddp.errors import counted
+from fashion_ddp.errors import pluralize
 from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS
 from fashion_ddp.report.rows import Comparison, Row, Section
-from fashion_ddp.report.text import Table, assignments, percent, probability, span
+from fashion_ddp.report.text import Table, interval_text, p_value_text, percent, settings_text
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
-BEST = "\N{BLACK STAR} "  # before the model of the row that is significantly better than all others
-ABSENT = "-"
-ALL_PAIRS = 5  # rows up to which every pair is shown; of more, the first row's
+BEST = "\N{BLACK STAR} "  # precedes the model of the row that is significantly better than all others
+MISSING = "-"
+ALL_PAIRS = 5  # with more rows than this, only pairs with the first row are shown
 
 
 class Column(NamedTuple):
     title: str
     numeric: bool
     text: Callable[[Row], str]
-    spread: Callable[[Row], str] | None = None  # of a figure that has a standard deviation over seeds
+    spread: Callable[[Row], str] | None = None  # the figure's standard deviation over seeds
 
 
 def _interval(row: Row) -> str:
     interval = row.interval()
-    return span(interval) if interval else ABSENT
+    return interval_text(interval) if interval else MISSING
 
 
 def _figure(title: str, name: str, text: Callable[[float], str], spreads: bool = False) -> Column:
-    """The column of a figure of the summary: its mean and, if asked for, its standard deviation."""
+    """Return the column of a figure of the summary: its mean, and its standard deviation if `spreads`."""
 
     def mean(row: Row) -> str:
         value = row.mean(name)
         if value is None:
-            return "not finite" if all(name in r.record for r in row.results) else ABSENT
+            return "not finite" if all(name in r.record for r in row.results) else MISSING
         return text(value)
 
     def spread(row: Row) -> str:
@@ -48,17 +48,17 @@ def _figure(title: str, name: str, text: Callable[[float], str], spreads: bool =
 
 
 def _seeds(row: Row) -> str:
-    return f"{', '.join(str(r.record['seed']) for r in row.results)} ({counted(len(row.results), 'seed')})"
+    return f"{', '.join(str(r.record['seed']) for r in row.results)} ({pluralize(len(row.results), 'seed')})"
 
 
 def _shared(row: Row) -> str:
-    return f"{' or '.join(map(str, row.at_once))} runs" if row.shared else ABSENT
+    return f"{' or '.join(map(str, row.concurrent_runs))} runs" if row.shared else MISSING
 
 
 RUN_COLUMN = Column("run", False, lambda row: row.first.name)
 MODEL = Column("model", False, lambda row: row.first.model + (" SYNTHETIC" if row.first.synthetic else ""))
 RECIPE = Column(
-    "recipe", False, lambda row: ", ".join(filter(None, (row.first.recipe, assignments(row.first.changed))))
+    "recipe", False, lambda row: ", ".join(filter(None, (row.first.recipe, settings_text(row.first.changed))))
 )
 SEED = Column("seed", False, _seeds)
 QUALITY = [
@@ -76,15 +76,15 @@ TIME = _figure("training time s", SECONDS, "{:.2f}".format, spreads=True)
 SPEED = _figure("images/s", IMAGES_PER_S, "{:,.0f}".format)
 SHARED = Column("times shared by", False, _shared)
 SPACE = _figure("memory MB", MEMORY, lambda value: f"{value / 1e6:,.0f}")
-PLACE = Column("ranks x device", False, lambda row: row.first.place)
+RANKS_AND_DEVICE = Column("ranks x device", False, lambda row: row.first.ranks_and_device)
 COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], *MORE_QUALITY]
-COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SHARED, SPACE, PLACE]
-# What a terminal has room for.
-BRIEF = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, SHARED, PLACE]
+COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SHARED, SPACE, RANKS_AND_DEVICE]
+# A terminal has less room.
+TERMINAL_COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, SHARED, RANKS_AND_DEVICE]
 
 
 def _table(columns: list[Column], rows: list[Row]) -> Table:
-    """A column of standard deviations follows a figure that has any; that of shared times is there where any are."""
+    """Make a table. Columns of standard deviations and of shared times are shown only if they have an entry."""
     shown: list[Column] = []
     for column in columns:
         if column is SHARED and not any(row.shared for row in rows):
@@ -97,7 +97,7 @@ def _table(columns: list[Column], rows: list[Row]) -> Table:
 
 
 def main_table(section: Section, columns: list[Column] = COLUMNS) -> Table:
-    """One line per row of the section, best accuracy first."""
+    """Return a table with a line per row of the section, best accuracy first."""
 
     def model(row: Row) -> str:
         return (BEST if row is section.best else "") + MODEL.text(row)
@@ -106,7 +106,7 @@ def main_table(section: Section, columns: list[Column] = COLUMNS) -> Table:
 
 
 def single_runs(section: Section) -> Table | None:
-    """One line per run; None where the main table is that already."""
+    """Return a table with a line per run; None where the main table already is that."""
     if all(len(row.results) == 1 for row in section.rows):
         return None
     runs = [Row(row.label, [result]) for row in section.rows for result in row.results]
@@ -114,11 +114,11 @@ def single_runs(section: Section) -> Table | None:
 
 
 def pairs_table(section: Section) -> Table | None:
-    """Whether differences are real: the test of each pair of rows; None where there is none."""
+    """Return the tests of pairs of rows, which show whether differences are real; None without any."""
     everything = len(section.rows) <= ALL_PAIRS
     lines = [
-        [section.rows[a].label, section.rows[b].label, percent(pair.difference), span(pair.interval)]
-        + [f"{pair.only_first:,}", f"{pair.only_second:,}", probability(pair.p), probability(pair.p_holm)]
+        [section.rows[a].label, section.rows[b].label, percent(pair.difference), interval_text(pair.interval)]
+        + [f"{pair.only_first:,}", f"{pair.only_second:,}", p_value_text(pair.p), p_value_text(pair.p_holm)]
         for (a, b), pair in section.pairs.items()
         if everything or a == 0
     ]
@@ -127,37 +127,39 @@ def pairs_table(section: Section) -> Table | None:
 
 
 def settings_table(section: Section) -> Table | None:
-    """What the rows of a section were trained with, where it is not the same for all; None where all is."""
-    settings = [{name: _brief(value) for name, value in row.first.record["settings"].items()} for row in section.rows]
+    """Return the settings that differ between the rows of a section; None where none does."""
+    settings = [
+        {name: _short_text(value) for name, value in row.first.record["settings"].items()} for row in section.rows
+    ]
     names = [n for n in settings[0] if n not in ("model", "seed") and len({s.get(n) for s in settings}) > 1]
-    lines = [[row.label, *(s.get(n, ABSENT) for n in names)] for row, s in zip(section.rows, settings, strict=True)]
+    lines = [[row.label, *(s.get(n, MISSING) for n in names)] for row, s in zip(section.rows, settings, strict=True)]
     return Table(["row", *names], [False] * (1 + len(names)), lines) if names else None
 
 
 def f1_table(section: Section) -> Table | None:
-    """F1 of each class by row, the mean over its runs; None where no row has predictions."""
+    """Return the F1 of each class by row, the mean over its runs; None where no row has predictions."""
     shown = [row for row in section.rows if row.f1_by_class() is not None]
     lines = [[row.label, *(f"{value:.2f}" for value in row.f1_by_class() or [])] for row in shown]
     return Table(["row", *shown[0].first.classes], [False, *[True] * (len(lines[0]) - 1)], lines) if lines else None
 
 
-def confused(row: Row, most: int = 5) -> list[tuple[int, int, int, float]]:
-    """The row's most confused pairs of classes: true, predicted, images (over all runs), share of the true class."""
+def most_confused(row: Row, most: int = 5) -> list[tuple[int, int, int, float]]:
+    """Return the row's most confused pairs: true class, predicted class, images over all runs, share of true class."""
     counts = row.confusion()
     if counts is None:
         return []
     wrong = counts - np.diag(counts.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    places = [divmod(int(flat), len(counts)) for flat in order]
-    return [(t, p, int(wrong[t, p]), float(wrong[t, p] / counts[t].sum())) for t, p in places if wrong[t, p]]
+    pairs = [divmod(int(flat), len(counts)) for flat in order]
+    return [(t, p, int(wrong[t, p]), float(wrong[t, p] / counts[t].sum())) for t, p in pairs if wrong[t, p]]
 
 
 def confused_table(section: Section) -> Table | None:
-    """The five most confused pairs of each row; None where no row has any."""
+    """Return the five most confused pairs of each row; None where no row has any."""
     lines = [
         [row.label, f"{row.first.classes[t]} -> {row.first.classes[p]}", f"{count:,}", f"{100 * share:.1f}"]
         for row in section.rows
-        for t, p, count, share in confused(row)
+        for t, p, count, share in most_confused(row)
     ]
     return (
         Table(["row", "true -> predicted", "images", "% of the class"], [False, False, True, True], lines)
@@ -166,8 +168,8 @@ def confused_table(section: Section) -> Table | None:
     )
 
 
-def published_table(section: Section) -> Table | None:
-    """Our figures and the tutorials', for rows with the recipe's own settings; None without any."""
+def tutorials_table(section: Section) -> Table | None:
+    """Return our figures beside the tutorials', for rows with the recipe's own settings; None without any."""
     lines = []
     for row in section.rows:
         if theirs := row.first.record["published"]:
@@ -176,23 +178,23 @@ def published_table(section: Section) -> Table | None:
             hardware = f"{row.first.record.get('world_size', '?')} x {row.first.device}"
             hardware += f", times shared by {SHARED.text(row)}" if row.shared else ""
             lines.append([model, recipe, f"this report, seed {seeds}", *ours, hardware])
-            lines.append([model, recipe, theirs["source"], *_published(theirs), theirs["hardware"]])
+            lines.append([model, recipe, theirs["source"], *_tutorial_figures(theirs), theirs["hardware"]])
     titles = ["model", "recipe", "source", *(c.title for c in (*QUALITY, TIME)), "hardware"]
     return Table(titles, [False, False, False, True, True, True, False], lines) if lines else None
 
 
-def _published(theirs: dict[str, Any]) -> list[str]:
-    """Accuracy, loss and time with as many digits as were published."""
+def _tutorial_figures(theirs: dict[str, Any]) -> list[str]:
+    """Return accuracy, loss and time with as many digits as the tutorials published."""
     about, digits = ("~", (0, 2, 0)) if theirs["approximate"] else ("", (2, 4, 2))
     values = 100 * theirs["accuracy"], theirs["loss"], theirs["seconds"]
-    return [ABSENT if v is None else f"{about}{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
+    return [MISSING if v is None else f"{about}{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
 
 
 def unfinished_table(comparison: Comparison) -> Table | None:
-    """Runs that are not ranked, with what their folders say of why; None without any."""
+    """Return the runs that are not ranked, with the reason from their folders; None without any."""
     names = ["name", "model", "recipe", "seed", "status", "epoch", "step", "error"]
     known = [[r.record.get(name) for name in names] for r in comparison.unfinished]
-    rows = [[ABSENT if value is None else str(value) for value in values] for values in known]
+    rows = [[MISSING if value is None else str(value) for value in values] for values in known]
     return Table(["run", *names[1:]], [name in ("epoch", "step") for name in names], rows) if rows else None
 
 
@@ -200,35 +202,35 @@ def unfinished_table(comparison: Comparison) -> Table | None:
 
 
 def environment_tables(comparison: Comparison) -> tuple[Table, Table]:
-    """What all runs were started in alike (name, value), and what differs (a line per run, a column per name)."""
-    started = {r.name: _flat(r.start) | {"starts": str(len(r.run.environment))} for r in comparison.results}
+    """Return what all runs' environments have in common (name, value), and what differs (a line per run)."""
+    started = {r.name: _flatten(r.start) | {"starts": str(len(r.run.environment))} for r in comparison.results}
     names = list(dict.fromkeys(name for values in started.values() for name in values))
-    alike = [n for n in names if len({values.get(n) for values in started.values()}) == 1]
-    others = [n for n in names if n not in alike]
+    common_names = [n for n in names if len({values.get(n) for values in started.values()}) == 1]
+    others = [n for n in names if n not in common_names]
     common = started[comparison.results[0].name]
-    rows = [[run, *(values.get(n, ABSENT) for n in others)] for run, values in started.items()]
+    rows = [[run, *(values.get(n, MISSING) for n in others)] for run, values in started.items()]
     return (
-        Table(["name", "value"], [False, False], [[n, common[n]] for n in alike]),
+        Table(["name", "value"], [False, False], [[n, common[n]] for n in common_names]),
         Table(["run", *others], [False] * (1 + len(others)), rows),
     )
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, str]:
-    """Nested mappings as one, `outer/inner`, with each value as text."""
+def _flatten(values: dict[str, Any], above: str = "") -> dict[str, str]:
+    """Return nested mappings as one, with keys `outer/inner` and values as text."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{above}{name}/")
+            flat |= _flatten(value, f"{above}{name}/")
         else:
-            flat[above + name] = shlex.join(map(str, value)) if name == "command" else _brief(value)
+            flat[above + name] = shlex.join(map(str, value)) if name == "command" else _short_text(value)
     return flat
 
 
-def _brief(value: Any) -> str:
+def _short_text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_brief(inner)}" for name, inner in value.items())
-    if isinstance(value, list):  # most often one entry per rank
-        return "; ".join(f"{n} x {text}" if n > 1 else text for text, n in Counter(map(_brief, value)).items())
+        return ", ".join(f"{name} {_short_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list):  # usually one entry per rank
+        return "; ".join(f"{n} x {text}" if n > 1 else text for text, n in Counter(map(_short_text, value)).items())
     if value is None:
-        return ABSENT
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", str(value))  # a hash: its first digits tell it apart
+        return MISSING
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", str(value))  # a hash: its first digits identify it

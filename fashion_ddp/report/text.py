@@ -1,4 +1,4 @@
-"""A table as rows of text, and how it looks in markdown and on a terminal. (On the page: report.html.)"""
+"""Format numbers and tables as text, for markdown and for a terminal. (For the page: report.html.)"""
 
 import html
 import re
@@ -10,7 +10,7 @@ P_SMALLEST = 0.0001  # of p values that are shown with their digits
 
 
 class Table(NamedTuple):
-    """Column titles, which columns hold numbers (set flush right), and rows of text."""
+    """Column titles, whether each column holds numbers (aligned right), and rows of text."""
 
     titles: list[str]
     numeric: list[bool]
@@ -21,28 +21,28 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def span(interval: Interval) -> str:
-    """An interval of fractions, in percent or points."""
+def interval_text(interval: Interval) -> str:
+    """Return an interval of fractions as percent or points: `82.10 to 83.60`."""
     return f"{percent(interval.low)} to {percent(interval.high)}"
 
 
-def probability(p: float) -> str:
-    """A p value, as it stands in a table."""
+def p_value_text(p: float) -> str:
+    """Return a p value as tables show it."""
     return f"< {P_SMALLEST:.4f}" if p < P_SMALLEST else f"{p:.4f}"
 
 
-def in_common(changes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings that all of these, of one run each, hold with the same value."""
+def common_settings(changes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings with the same value in all of `changes`, which holds one dict per run."""
     return {n: value for n, value in changes[0].items() if all(n in other and other[n] == value for other in changes)}
 
 
-def assignments(settings: dict[str, Any]) -> str:
-    """`lr=0.05, epochs=2`"""
+def settings_text(settings: dict[str, Any]) -> str:
+    """Return settings as `lr=0.05, epochs=2`."""
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def markdown_text(text: str) -> str:
-    """Text in one line that GitHub shows as it is."""
+    """Escape text for one line of markdown, so that GitHub shows it as it is."""
     return " ".join(re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(text, quote=False)).split())
 
 

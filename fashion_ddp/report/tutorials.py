@@ -1,4 +1,4 @@
-"""What the two tutorials published, by recipe and model. It stands beside runs with the recipe's own settings.
+"""Keep the figures that the two tutorials published. They are shown beside runs with the recipe's own settings.
 
 Both tutorials average the accuracies of batches, so the last, smaller batch weighs too much.
 """
@@ -19,6 +19,6 @@ FIGURES: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def of(recipe: str, model: str) -> dict[str, Any] | None:
-    """The published figures of a model; None where neither tutorial has it."""
+def published_figures(recipe: str, model: str) -> dict[str, Any] | None:
+    """Return the published figures of a model under a recipe; None where neither tutorial has them."""
     return FIGURES.get((recipe, model))

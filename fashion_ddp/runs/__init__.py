@@ -1,1 +1,1 @@
-"""The run folder: written, read, locked and claimed. It is the only interface between training and its readers."""
+"""Write, read, lock and claim run folders: the only interface between training and everything that reads results."""

@@ -1,4 +1,4 @@
-"""Which folder a run has, whose it is, and whether the run in it is to be begun, continued, or left as it is."""
+"""Name a run's folder, decide whether to begin, continue or leave the run in it, and take it for this process."""
 
 import hashlib
 import re
@@ -11,17 +11,17 @@ from fashion_ddp.console import say
 from fashion_ddp.errors import UserError
 from fashion_ddp.files import write_whole
 from fashion_ddp.runs import lock
-from fashion_ddp.runs.folder import RunFolder, plain
+from fashion_ddp.runs.folder import RunFolder, to_jsonable
 from fashion_ddp.runs.provenance import differences, identity
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 
-# What a folder holds, to a command: nothing; a run that the command continues; this very run, complete; or, to
-# --fresh, a run to be kept under another name.
+# What a folder means to a command: it holds nothing; a run to continue; exactly this run, finished; or, with --fresh, a
+# run to put aside under another name.
 State = Literal["nothing", "continue", "finished", "aside"]
 
 
-def name(cfg: Config) -> str:
-    """`<model>-<recipe>-seed<seed>`, then every setting that changes the result and differs from the recipe."""
+def run_name(cfg: Config) -> str:
+    """Return `<model>-<recipe>-seed<seed>`, then every setting that changes the result and differs from the recipe."""
     parts = [cfg.model, Path(cfg.recipe).stem, f"seed{cfg.seed}"]
     parts += [f"{key}{value}" for key, value in layers.changed(cfg).items()]
     text = re.sub(r"[^\w.+=-]+", "_", "-".join(parts)).lstrip(".")
@@ -31,16 +31,16 @@ def name(cfg: Config) -> str:
 
 
 def folder_of(cfg: Config) -> Path:
-    """The run's folder, as given or as named."""
-    return cfg.run_dir or cfg.runs_dir / name(cfg)
+    """Return the run's folder: --run-dir, or else the run's name below --runs-dir."""
+    return cfg.run_dir or cfg.runs_dir / run_name(cfg)
 
 
 class Outdated(UserError):
-    """The folder holds this very run, but made by other code, versions or data."""
+    """The folder holds this run, but made by other code, versions or data."""
 
 
 def check(cfg: Config, made_by_now: dict[str, Any], fresh: bool = False, reuse: bool = False) -> State:
-    """What the run's folder holds.
+    """Return what the run's folder means to this command.
 
     Raises UserError for a folder that belongs to something else, Outdated for a run that other code began or finished.
     """
@@ -58,25 +58,25 @@ def _check(path: Path, cfg: Config, made_by_now: dict[str, Any], fresh: bool, re
         found = set()
     except NotADirectoryError:
         found = {path.name} if path.exists() else set()
-    # A process that was killed at once leaves no more than a lock, and half of config.yaml; before it, a launcher its
-    # count of starts, and where the ranks meet.
-    begun = (lock.NAME, ".config.yaml.", "starts.jsonl", ".meet-", ".new-meet-")
-    if all(name.startswith(begun) for name in found):
+    # A process that was killed at once leaves only a lock and a part of config.yaml. Before it, a launcher may have
+    # written its count of starts and the address of rank 0.
+    remains = (lock.NAME, ".config.yaml.", "starts.jsonl", ".meet-", ".new-meet-")
+    if all(name.startswith(remains) for name in found):
         return "nothing"
     if "config.yaml" not in found:
         raise UserError(f"{path} exists and is no run folder: choose another --run-dir")
     if fresh:
         return "aside"
-    old = read_run(path)
+    old = load_run(path)
     before = old.settings()
     longer = cfg.epochs > before.epochs and cfg.schedule == "constant"
     same_but_longer = replace(before, epochs=cfg.epochs) if longer else before
-    if different := differences(plain(identity(same_but_longer)), plain(identity(cfg))):
+    if different := differences(to_jsonable(identity(same_but_longer)), to_jsonable(identity(cfg))):
         raise UserError(
             f"{path} belongs to another run ({'; '.join(different)}): choose another --run-dir, "
             "or --fresh to keep it under another name"
         )
-    # By the epochs of its summary: a kill may have followed when config.yaml already asked for more.
+    # Compare with the epochs in the summary: a kill may have come when config.yaml already asked for more.
     finished = old.summary.get("status") == "finished" and old.summary.get("epochs", before.epochs) >= cfg.epochs
     start = old.environment[-1] if old.environment else {}
     different = differences(start.get("made_by", {}), made_by_now)
@@ -90,23 +90,24 @@ def _check(path: Path, cfg: Config, made_by_now: dict[str, Any], fresh: bool, re
 
 
 def claim(cfg: Config, made_by_now: dict[str, Any], fresh: bool = False, reuse: bool = False) -> RunFolder:
-    """Take the run's folder for this process: made, continued, or emptied by renaming what it held.
+    """Take the run's folder for this process: make it, continue its run, or rename it and make a new one.
 
-    Raises UserError where it belongs to another run, is held by another process, or cannot be written.
+    Raises UserError where it belongs to another run, another process works in it, or it cannot be written; Outdated as
+    `check` does.
     """
     path = folder_of(cfg)
     try:
-        # Before the lock, too: what is finished or not ours is not touched, not even by a lock file.
+        # Check before locking, too: a folder that is finished or not ours gets no file, not even a lock.
         if check(cfg, made_by_now, fresh, reuse) == "finished":
             return RunFolder(path, finished=True)
-        held = lock.take(path)
+        own_lock = lock.acquire(path)
         try:
             state = check(cfg, made_by_now, fresh, reuse)
             if state in ("nothing", "continue"):
-                for left in [*path.glob(".*.part"), *path.glob(f"{lock.NAME}-*")]:  # by a kill
+                for left in [*path.glob(".*.part"), *path.glob(f"{lock.NAME}-*")]:  # left by a kill
                     left.unlink(missing_ok=True)
-                write_whole(path / "config.yaml", cfg.to_yaml(), held.check)
-                return RunFolder(path, lock=held)
+                write_whole(path / "config.yaml", cfg.to_yaml(), own_lock.check)
+                return RunFolder(path, lock=own_lock)
             if state == "aside":
                 aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{n}")).exists())
                 path.rename(aside)
@@ -114,10 +115,10 @@ def claim(cfg: Config, made_by_now: dict[str, Any], fresh: bool = False, reuse: 
                     left.unlink(missing_ok=True)
                 say(f"kept what {path} held as {aside}")
         except BaseException:
-            held.release()
+            own_lock.release()
             raise
-        held.release()
+        own_lock.release()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): choose another --runs-dir") from None
-    # Anew without --fresh: nothing is there now; or what another process has begun meanwhile, or finished.
+    # Again without --fresh: the folder is gone now, or another process has begun or finished the run meanwhile.
     return claim(cfg, made_by_now, reuse=reuse)

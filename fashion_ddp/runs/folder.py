@@ -1,4 +1,4 @@
-"""The run folder, as training writes it: the only interface between training and everything that reads results.
+"""Write a run folder, the only interface between training and everything that reads results.
 
     config.yaml               the resolved settings; loads back with --config
     environment.json          one object per start: versions, machine, ranks, code, data, command
@@ -12,8 +12,8 @@
     checkpoints/              what a run that was stopped or killed continues from; the newest two
     logs/                     one file per rank: stacks and errors
 
-Written by rank 0 alone (but its log, by each rank). Files are replaced whole or appended to by the line, so that a
-reader sees no half file; half a last line, which a kill may leave, is mended when the run continues.
+Only rank 0 writes, except for logs/. A file is replaced atomically, or lines are appended to it, so that a reader never
+sees half a file. A kill may leave an incomplete last line, which is removed when the run continues.
 """
 
 import contextlib
@@ -29,55 +29,57 @@ from fashion_ddp.files import write_whole
 from fashion_ddp.redact import redact
 from fashion_ddp.runs.lock import Lock
 
-FORMAT = 1  # of summary.json; counts up when a reader of old folders would misread new ones
+FORMAT = 1  # of summary.json; increased when a reader of the old format would misread the new one
 
 
-def plain(value: Any) -> Any:
-    """A value as strict JSON can hold it: null for what is not finite, text for a path; and without secrets."""
+def to_jsonable(value: Any) -> Any:
+    """Return a value that strict JSON can hold: None for numbers that are not finite, text for paths, no secrets."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [to_jsonable(v) for v in value]
     return redact(str(value)) if isinstance(value, str | Path) else value
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder that this run may write. Every write raises TrainingFailed where it cannot be done."""
+    """A run folder that this process may write. Every write raises TrainingFailed where it fails."""
 
     path: Path
-    finished: bool = False  # it holds this very run, complete: nothing is left to do
+    finished: bool = False  # the folder holds exactly this run, finished: nothing is left to do
     lock: Lock | None = None
 
-    def make(self, name: str) -> None:
-        """Make a folder inside, where there is none."""
-        with self._writing(name):
+    def make_folder(self, name: str) -> None:
+        """Make a folder inside, unless it exists."""
+        with self._explain_errors(name):
             (self.path / name).mkdir(exist_ok=True)
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Replace a file, whole."""
-        with self._writing(name):
+        """Replace a file atomically."""
+        with self._explain_errors(name):
             write_whole(self.path / name, content, self._check)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+        self.write(name, json.dumps(to_jsonable(value), indent=1, allow_nan=False) + "\n")
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with self._writing(name), open(self.path / name, "a") as file:
+        """Append rows to a file of JSON lines."""
+        with self._explain_errors(name), open(self.path / name, "a") as file:
             file.write(_lines(rows))
 
-    def keep_lines(self, name: str, keep: list[dict[str, Any]]) -> None:
-        """Leave only these of a file's rows, where it holds others."""
+    def keep_rows(self, name: str, keep: list[dict[str, Any]]) -> None:
+        """Remove all other rows from a file of JSON lines."""
         path, content = self.path / name, _lines(keep)
-        with self._writing(name):
+        with self._explain_errors(name):
             changed = path.exists() and path.read_bytes() != content.encode()
         if changed:
             self.write(name, content)
 
     @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def _explain_errors(self, name: str) -> Iterator[None]:
+        """Check the lock, then turn an OSError of the block into TrainingFailed, which names the file."""
         try:
             self._check()
             yield
@@ -93,4 +95,4 @@ class RunFolder:
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
+    return "".join(json.dumps(to_jsonable(row), allow_nan=False) + "\n" for row in rows)

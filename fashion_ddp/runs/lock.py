@@ -1,9 +1,10 @@
-"""Who works in a run folder: one process at a time, known by a file of its own that it touches while it lives.
+"""Lock a run folder, so that one process at a time works in it.
 
-A process first leaves its file and then looks for others': of two that come at once, on whatever machines, at least
-one sees the other and goes. That needs nothing but files, where flock is no answer: network file systems refuse it or
-keep it to one machine, and a process that hangs would hold it for ever. A lock that was not touched for a minute, by
-the file system's own clock, holds nothing; nor does that of a process which this machine no longer has.
+A process writes a lock file of its own and touches it while it lives. It writes the file first and then looks for other
+lock files: of two processes that come at the same time, on any machines, at least one sees the other and gives up. This
+needs only files. flock is no solution: network file systems refuse it or keep it to one machine, and a process that
+hangs would hold it for ever. A lock is void if it was not touched for a minute, by the file system's own clock, or if
+its process was on this machine and has ended.
 """
 
 import contextlib
@@ -21,14 +22,14 @@ from typing import Any
 
 from fashion_ddp.errors import TrainingFailed, UserError
 
-NAME = ".lock"  # `.lock.<token>` is a lock, `.lock-<token>` a file that is soon to go
-STALE = 60.0  # seconds without a touch after which a lock holds nothing
-LOOKS = 5  # at a folder that seems to be held, before its holder is believed
+NAME = ".lock"  # `.lock.<token>` is a lock, `.lock-<token>` a temporary file
+STALE = 60.0  # seconds without a touch after which a lock is void
+ATTEMPTS = 5  # before a folder that seems to be locked is given up
 
 
 @dataclass(frozen=True)
 class Lock:
-    """A run folder that this process works in. No other process writes its file, so nothing here can meet another's."""
+    """This process's lock on a run folder. No other process writes its file."""
 
     folder: Path
     token: str
@@ -38,20 +39,20 @@ class Lock:
         return self.folder / f"{NAME}.{self.token}"
 
     def touch(self) -> None:
-        """Say that this process lives. To be called far more often than every STALE seconds."""
-        with contextlib.suppress(OSError):  # a file system that is away for a while; `check` tells what came of it
+        """Show that this process lives. Call it far more often than every STALE seconds."""
+        with contextlib.suppress(OSError):  # the file system may be away for a while; `check` notices a lost lock
             os.utime(self.path)
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         try:
-            os.close(os.open(self.path, os.O_RDONLY))  # asks a file server, which `exists` may not
+            os.close(os.open(self.path, os.O_RDONLY))  # asks the file server; Path.exists may answer from a cache
         except FileNotFoundError:
             return False
         return True
 
     def check(self) -> None:
-        """Raises TrainingFailed where another process has taken the folder, while this one stood still."""
-        if not self.is_there():
+        """Raise TrainingFailed where this process was paused and another one has taken the folder meanwhile."""
+        if not self.exists():
             by = holder(self.folder)
             what = f"was taken by {by} while this process stood still" if by else "was taken away, moved or removed"
             raise TrainingFailed(f"{self.folder} {what}: nothing more is written there")
@@ -61,35 +62,38 @@ class Lock:
             self.path.unlink()
 
 
-def take(folder: Path) -> Lock:
-    """Take a folder for this process, made where it is missing. Raises UserError where another one holds it."""
+def acquire(folder: Path) -> Lock:
+    """Lock a folder for this process, and make it if it is missing.
+
+    Raises UserError where another process has locked it, OSError where it cannot be written.
+    """
     lock = Lock(folder, uuid.uuid4().hex)
-    by: dict[str, Any] | None = {}
-    for look in range(LOOKS):
-        time.sleep(look * random.uniform(0.05, 0.25))  # whoever is there may be about to go, having seen this one
+    other: dict[str, Any] | None = {}
+    for attempt in range(ATTEMPTS):
+        time.sleep(attempt * random.uniform(0.05, 0.25))  # the other process may be giving up, because it saw this one
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _in_turn(folder) as in_turn:
-                by = _try(lock)
-        except (FileNotFoundError, FileExistsError):  # it is being moved by a process that keeps it under another name
-            if look + 1 == LOOKS:
+            with _one_at_a_time(folder) as alone:
+                other = _try_to_acquire(lock)
+        except (FileNotFoundError, FileExistsError):  # another process with --fresh is moving the folder
+            if attempt + 1 == ATTEMPTS:
                 raise
             continue
-        if by is None:
+        if other is None:
             return lock
-        if in_turn and _is_here(by):  # then it came before, and stays
+        if alone and _is_on_this_machine(other):  # it came first, and keeps the folder
             break
-    raise UserError(f"{folder} is in use by {_name(by or {})}: wait for it, or choose another --run-dir")
+    raise UserError(f"{folder} is in use by {_process_text(other or {})}: wait for it, or choose another --run-dir")
 
 
-def _try(lock: Lock) -> dict[str, Any] | None:
-    """Leave a lock and look for others: None where there is none that lives; else the lock is gone again."""
+def _try_to_acquire(lock: Lock) -> dict[str, Any] | None:
+    """Write the lock and look for others. Return None if it holds; else remove it and return what another lock says."""
     try:
-        _leave(lock)
-        others = {path: found for path, found in _locks(lock.folder).items() if path != lock.path}
-        living = [found for path, found in others.items() if _lives(path, found)]
-        # Looked for last: a folder that was moved meanwhile took all locks with it.
-        if not living and lock.is_there():
+        _write_lock_file(lock)
+        others = {path: found for path, found in _read_locks(lock.folder).items() if path != lock.path}
+        living = [found for path, found in others.items() if _is_alive(path, found)]
+        # Last, check that the lock still exists: if the folder was moved meanwhile, all locks went with it.
+        if not living and lock.exists():
             for path in others:
                 path.unlink(missing_ok=True)
             return None
@@ -101,28 +105,29 @@ def _try(lock: Lock) -> dict[str, Any] | None:
 
 
 def holder(folder: Path) -> str | None:
-    """The process that works in a run folder, in words; None where there is none that lives."""
-    return next((_name(found) for path, found in _locks(folder).items() if _lives(path, found)), None)
+    """Return in words which process works in a run folder; None if none does."""
+    return next((_process_text(found) for path, found in _read_locks(folder).items() if _is_alive(path, found)), None)
 
 
 @contextlib.contextmanager
-def _in_turn(folder: Path) -> Iterator[bool]:
-    """Let the processes of one machine look one after another, so that of those who come at once one gets the folder.
+def _one_at_a_time(folder: Path) -> Iterator[bool]:
+    """Let the processes of one machine try one after another, so that one of them gets the folder.
 
-    False where they cannot, or where one stands still in its turn: then chance decides.
+    Yields False where this is not possible, or another process is stuck in its try: then chance decides.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        yield _flock(handle, folder)
+        yield _try_flock(handle, folder)
     finally:
         os.close(handle)
 
 
-def _flock(handle: int, folder: Path) -> bool:
+def _try_flock(handle: int, folder: Path) -> bool:
+    """Try for two seconds to flock an open folder. Return whether it worked and the folder still has its name."""
     for _ in range(200):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(handle), folder.stat())  # else it was moved, and another has its name
+            return os.path.samestat(os.fstat(handle), folder.stat())
         except BlockingIOError:
             time.sleep(0.01)
         except OSError:
@@ -130,23 +135,23 @@ def _flock(handle: int, folder: Path) -> bool:
     return False
 
 
-def _leave(lock: Lock) -> None:
-    """Make a lock's file, complete from its first moment."""
+def _write_lock_file(lock: Lock) -> None:
+    """Write the lock's file atomically."""
     me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     temporary = lock.folder / f"{NAME}-{lock.token}"
     try:
-        temporary.write_text(json.dumps(me | {"machine": _machine(), "born": _born(os.getpid())}))
+        temporary.write_text(json.dumps(me | {"machine": _machine_id(), "born": _start_time(os.getpid())}))
         os.replace(temporary, lock.path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _locks(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The lock files of a folder and what they say; nothing, of one that cannot be read."""
-    return {path: _read(path) for path in folder.glob(f"{NAME}.*")}
+def _read_locks(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the lock files of a folder with their content; {} for one that cannot be read."""
+    return {path: _read_lock(path) for path in folder.glob(f"{NAME}.*")}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_lock(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -154,43 +159,43 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _name(found: dict[str, Any]) -> str:
+def _process_text(found: dict[str, Any]) -> str:
     known = all(found.get(key) for key in ("pid", "host", "since"))
     return "process {pid} on {host} since {since}".format(**found) if known else "another process"
 
 
-def _lives(path: Path, found: dict[str, Any]) -> bool:
-    """Whether a lock holds: its process is not known to have ended, and it was touched within a minute."""
-    if _is_here(found) and _ended(found.get("pid"), found.get("born")):
+def _is_alive(path: Path, found: dict[str, Any]) -> bool:
+    """Return whether a lock holds: its process is not known to have ended, and it was touched within a minute."""
+    if _is_on_this_machine(found) and _has_ended(found.get("pid"), found.get("born")):
         return False
     try:
-        return _now(path.parent) - path.stat().st_mtime < STALE
-    except FileNotFoundError:  # released meanwhile
+        return _file_system_time(path.parent) - path.stat().st_mtime < STALE
+    except FileNotFoundError:  # the lock was released meanwhile
         return False
     except OSError:
         return True
 
 
-def _is_here(found: dict[str, Any]) -> bool:
-    """Whether a lock's process is one of this machine."""
-    machine = _machine()
+def _is_on_this_machine(found: dict[str, Any]) -> bool:
+    """Return whether a lock's process is on this machine."""
+    machine = _machine_id()
     return machine is not None and found.get("machine") == machine
 
 
-def _ended(pid: Any, born: Any) -> bool:
-    """Whether a process of this machine, begun at the time `born`, is certainly no more."""
+def _has_ended(pid: Any, born: Any) -> bool:
+    """Return whether the process of this machine that started at the time `born` has certainly ended."""
     try:
-        os.kill(pid, 0)  # which tells of processes that /proc may hide from us
+        os.kill(pid, 0)  # signal 0 also finds processes that /proc hides
     except ProcessLookupError:
         return True
-    except (OSError, TypeError, OverflowError):  # another user's; or no process id
+    except (OSError, TypeError, OverflowError):  # another user's process, or no process id
         pass
-    now = _born(pid)
+    now = _start_time(pid)
     return None not in (now, born) and now != born
 
 
-def _born(pid: Any) -> str | None:
-    """When a process of this machine began, which with its id makes it unique; None where that cannot be seen."""
+def _start_time(pid: Any) -> str | None:
+    """Return when a process of this machine started, which with its id makes it unique; None if that is hidden."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "ended" if stat[0] in "ZX" else stat[19]
@@ -198,16 +203,16 @@ def _born(pid: Any) -> str | None:
         return None
 
 
-def _machine() -> str | None:
-    """This machine since it was started, and this container on it: where a process id means one process."""
+def _machine_id() -> str | None:
+    """Return an id of this boot of the machine and of this container: within it, process ids are unique."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
 
 
-def _now(folder: Path) -> float:
-    """The time by the clock that the folder's files are dated with."""
+def _file_system_time(folder: Path) -> float:
+    """Return the time by the clock of the folder's file system."""
     probe = folder / f"{NAME}-{uuid.uuid4().hex}"
     try:
         probe.touch()

@@ -1,4 +1,4 @@
-"""What a run was made from: its settings, the source code, the versions and the data."""
+"""Record what a run was made from: its settings, the source code, the versions and the data."""
 
 import hashlib
 import importlib.metadata
@@ -27,15 +27,15 @@ def code_hash() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes the result."""
+    """Return the versions of Python and of the packages that compute the result."""
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in ("torch", "accelerate", "numpy")
     }
 
 
 def git_commit() -> str | None:
-    """The commit that the source stands at, with `+changes` where files differ from it; None outside git."""
-    submitted = PACKAGE.parent / "GIT_COMMIT"  # beside a copy of the source, which launch/snapshot.py made
+    """Return the commit of the source, with `+changes` where files differ from it; None outside git."""
+    submitted = PACKAGE.parent / "GIT_COMMIT"  # launch/snapshot.py writes it beside its copy of the source
     if submitted.is_file():
         return submitted.read_text() or None
 
@@ -50,7 +50,7 @@ def git_commit() -> str | None:
 
 
 def identity(cfg: Config) -> dict[str, Any]:
-    """What makes two commands ask for the same run."""
+    """Return the settings that make two commands ask for the same run."""
     return {"model": cfg.model, "recipe": Path(cfg.recipe).stem, "seed": cfg.seed} | cfg.result_settings()
 
 
@@ -67,7 +67,7 @@ def made_by(cfg: Config, data_md5: dict[str, str]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`name: old -> new` for each entry that differs."""
+    """Return `name: old -> new` for each entry that differs."""
     names = [name for name in old | new if old.get(name) != new.get(name)]
     shorten = {"code": "other source files", "data": "other data files", "model source": "another source of the model"}
     shorten["initial weights"] = "other initial weights"

@@ -7,7 +7,7 @@
     run.predictions["logits"]           numpy
     model = run.model()                 the trained network, for images [N, C, H, W] in [0, 1]
 
-Needs neither torch (but for the model) nor Accelerate nor wandb.
+Needs torch for the model only, and neither Accelerate nor wandb.
 """
 
 import json
@@ -31,12 +31,12 @@ from fashion_ddp.runs.lock import holder
 
 T = TypeVar("T")
 
-GRID = 9  # test images that a grid of predictions shows: the same in every run on the same data
+GRID_SIZE = 9  # test images in a grid of predictions: the same in every run on the same data
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says, as far as it was written."""
+    """The content of a run folder. What was not written yet is empty."""
 
     path: Path
     config: dict[str, Any]
@@ -51,39 +51,43 @@ class Run:
 
     @cached_property
     def predictions(self) -> "dict[str, np.ndarray]":
-        """Of the test set's n images: logits [n, classes] float32, predicted [n] int64, labels [n] int64.
+        """Return logits [n, classes] float32, predicted [n] int64 and labels [n] int64 of the test set's n images.
 
         Raises UserError where the run is not finished, or the file cannot be read.
         """
         return self.arrays("predictions.safetensors")
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of the images that the model takes. Raises UserError where the run is not finished."""
+        channels, height, width = self.arrays("examples.safetensors")["image"].shape
+        return channels, height, width
+
     def arrays(self, name: str) -> "dict[str, np.ndarray]":
-        """The arrays of one of the files that a finished run leaves. Raises UserError where it has none."""
+        """Return the arrays in one of the safetensors files of a finished run.
+
+        Raises UserError where the run is not finished, or the file cannot be read.
+        """
         if self.status != "finished":
             raise UserError(f"{self.path} has no {name}: the run is {self.status}, not finished; train it to its end")
         return read_arrays(self.path / name)
 
     def settings(self) -> Config:
-        """config.yaml as a Config. Raises UserError where it is no longer one."""
+        """Return config.yaml as a Config. Raises UserError where its values are no longer accepted."""
         known = {name: self.config[name] for name in asdict(Config()) if name in self.config}
         try:
             return Config(**known)
         except UserError as error:
             raise UserError(f"{self.path / 'config.yaml'}: {error}: restore it or remove the run") from None
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that the model takes."""
-        channels, height, width = self.arrays("examples.safetensors")["image"].shape
-        return channels, height, width
+    def model(self, user_model: "str | Callable[..., nn.Module] | None" = None) -> "nn.Module":
+        """Return the trained network on the CPU, in evaluation mode.
 
-    def model(self, own: "str | Callable[..., nn.Module] | None" = None) -> "nn.Module":
-        """The trained network in evaluation mode, on the CPU: images [N, C, H, W] in [0, 1] to logits [N, classes].
+        It maps images [N, C, H, W] in [0, 1] to logits [N, classes]. A run with a model of your own needs `user_model`:
+        that function or class, or its name as package.module:Name, because a run folder alone never decides which code
+        is imported.
 
-        `own`: of a run with a model of your own, that function or class once more, or its name as
-        package.module:Name. A run folder never decides by itself which code is imported.
-
-        Raises UserError for an unfinished run, a model that must be named, and one that the weights do not fit.
+        Raises UserError where the run is not finished, the model must be named, or the weights do not fit it.
         """
         weights = self.arrays("model.safetensors")
         import torch
@@ -91,16 +95,16 @@ class Run:
         from fashion_ddp.models import architectures
 
         cfg = self.settings()
-        if own is None and is_code(cfg.model):
+        if user_model is None and is_code(cfg.model):
             raise UserError(
                 f"{self.path} has a model of your own: name it again, as .model({cfg.model.partition(':')[2]}) or "
                 f"--model {cfg.model}"
             )
-        if isinstance(own, str):
-            cfg = replace(cfg, model=own)
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are none of a reader's business
-            built = own if callable(own) else None
-            model = architectures.build(cfg, self.image_shape, len(self.summary["classes"]), function=built)
+        if isinstance(user_model, str):
+            cfg = replace(cfg, model=user_model)
+        function = user_model if callable(user_model) else None
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers as they are
+            model = architectures.build(cfg, self.image_shape, len(self.summary["classes"]), function=function)
         try:
             model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
         except RuntimeError as error:
@@ -110,29 +114,11 @@ class Run:
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run folder: what is absent, of a run that is not finished, is empty.
+    """Read a run folder. What was not written yet is empty, and an incomplete last line is left out.
 
     Raises UserError for a path that is no run folder, a damaged file, or one that a later version wrote.
     """
-    return read_run(Path(path))
-
-
-def read_arrays(path: Path) -> "dict[str, np.ndarray]":
-    """The arrays of a safetensors file. Raises UserError for one that is not there, or cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file  # not at the top: most readers need neither it nor numpy
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it or remove the run") from None
-
-
-def read_run(path: Path) -> Run:
-    """Read a run folder. What is absent is empty; a last line cut short is left out.
-
-    Raises UserError for a folder without config.yaml, a file that is not what it should be, or a later format.
-    """
+    path = Path(path)
     if not (path / "config.yaml").is_file():
         below = "".join(f"; {found.parent} is one" for found in sorted(path.glob("*/config.yaml"))[:1])
         raise UserError(f"{path} is no run folder: it has no config.yaml{below}")
@@ -146,7 +132,7 @@ def read_run(path: Path) -> Run:
     if summary.get("status") == "running" and holder(path) is None:
         summary = _read_json(path / "summary.json", {})  # again: it may have ended meanwhile
         if summary.get("status") == "running":
-            summary["status"] = "interrupted"  # its process is gone without a word
+            summary["status"] = "interrupted"  # its process was killed
     return Run(
         path=path,
         config=config,
@@ -157,11 +143,44 @@ def read_run(path: Path) -> Run:
     )
 
 
-def _read_json(path: Path, absent: T) -> T:
-    return _decode(path, path.read_bytes(), type(absent)) if path.exists() else absent
+def find_runs(paths: list[Path]) -> list[Path]:
+    """Return the run folders among the given folders and directly below them, in the order given, each once.
+
+    Raises UserError for a path that has none.
+    """
+    runs: list[Path] = []
+    for path in paths:
+        below = sorted(p.parent for p in path.glob("*/config.yaml")) if path.is_dir() else []
+        found = [path] if (path / "config.yaml").is_file() else below
+        if not found:
+            raise UserError(f"{path}: no run folder there; train first, or name folders that hold a config.yaml")
+        runs += found
+    return list(dict.fromkeys(p.resolve() for p in runs))
+
+
+def read_arrays(path: Path, missing_ok: bool = False) -> "dict[str, np.ndarray]":
+    """Return the arrays in a safetensors file; none for a missing file if that is accepted.
+
+    Raises UserError for a file that is missing or cannot be read.
+    """
+    if missing_ok and not path.exists():
+        return {}
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file  # not at the top: most readers need neither it nor numpy
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it or remove the run") from None
+
+
+def _read_json(path: Path, default: T) -> T:
+    """Return the file's content, which must be of the default's type; the default for a missing file."""
+    return _decode(path, path.read_bytes(), type(default)) if path.exists() else default
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines, without an incomplete last line; none for a missing file."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [_decode(path, line, dict) for line in lines if line.endswith(b"\n")]
 
@@ -177,31 +196,16 @@ def _decode(path: Path, content: bytes, kind: type[T]) -> T:
     raise UserError(f"{path} is not what a run writes ({problem}): restore it or remove the run")
 
 
-def find_runs(paths: list[Path]) -> list[Path]:
-    """The run folders among and directly below the given folders, in the order given, each once.
-
-    Raises UserError for a path that holds none.
-    """
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(p.parent for p in path.glob("*/config.yaml")) if path.is_dir() else []
-        here = [path] if (path / "config.yaml").is_file() else inside
-        if not here:
-            raise UserError(f"{path}: no run folder there; train first, or name folders that hold a config.yaml")
-        found += here
-    return list(dict.fromkeys(p.resolve() for p in found))
-
-
-def evenly(count: int, of: int) -> "np.ndarray":
-    """So many places in a set of `of` images, from its beginning to its end."""
+def evenly_spaced(count: int, size: int) -> "np.ndarray":
+    """Return `count` indices, int64, spread evenly over a set of `size` images; all indices where it has fewer."""
     import numpy as np
 
-    count = min(count, of)
-    return np.arange(count) * of // max(count, 1)
+    count = min(count, size)
+    return np.arange(count) * size // max(count, 1)
 
 
 def softmax(logits: "np.ndarray") -> "np.ndarray":
-    """Probabilities [n, classes] in float64."""
+    """Return probabilities [n, classes] in float64."""
     import numpy as np
 
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))

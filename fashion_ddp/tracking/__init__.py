@@ -1,1 +1,1 @@
-"""Weights & Biases behind a guard, and what is shown there."""
+"""Mirror runs to Weights & Biases, behind a guard, and choose what is shown there."""

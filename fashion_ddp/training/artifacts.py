@@ -10,7 +10,7 @@ from fashion_ddp.data import Dataset
 from fashion_ddp.distributed.world import World
 from fashion_ddp.models import describe
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import GRID, evenly
+from fashion_ddp.runs.reading import GRID_SIZE, evenly_spaced
 from fashion_ddp.training.batches import Batches, to_unit
 from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.state import State
@@ -54,7 +54,7 @@ def _examples(model: nn.Module, data: Dataset, scores: Scores) -> dict[str, Tens
     maps = describe.feature_maps(model, to_unit(image.to(parameter.device), parameter.dtype))
     model.train()
     labels = torch.from_numpy(data.test_labels)
-    grid = torch.from_numpy(evenly(GRID, len(labels)))
+    grid = torch.from_numpy(evenly_spaced(GRID_SIZE, len(labels)))
     shown = torch.cat([grid, *telling(scores.logits.cpu(), scores.predicted.cpu(), labels)]).unique()
     samples = {
         "samples": torch.from_numpy(data.train_images[:SAMPLES].copy()),

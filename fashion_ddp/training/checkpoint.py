@@ -17,7 +17,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import TrainingFailed
-from fashion_ddp.runs.folder import RunFolder, plain
+from fashion_ddp.runs.folder import RunFolder, to_jsonable
 from fashion_ddp.runs.provenance import identity
 from fashion_ddp.training.state import State, fits
 
@@ -61,7 +61,7 @@ class Checkpoints:
         torch.save({"format": FORMAT, "run": _identity(self.cfg), **self.state.saved(ranks)}, file)
         content = file.getvalue()
         self._secure_records()
-        self.folder.make("checkpoints")
+        self.folder.make_folder("checkpoints")
         self.folder.write(f"checkpoints/{self._name()}", content + hashlib.sha256(content).digest())
         for old in [*sorted(self.path.glob("step-*.pt"))[:-KEPT], *self.path.glob(".step-*")]:
             with contextlib.suppress(OSError):  # saved is saved: the next save tries again
@@ -122,7 +122,7 @@ class Checkpoints:
 def _identity(cfg: Config) -> dict[str, Any]:
     """Of the run that a checkpoint belongs to. How long it trains may change, where no schedule depends on it."""
     free = {"epochs"} if cfg.schedule == "constant" else set()
-    return {name: value for name, value in plain(identity(cfg)).items() if name not in free}
+    return {name: value for name, value in to_jsonable(identity(cfg)).items() if name not in free}
 
 
 def _verified(content: bytes) -> bytes:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.distributed.world import LOST_RANK, World, is_lost_rank
-from fashion_ddp.errors import Stopped, TrainingFailed, UserError, counted
+from fashion_ddp.errors import Stopped, TrainingFailed, UserError, pluralize
 from fashion_ddp.runs.folder import FORMAT, RunFolder
-from fashion_ddp.runs.reading import read_run
-from fashion_ddp.tracking.mirror import Wandb, panels
+from fashion_ddp.runs.reading import load_run
+from fashion_ddp.tracking.mirror import WandbMirror, panels
 from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.state import Recorded, Sums
 from fashion_ddp.training.sync import Trained
@@ -47,20 +47,20 @@ class Recorder(NullRecorder):
         """Go on from what was `recorded`. What the files hold beyond it is removed: it will be written again."""
         self.folder, self.epochs, self.recorded = folder, cfg.epochs, recorded
         self.bar = tqdm(disable=True)
-        old = read_run(folder.path)
+        old = load_run(folder.path)
         points = [row for row in old.steps if row["step"] <= recorded.step]
         epochs = [row for row in old.metrics if row["step"] < recorded.step]  # one saved at its end is evaluated again
-        folder.keep_lines("steps.jsonl", points)
-        folder.keep_lines("metrics.jsonl", epochs)
+        folder.keep_rows("steps.jsonl", points)
+        folder.keep_rows("metrics.jsonl", epochs)
         self.known = {"format": FORMAT, **known, **(epochs[-1] if epochs else {})}
-        self.wandb: Wandb | None = None
+        self.wandb: WandbMirror | None = None
         # The name that W&B knows the run by stands in the folder before W&B is told of it.
         if cfg.tracker != "none" or "wandb_id" in old.summary:
             self.known["wandb_id"] = old.summary.get("wandb_id") or secrets.token_hex(4)
         self.summary("running")
         if cfg.tracker != "none":
-            shown = panels.config(cfg, self.known, old.environment)
-            self.wandb = Wandb(folder.path, cfg, self.known["wandb_id"], shown)
+            shown = panels.run_config(cfg, self.known, old.environment)
+            self.wandb = WandbMirror(folder.path, cfg, self.known["wandb_id"], shown)
             self.wandb.start(points, epochs)
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
@@ -87,7 +87,7 @@ class Recorder(NullRecorder):
                 so_far.bin = Sums()
         self.folder.append("steps.jsonl", points)
         if self.wandb:
-            self.wandb.points(points)
+            self.wandb.log_steps(points)
         self.bar.update(len(trained))
 
     def epoch(self, scores: Mapping[str, Scores], timings: Mapping[str, float]) -> None:
@@ -100,7 +100,7 @@ class Recorder(NullRecorder):
         row |= timings
         self.folder.append("metrics.jsonl", [row])
         if self.wandb:
-            self.wandb.epochs([row])
+            self.wandb.log_epochs([row])
         self.summary("running", row)
         shown = [f"epoch {self.now}/{self.epochs}"]
         for name in ("train", *scores):
@@ -113,11 +113,11 @@ class Recorder(NullRecorder):
         """Complete summary.json, and say where everything is."""
         self.summary("finished", figures)
         if self.wandb:
-            self.wandb.summarise(self.known)
-            self.wandb.show(test_images)
+            self.wandb.update_summary(self.known)
+            self.wandb.show_results(test_images)
         trained = self.known["time/train_total_s"] + self.known["time/eval_total_s"]
         whole = self.known["time/total_s"]
-        epochs = counted(self.epochs, "epoch")
+        epochs = pluralize(self.epochs, "epoch")
         say(f"finished: {epochs} in {trained:.2f} s ({whole:.1f} s from start to end): {self.folder.path}")
 
     def summary(self, status: str, figures: Mapping[str, Any] | None = None) -> None:

@@ -15,13 +15,13 @@ from fashion_ddp.config.names import is_code
 from fashion_ddp.console import say
 from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import World
-from fashion_ddp.errors import UserError, counted
+from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.models import describe
 from fashion_ddp.redact import redact
 from fashion_ddp.runs import claim as claims
 from fashion_ddp.runs import provenance
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.state import State
 
@@ -107,10 +107,10 @@ def announce(
     is.
     """
     model, mixed, at_once = state.model, False, env["side_by_side"]
-    described = describe.summary(model, dataset.image_shape)
-    dependent = describe.rank_dependent(model)
+    described = describe.layers_table(model, dataset.image_shape)
+    dependent = describe.rank_dependent_layers(model)
     if world.rank == 0:
-        starts = read_run(folder.path).environment
+        starts = load_run(folder.path).environment
         went_before = starts if state.done else []  # of others nothing is left
         mixed = any(_conditions(start) != _conditions(env) for start in went_before)
         at_once = max(_at_once(start) for start in [*went_before, env])
@@ -120,7 +120,7 @@ def announce(
             say(line)
         folder.write_json("environment.json", [*starts, env])
         folder.write("model.txt", redact(described) + "\n")
-        if is_code(cfg.model) and (source := user_code.source(cfg.model)):
+        if is_code(cfg.model) and (source := user_code.source_path(cfg.model)):
             folder.write("model.py", source.read_bytes())
     return {
         "model": cfg.model,
@@ -141,7 +141,7 @@ def announce(
         "batch_size": cfg.batch_size,
         "lr": cfg.scaled_lr(),
         "epochs": cfg.epochs,
-        "parameters": describe.parameters(model),
+        "parameters": describe.count_parameters(model),
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "starts": len(starts) + 1 if world.rank == 0 else 1,
         "timings_mixed": mixed,
@@ -177,13 +177,14 @@ def _facts(
     scaled = f" ({cfg.lr:g} scaled, {cfg.lr_scaling})" if cfg.lr_scaling != "none" else ""
     lines = {
         "run": f"{cfg.model}, recipe {cfg.recipe}, seed {cfg.seed}: {claims.folder_of(cfg)}",
-        "ranks": f"{world.size} on {', '.join(machines)}; {counted(world.threads, 'CPU thread')} each",
+        "ranks": f"{world.size} on {', '.join(machines)}; {pluralize(world.threads, 'CPU thread')} each",
         "device": f"{', '.join(devices)}; precision {cfg.precision}",
         "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "
         f"{len(dataset.classes)} classes; from {dataset.source}",
         "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, batches.shares))}; "
         f"{batches.steps} steps an epoch, the last of {last}",
-        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; {counted(cfg.epochs, 'epoch')}",
+        "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; "
+        f"{pluralize(cfg.epochs, 'epoch')}",
     }
     if world.device.type == "cuda":
         lines["step"] = f"launched kernel by kernel: {no_graph}" if no_graph else "launched as one CUDA graph"

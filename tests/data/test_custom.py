@@ -21,7 +21,7 @@ from fashion_ddp.data import Dataset, image_folder
 from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.errors import UserError
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.training import startup
 
 quick = pytest.mark.quick
@@ -279,7 +279,7 @@ REFUSED: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     ),
     "a damaged picture": (
         lambda: art(lambda folder: damaged(folder / "train/red/3.png")),
-        ("art/train/red/3.png: cannot be read as a picture", "mend or remove"),
+        ("art/train/red/3.png: cannot be read as a picture", "repair or remove"),
     ),
     "no picture": (
         lambda: art(lambda folder: (folder / "train/red/x.png").write_text("<html>")),
@@ -328,7 +328,7 @@ def test_a_set_that_does_not_fit_stops_with_the_two_sizes(monkeypatch: pytest.Mo
     machine.require_memory("dataset x", 1, None)
     picture_folder(Path("art"), size=16)
     # As of 31 million pictures of 1000 x 1000.
-    monkeypatch.setattr(image_folder, "_shape", lambda folder, paths: (3, 1_000_000, 1_000_000))
+    monkeypatch.setattr(image_folder, "_common_shape", lambda folder, paths: (3, 1_000_000, 1_000_000))
     with pytest.raises(
         UserError, match=r"dataset art, decoded, takes [\d,]{6,}.00 GB, and [\d.,]+ GB of memory are free"
     ):
@@ -368,7 +368,7 @@ def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None
         assert run["test/accuracy"] > 0.5, model
         assert run["published"] is None
     folder = tmp_path / "runs" / "mlp-blog-seed42-epochs4-batch_size25-optimizermomentum-lr0.05-datasetletters"
-    run = read_run(folder)
+    run = load_run(folder)
     assert set(run.environment[0]["made_by"]["data"]) == {
         *("train_images", "train_labels"),
         "test_images",

@@ -28,7 +28,7 @@ from conftest import CHECKOUT, command, free_port
 
 from fashion_ddp import data
 from fashion_ddp.config import names
-from fashion_ddp.data.published import PUBLISHED, File, Form, Published
+from fashion_ddp.data.published import PUBLISHED, Fingerprint, IdxFile, PublishedDataset
 from fashion_ddp.errors import UserError
 
 # The limit stands for "bounded": a wait without an end fails here.
@@ -197,9 +197,9 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     ("file", "form", "damage"),
     [(FASHION.files[2], form, damage) for form in ("gz", "idx") for damage in DAMAGES]
     + [(file, "gz", "one bit") for file in (*FASHION.files[:2], FASHION.files[3])],
-    ids=lambda value: value.name if isinstance(value, File) else value,
+    ids=lambda value: value.name if isinstance(value, IdxFile) else value,
 )
-def test_a_damaged_file_is_named(file: File, form: str, damage: str, tmp_path: Path, raw: dict[str, bytes]) -> None:
+def test_a_damaged_file_is_named(file: IdxFile, form: str, damage: str, tmp_path: Path, raw: dict[str, bytes]) -> None:
     folder = put(tmp_path / "stored", raw)
     good = raw[f"{file.name}.gz"]
     path = folder / f"{file.name}.gz"
@@ -209,7 +209,7 @@ def test_a_damaged_file_is_named(file: File, form: str, damage: str, tmp_path: P
     path.write_bytes(DAMAGES[damage](good))
     with pytest.raises(UserError) as error:
         data.load("fashion_mnist", folder)
-    found = Form.of(DAMAGES[damage](good))
+    found = Fingerprint.from_bytes(DAMAGES[damage](good))
     assert f"{path} is damaged" in str(error.value)
     assert f"expected {getattr(file, form)}, found {found.size:,} bytes with md5 {found.md5}" in str(error.value)
     assert "python -m fashion_ddp.data" in str(error.value)
@@ -253,14 +253,14 @@ def idx(values: np.ndarray) -> bytes:
     return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
 
 
-def publish(contents: list[bytes], folder: Path) -> Published:
+def publish(contents: list[bytes], folder: Path) -> PublishedDataset:
     """Publish a dataset of three classes: what its table says, its files being in a folder."""
     put(folder, {f"{name}.gz": gzip.compress(content) for name, content in zip(NAMES, contents, strict=True)})
     files = [
-        File(name, Form.of(gzip.compress(content)), Form.of(content))
+        IdxFile(name, Fingerprint.from_bytes(gzip.compress(content)), Fingerprint.from_bytes(content))
         for name, content in zip(NAMES, contents, strict=True)
     ]
-    return Published("Tiny/raw", (), ("a", "b", "c"), (files[0], files[1], files[2], files[3]))
+    return PublishedDataset("Tiny/raw", (), ("a", "b", "c"), (files[0], files[1], files[2], files[3]))
 
 
 SMALL = [

@@ -14,7 +14,13 @@ import pytest
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed import machine
-from fashion_ddp.distributed.machine import MachineError, Place, choose_device, place, refuse_launcher_settings
+from fashion_ddp.distributed.machine import (
+    MachineError,
+    RankPlacement,
+    choose_device,
+    read_placement,
+    refuse_launcher_settings,
+)
 from fashion_ddp.errors import UserError
 
 pytestmark = pytest.mark.quick
@@ -41,19 +47,19 @@ ACCELERATE_LOST = ACCELERATE_ONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, Place()),
-        (TORCHRUN, Place(rank=1, world_size=4, local_rank=1, local_world_size=4)),
-        (ACCELERATE_FOUR, Place(rank=1, world_size=4, local_rank=1, local_world_size=4)),
-        (ACCELERATE_ONE, Place()),
-        (TORCHRUN | {"RANK": "5", "WORLD_SIZE": "8"}, Place(5, 8, 1, 4)),  # the second of two machines
-        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, Place()),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, Place()),  # one task of a larger allocation
-        (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2"}, Place(1, 4, 1, 4)),  # one torchrun per task
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, Place()),
+        ({}, RankPlacement()),
+        (TORCHRUN, RankPlacement(rank=1, world_size=4, local_rank=1, local_world_size=4)),
+        (ACCELERATE_FOUR, RankPlacement(rank=1, world_size=4, local_rank=1, local_world_size=4)),
+        (ACCELERATE_ONE, RankPlacement()),
+        (TORCHRUN | {"RANK": "5", "WORLD_SIZE": "8"}, RankPlacement(5, 8, 1, 4)),  # the second of two machines
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, RankPlacement()),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, RankPlacement()),  # one task of a larger allocation
+        (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2"}, RankPlacement(1, 4, 1, 4)),  # one torchrun per task
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, RankPlacement()),
     ],
 )
-def test_place(env: dict[str, str], expected: Place) -> None:
-    assert place(env) == expected
+def test_place(env: dict[str, str], expected: RankPlacement) -> None:
+    assert read_placement(env) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,7 +80,7 @@ def test_place(env: dict[str, str], expected: Place) -> None:
 )
 def test_ranks_half_described_or_lost(env: dict[str, str], said: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as told:
-        place(env)
+        read_placement(env)
     assert all(words in str(told.value) for words in said) and "\n" not in str(told.value)
 
 
@@ -153,8 +159,8 @@ def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return have
 
 
-def here(ranks: int) -> Place:
-    return Place(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
+def here(ranks: int) -> RankPlacement:
+    return RankPlacement(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
 
 
 def test_auto_takes_the_cards_where_there_are_any(cards: Any) -> None:

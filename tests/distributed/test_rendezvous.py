@@ -12,13 +12,13 @@ import pytest
 from conftest import CHECKOUT
 from torch.distributed import DistError, TCPStore
 
-from fashion_ddp.distributed.machine import MachineError, Place
-from fashion_ddp.distributed.rendezvous import explained, free_port, reach_first
+from fashion_ddp.distributed.machine import MachineError, RankPlacement
+from fashion_ddp.distributed.rendezvous import explain_failure, free_port, wait_for_rank_zero
 from fashion_ddp.errors import UserError
 
 pytestmark = pytest.mark.quick
 
-SECOND = Place(rank=1, world_size=2, local_rank=0, local_world_size=1)
+SECOND = RankPlacement(rank=1, world_size=2, local_rank=0, local_world_size=1)
 SECONDS = datetime.timedelta(seconds=1)
 
 
@@ -27,7 +27,7 @@ def test_the_first_rank_of_another_machine_is_waited_for() -> None:
     with socket.socket() as first:
         first.bind(("127.0.0.1", port))
         threading.Timer(0.3, first.listen).start()
-        reach_first(SECOND, {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+        wait_for_rank_zero(SECOND, {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ def test_the_first_rank_of_another_machine_is_waited_for() -> None:
 def test_a_machine_that_does_not_answer_is_named(host: str, said: str) -> None:
     port = free_port()
     with pytest.raises(MachineError) as caught:
-        reach_first(SECOND, {"MASTER_ADDR": host, "MASTER_PORT": str(port)}, patience=0)
+        wait_for_rank_zero(SECOND, {"MASTER_ADDR": host, "MASTER_PORT": str(port)}, timeout=0)
     assert f"rank 0's machine {host!r} {said.format(port=port)}" in str(caught.value)
 
 
 def test_ranks_of_one_machine_wait_for_nothing() -> None:
-    reach_first(Place(1, 2, 1, 2), {"MASTER_ADDR": "no-such-host.invalid"}, patience=0)
+    wait_for_rank_zero(RankPlacement(1, 2, 1, 2), {"MASTER_ADDR": "no-such-host.invalid"}, timeout=0)
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
@@ -68,13 +68,13 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
     [(True, "1 of 2 ranks came to port {port} within 2 s"), (False, "rank 1 found no rank 0 at port {port} of ")],
 )
 def test_a_rank_that_does_not_come_is_told_by_who_waited(first: bool, said: str) -> None:
-    port, here = free_port(), Place(0 if first else 1, 2, 0 if first else 1, 2)
+    port, here = free_port(), RankPlacement(0 if first else 1, 2, 0 if first else 1, 2)
     with pytest.raises(DistError) as caught:
         TCPStore("127.0.0.1", port, 2, first, SECONDS)
-    told = explained(caught.value, here, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    told = explain_failure(caught.value, here, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     assert isinstance(told, UserError) and said.format(port=port) in str(told)
     assert getattr(told, "of_rank", False)  # else rank 1 would say nothing
 
 
 def test_other_errors_mean_what_they_say() -> None:
-    assert explained(RuntimeError("Connection reset by peer"), SECOND, {}) is None
+    assert explain_failure(RuntimeError("Connection reset by peer"), SECOND, {}) is None

@@ -380,7 +380,7 @@ def test_a_storm_of_signals_over_a_process_s_end_changes_neither_its_exit_code_n
 
 
 @pytest.mark.quick
-def test_the_thread_that_attends_takes_no_signal_whose_handler_might_outlive_python() -> None:
+def test_the_thread_that_watches_takes_no_signal_whose_handler_might_outlive_python() -> None:
     done = listening(
         """
         signals.listen()
@@ -397,7 +397,7 @@ def test_the_thread_that_attends_takes_no_signal_whose_handler_might_outlive_pyt
 def test_more_signals_than_can_be_taken_in_neither_block_nor_warn() -> None:
     done = listening(
         """
-        signals._attend = lambda readable: time.sleep(60)
+        signals._watch = lambda readable: time.sleep(60)
         signals.listen()
         for _ in range(70_000): os.kill(me, signal.SIGUSR1)
         print(*signals.received())
@@ -411,7 +411,7 @@ def test_an_interrupt_whose_reader_is_gone_ends_all_the_same_and_takes_a_launche
     done = listening(
         """
         import subprocess
-        signals.AT_ONCE = 0.2
+        signals.SECOND_INTERRUPT = 0.2
         signals.listen()
         signals.children = [subprocess.Popen(["sleep", "300"], stdout=subprocess.DEVNULL)]
         print(signals.children[0].pid, flush=True)
@@ -435,7 +435,7 @@ def test_an_interrupt_whose_reader_is_gone_ends_all_the_same_and_takes_a_launche
 def test_interrupts_soon_after_the_first_are_one_with_it() -> None:
     done = listening(
         """
-        signals.AT_ONCE = 60.0
+        signals.SECOND_INTERRUPT = 60.0
         signals.listen()
         for _ in range(5):
             os.kill(me, signal.SIGINT)
@@ -449,7 +449,7 @@ def test_interrupts_soon_after_the_first_are_one_with_it() -> None:
 
 @pytest.mark.quick
 def test_a_rank_without_its_launcher_that_comes_to_no_sync_point_ends() -> None:
-    code = "signals.ORPHAN = 0.5\nsignals.listen()\ntime.sleep({})"
+    code = "signals.ORPHAN_TIMEOUT = 0.5\nsignals.listen()\ntime.sleep({})"
     orphan = listening(code.format(100), FASHION_DDP_LAUNCHER="1")
     launched = listening(code.format(2), TORCHELASTIC_RUN_ID="1")  # whose parent, this process, lives
     assert "Traceback" not in orphan.communicate()[1] and orphan.returncode == 1

@@ -49,7 +49,7 @@ def tutorial(model: str, hidden: int) -> list[nn.Module]:
     ],
 )
 def test_parameters(settings: dict[str, Any], count: int) -> None:
-    assert describe.parameters(build(**settings)) == count
+    assert describe.count_parameters(build(**settings)) == count
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_flops(settings: dict[str, Any], flops: int) -> None:
 
 
 def test_summary_lists_the_layers() -> None:
-    lines = [line.split() for line in describe.summary(build(model="cnn", recipe="lab"), IMAGE).splitlines()]
+    lines = [line.split() for line in describe.layers_table(build(model="cnn", recipe="lab"), IMAGE).splitlines()]
     assert lines[0] == ["layer", "output", "parameters"]
     assert lines[1:6] == [
         ["Conv2d", "10x28x28", "100"],
@@ -156,7 +156,7 @@ def test_summary_takes_every_model() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.scale * self.shared(x.flatten(1)) + self.shared(x.flatten(1))
 
-    text = describe.summary(Odd(), IMAGE)
+    text = describe.layers_table(Odd(), IMAGE)
     assert text.count("Linear") == 2 and re.search(r"total +7,863$", text)
 
 
@@ -185,12 +185,12 @@ def test_feature_maps_are_the_layers_outputs() -> None:
     ],
 )
 def test_layers_that_see_one_ranks_rows_are_named(layers: list[nn.Module], names: list[str]) -> None:
-    assert describe.rank_dependent(nn.Sequential(*layers)) == names
+    assert describe.rank_dependent_layers(nn.Sequential(*layers)) == names
 
 
 def test_our_models_do_not_depend_on_the_ranks() -> None:
     for settings in ({"model": "linear"}, {"model": "relu"}, {"model": "mlp"}, {"model": "cnn", "batch_norm": True}):
-        assert describe.rank_dependent(build(**settings)) == []
+        assert describe.rank_dependent_layers(build(**settings)) == []
 
 
 # --- Global batch norm on one process; on several: tests/distributed/test_equal_on_any_ranks.py ---
@@ -310,8 +310,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_model_of_ones_own(own: str) -> None:
     assert build(model=f"{own}:function", recipe="lab")(torch.rand(2, *IMAGE)).shape == (2, 10)
     net = build(model=f"{own}:Net", hidden_units=6, precision="fp64")
-    assert describe.parameters(net) == 785 * 6 + 7 * 10 and next(net.parameters()).dtype == torch.float64
-    assert describe.rank_dependent(net) == ["Dropout"]
+    assert describe.count_parameters(net) == 785 * 6 + 7 * 10 and next(net.parameters()).dtype == torch.float64
+    assert describe.rank_dependent_layers(net) == ["Dropout"]
     again = build(model=f"{own}:Net", hidden_units=6, precision="fp64")
     assert all(map(torch.equal, net.parameters(), again.parameters()))
 
@@ -319,10 +319,10 @@ def test_a_model_of_ones_own(own: str) -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("{own}:eleven", "[2, 1, 28, 28] to [2, 11]: it must give logits of shape [2, 10]"),
-        ("{own}:one_number", "to [20]: it must give logits of shape [2, 10]"),
+        ("{own}:eleven", "[2, 1, 28, 28] to [2, 11]: it must return logits of shape [2, 10]"),
+        ("{own}:one_number", "to [20]: it must return logits of shape [2, 10]"),
         ("{own}:pair", "logits of shape [2, 10]"),
-        ("{own}:no_module", "gave a str, not a torch.nn.Module"),
+        ("{own}:no_module", "returned a str, not a torch.nn.Module"),
         ("{own}:Absent", "has no 'Absent': check the name after the colon"),
         ("no_such_module:Net", "there is no module 'no_such_module'"),
         ("no.such.module:Net", "there is no module 'no'"),

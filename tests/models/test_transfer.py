@@ -67,7 +67,7 @@ def test_it_computes_what_torchvision_s_does(theirs: nn.Module, weights: Path) -
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), theirs(normalise(images)), rtol=1e-4, atol=1e-4)
     kinds = {type(m).__name__ for m in model.modules()}
-    assert "GlobalBatchNorm2d" in kinds and "BatchNorm2d" not in kinds and describe.rank_dependent(model) == []
+    assert "GlobalBatchNorm2d" in kinds and "BatchNorm2d" not in kinds and describe.rank_dependent_layers(model) == []
 
 
 @quick
@@ -168,7 +168,7 @@ def test_imagenet_is_looked_for_where_torch_has_it(
 @quick
 def test_weights_and_frozen_parts_are_part_of_the_run(weights: Path, tmp_path: Path) -> None:
     cfg = make_config({"model": "resnet18", "init_from": str(weights), "freeze": ["layer1", "conv1"]})
-    assert claim.name(cfg) == "resnet18-blog-seed42-init_fromsome.pth-freezeconv1+layer1"
+    assert claim.run_name(cfg) == "resnet18-blog-seed42-init_fromsome.pth-freezeconv1+layer1"
     before = provenance.made_by(cfg, {})
     assert before["initial weights"] == hashlib.sha256(weights.read_bytes()).hexdigest() and before["torchvision"]
     copy = tmp_path / "some.pth"
@@ -195,7 +195,7 @@ def test_frozen_parts_are_not_trained(weights: Path) -> None:
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if n.split(".")[0] in ("conv1", "bn1", "layer1")}
     left = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert f"frozen: bn1 conv1 layer1; {left:,} of {describe.parameters(model):,} parameters are trained" in said
+    assert f"frozen: bn1 conv1 layer1; {left:,} of {describe.count_parameters(model):,} parameters are trained" in said
     with open_world(make_config({"device": "cpu"})) as world:
         images = np.random.default_rng(0).integers(0, 255, (12, 3, 32, 32)).astype(np.uint8)
         cfg = make_config({"model": "resnet18", "device": "cpu", "batch_size": 6, "optimizer": "adamw", "lr": 0.01})
@@ -222,7 +222,7 @@ def test_a_frozen_batch_norm_computes_as_in_evaluation_also_in_a_user_s_model() 
     transfer._freeze(model.train(), ("0", "1"))
     assert type(model[1]) is GlobalBatchNorm2d and type(model[2]) is nn.BatchNorm2d
     assert torch.equal(model[:2](x), expected) and model[1].num_batches_tracked == 0
-    assert describe.rank_dependent(model) == ["BatchNorm2d"]
+    assert describe.rank_dependent_layers(model) == ["BatchNorm2d"]
 
 
 @quick

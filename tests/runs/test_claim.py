@@ -21,7 +21,7 @@ from fashion_ddp.runs import claim as claim_
 from fashion_ddp.runs import lock, provenance
 from fashion_ddp.runs.claim import Outdated, check, claim, folder_of
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 
 pytestmark = pytest.mark.quick
 
@@ -44,7 +44,7 @@ def leave(
     if status:
         folder.write_json("summary.json", {"format": 1, "status": status, "epochs": cfg.epochs})
     if checkpoint:
-        folder.make("checkpoints")
+        folder.make_folder("checkpoints")
         folder.write(f"checkpoints/{checkpoint}", b"state")
     assert folder.lock is not None
     folder.lock.release()
@@ -85,7 +85,7 @@ def files(path: Path) -> dict[str, bytes]:
 )
 def test_name_says_what_distinguishes_the_run(settings: dict[str, Any], name: str) -> None:
     cfg = make_config(settings)
-    assert claim_.name(cfg) == name and folder_of(cfg) == Path("runs") / name
+    assert claim_.run_name(cfg) == name and folder_of(cfg) == Path("runs") / name
 
 
 def test_run_dir_is_the_folder_outright() -> None:
@@ -124,8 +124,8 @@ def test_runs_with_other_results_have_other_names(tmp_path: Path) -> None:
     by_name: dict[str, dict[str, Any]] = {}
     for cfg in configs:
         identity = provenance.identity(cfg)
-        assert by_name.setdefault(claim_.name(cfg), identity) == identity
-        assert len(claim_.name(cfg)) <= 80
+        assert by_name.setdefault(claim_.run_name(cfg), identity) == identity
+        assert len(claim_.run_name(cfg)) <= 80
     assert max(map(len, by_name)) == 80 and len(by_name) > 300
 
 
@@ -260,7 +260,7 @@ def test_what_changes_no_result_may_change(tmp_path: Path, name: str, status: st
     other = dataclasses.replace(cfg, **{name: MAY_CHANGE[name]})
     assert other != cfg and check(other, MADE_BY) == ("continue" if status == UNFINISHED else "finished")
     if status == UNFINISHED:
-        assert read_run(claim(other, MADE_BY).path).settings() == other  # as it goes on
+        assert load_run(claim(other, MADE_BY).path).settings() == other  # as it goes on
 
 
 @pytest.mark.parametrize("status", [UNFINISHED, FINISHED])
@@ -274,7 +274,7 @@ def test_what_changes_the_result_may_not_change(tmp_path: Path, name: str, statu
     assert not isinstance(told.value, Outdated)
     before, after = (provenance.identity(one).get(name) for one in (cfg, other))
     assert f"belongs to another run ({name}: {before} -> {after})" in str(told.value)
-    assert read_run(tmp_path / "run").settings() == cfg
+    assert load_run(tmp_path / "run").settings() == cfg
 
 
 def test_a_run_may_be_moved_and_renamed(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_only_epochs_may_be_added_where_the_rate_does_not_depend_on_their_number
     leave(old, status, checkpoint=CHECKPOINT)
     if not refused:
         assert check(new, MADE_BY) == "continue" and not claim(new, MADE_BY).finished
-        assert read_run(tmp_path / "run").settings() == new
+        assert load_run(tmp_path / "run").settings() == new
         return
     with pytest.raises(UserError) as told:
         claim(new, MADE_BY)
@@ -422,7 +422,7 @@ def test_a_kill_at_any_moment_is_made_good_by_the_next_start(tmp_path: Path, cas
         path = cfg.run_dir or Path()
         before = {} if case == "new" else files(leave(cfg, status, checkpoint=CHECKPOINT))
         if case == "killed before":  # which left a lock, and a file that it was writing
-            dies(lambda: lock.take(path), runs, change=100)  # noqa: B023
+            dies(lambda: lock.acquire(path), runs, change=100)  # noqa: B023
             (path / ".summary.json.0123.part").write_text("{")
         wanted = dataclasses.replace(cfg, epochs=5) if case == "longer" else cfg
         code = dies(lambda: claim(wanted, MADE_BY, fresh=case == "fresh"), runs, **moment)  # noqa: B023
@@ -437,7 +437,7 @@ def test_a_kill_at_any_moment_is_made_good_by_the_next_start(tmp_path: Path, cas
             assert folder.finished and files(path) == before
         if not folder.finished:
             assert folder.lock is not None and [*path.glob(".lock.*")] == [folder.lock.path]
-            assert [*path.glob(".*.part")] == [] and read_run(path).settings() == wanted
+            assert [*path.glob(".*.part")] == [] and load_run(path).settings() == wanted
             folder.lock.release()
         if case == "fresh":  # given again, after a kill as after none, it loses nothing
             assert not claim(wanted, MADE_BY, fresh=True).finished and held(path) == {"config.yaml"}
@@ -477,7 +477,7 @@ def test_a_folder_that_is_put_aside_by_another_is_not_taken_for_it(
         claim(dataclasses.replace(cfg, epochs=4), MADE_BY)
     [folder] = later
     assert locks(path) == [folder.lock.path] and locks(path.with_name("run.1")) == []  # type: ignore[union-attr]
-    assert read_run(path).settings() == cfg
+    assert load_run(path).settings() == cfg
 
 
 @pytest.mark.parametrize(
@@ -491,15 +491,15 @@ def test_a_folder_that_is_put_aside_by_another_is_not_taken_for_it(
 def test_what_another_process_did_since_the_first_look_counts(
     cfg: Config, meanwhile: dict[str, Any], fresh: bool, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, take = folder_of(cfg), lock.take
+    path, acquire = folder_of(cfg), lock.acquire
     status = meanwhile.pop("status")
 
     def late(folder: Path) -> lock.Lock:
         monkeypatch.undo()
         leave(dataclasses.replace(cfg, **meanwhile), status)
-        return take(folder)
+        return acquire(folder)
 
-    monkeypatch.setattr(lock, "take", late)
+    monkeypatch.setattr(lock, "acquire", late)
     if then in ("finished", "aside"):
         assert claim(cfg, MADE_BY, fresh=fresh).finished == (then == "finished")
         assert path.with_name("run.1").exists() == (then == "aside")
@@ -507,7 +507,7 @@ def test_what_another_process_did_since_the_first_look_counts(
         return
     with pytest.raises(UserError, match=then):
         claim(cfg, MADE_BY, fresh=fresh)
-    assert locks(path) == [] and read_run(path).settings() == dataclasses.replace(cfg, **meanwhile)
+    assert locks(path) == [] and load_run(path).settings() == dataclasses.replace(cfg, **meanwhile)
 
 
 def test_a_folder_is_put_aside_by_who_holds_it(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,7 +565,7 @@ def test_a_full_disk_leaves_no_lock(cfg: Config) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert files(path) == before and held(path) == {*before, "config.yaml"} and locks(path) == []
-    assert read_run(path).settings() == cfg
+    assert load_run(path).settings() == cfg
 
 
 @pytest.mark.parametrize("content", ["", "- a\n", "epochs: [\n", "epochs: many\n", "\x00", "lr: 0\n"])

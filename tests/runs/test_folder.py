@@ -20,8 +20,8 @@ from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import TrainingFailed, UserError
 from fashion_ddp.files import write_whole
 from fashion_ddp.runs import claim, lock, provenance
-from fashion_ddp.runs.folder import FORMAT, RunFolder, plain
-from fashion_ddp.runs.reading import find_runs, read_run
+from fashion_ddp.runs.folder import FORMAT, RunFolder, to_jsonable
+from fashion_ddp.runs.reading import find_runs, load_run
 
 pytestmark = pytest.mark.quick
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.quick
 def folder(tmp_path: Path) -> RunFolder:
     """A folder that this process works in, as it is right after it was claimed."""
     path = tmp_path / "run"
-    held = lock.take(path)
+    held = lock.acquire(path)
     (path / "config.yaml").write_text(make_config({"model": "linear"}).to_yaml())
     return RunFolder(path, lock=held)
 
@@ -52,13 +52,13 @@ def test_a_run_reads_back_as_written(folder: RunFolder) -> None:
     folder.append("metrics.jsonl", rows[1:])
     folder.append("steps.jsonl", [])
     folder.write_json("summary.json", {"status": "running"})
-    run = read_run(folder.path)
+    run = load_run(folder.path)
     assert run.metrics == rows and run.steps == [] and run.summary == {"status": "running"}
     assert run.config["model"] == "linear" and run.environment == []
 
 
 def test_what_was_not_written_yet_is_empty(folder: RunFolder) -> None:
-    run = read_run(folder.path)
+    run = load_run(folder.path)
     assert (run.summary, run.environment, run.metrics, run.steps) == ({}, [], [], [])
 
 
@@ -67,7 +67,7 @@ def test_a_last_line_cut_short_is_left_out(folder: RunFolder) -> None:
     text = (folder.path / "steps.jsonl").read_text()
     for end in range(len(text) + 1):
         (folder.path / "steps.jsonl").write_text(text[:end])
-        assert read_run(folder.path).steps == [{"step": n} for n in range(text[:end].count("\n"))]
+        assert load_run(folder.path).steps == [{"step": n} for n in range(text[:end].count("\n"))]
 
 
 @pytest.mark.parametrize(
@@ -88,24 +88,24 @@ def test_a_last_line_cut_short_is_left_out(folder: RunFolder) -> None:
 def test_a_damaged_file_is_named(folder: RunFolder, name: str, content: str | bytes) -> None:
     (folder.path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError) as told:
-        read_run(folder.path)
+        load_run(folder.path)
     assert str(folder.path / name) in str(told.value)
 
 
 def test_a_later_format_is_refused(folder: RunFolder) -> None:
     folder.write_json("summary.json", {"format": FORMAT + 1})
     with pytest.raises(UserError, match=f"{folder.path} was written by a later version"):
-        read_run(folder.path)
+        load_run(folder.path)
 
 
 @pytest.mark.parametrize("status", ["running", "finished", "stopped", "failed"])
 def test_a_run_whose_process_is_gone_was_interrupted(folder: RunFolder, status: str) -> None:
     assert folder.lock is not None
     folder.write_json("summary.json", {"status": status, "epoch": 2})
-    assert read_run(folder.path).summary == {"status": status, "epoch": 2}
+    assert load_run(folder.path).summary == {"status": status, "epoch": 2}
     folder.lock.release()
     gone = "interrupted" if status == "running" else status
-    assert read_run(folder.path).summary == {"status": gone, "epoch": 2}
+    assert load_run(folder.path).summary == {"status": gone, "epoch": 2}
     assert json.loads((folder.path / "summary.json").read_text())["status"] == status  # reading changes nothing
     assert names(folder.path) == {"config.yaml", "summary.json"}
 
@@ -121,12 +121,12 @@ def test_a_run_that_ends_while_it_is_read_was_not_interrupted(
 
     folder.write_json("summary.json", {"status": "running"})
     monkeypatch.setattr("fashion_ddp.runs.reading.holder", ends)
-    assert read_run(folder.path).summary["status"] == "finished"
+    assert load_run(folder.path).summary["status"] == "finished"
 
 
 def test_a_folder_without_config_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it has no config.yaml"):
-        read_run(tmp_path)
+        load_run(tmp_path)
 
 
 def test_find_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +152,8 @@ def test_plain_is_strict_json() -> None:
         Path("key"): Path("some/path"),
         3: "text",
     }
-    assert plain(value) == {"a": [None, None, {"b": [None, 1.5, True, None]}], "key": "some/path", "3": "text"}
-    json.dumps(plain(value), allow_nan=False)
+    assert to_jsonable(value) == {"a": [None, None, {"b": [None, 1.5, True, None]}], "key": "some/path", "3": "text"}
+    json.dumps(to_jsonable(value), allow_nan=False)
 
 
 def test_write_whole_leaves_nothing_else(tmp_path: Path) -> None:
@@ -257,23 +257,23 @@ def test_half_a_last_line_is_mended(folder: RunFolder, end: str | bytes) -> None
     whole = path.read_bytes()
     with open(path, "ab") as file:
         file.write(end.encode() if isinstance(end, str) else end)
-    folder.keep_lines("steps.jsonl", read_run(folder.path).steps)
+    folder.keep_rows("steps.jsonl", load_run(folder.path).steps)
     assert path.read_bytes() == whole
     folder.append("steps.jsonl", [{"step": 3}])
-    assert read_run(folder.path).steps == [*rows, {"step": 3}]
+    assert load_run(folder.path).steps == [*rows, {"step": 3}]
 
 
 def test_lines_that_are_to_stay_are_not_touched(folder: RunFolder) -> None:
     path = folder.path / "steps.jsonl"
-    folder.keep_lines("steps.jsonl", [])
+    folder.keep_rows("steps.jsonl", [])
     assert not path.exists()
     rows = [{"step": n, "loss": float("nan")} for n in range(5)]
     folder.append("steps.jsonl", rows)
     for keep in (rows, rows[:2], rows[:2], []):
         before = path.stat()
         shorter = path.read_text().count("\n") > len(keep)
-        folder.keep_lines("steps.jsonl", keep)
-        assert [row["step"] for row in read_run(folder.path).steps] == [row["step"] for row in keep]
+        folder.keep_rows("steps.jsonl", keep)
+        assert [row["step"] for row in load_run(folder.path).steps] == [row["step"] for row in keep]
         assert (path.stat().st_ino != before.st_ino) == shorter  # replaced whole, or left alone
 
 
@@ -282,7 +282,7 @@ def test_lines_that_are_to_stay_are_not_touched(folder: RunFolder) -> None:
     [
         lambda folder: folder.write("summary.json", "x" * 100_000),
         lambda folder: folder.append("summary.json", [{"text": "x" * 100_000}]),
-        lambda folder: folder.make("summary.json/checkpoints"),
+        lambda folder: folder.make_folder("summary.json/checkpoints"),
     ],
     ids=["write", "append", "make"],
 )

@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]), lock=lock.take(Path(sys.argv[1])))
+folder = RunFolder(Path(sys.argv[1]), lock=lock.acquire(Path(sys.argv[1])))
 print("taken", flush=True)
 for line in sys.stdin:
     try:
@@ -86,7 +86,7 @@ def file_system_now(folder: Path) -> float:
 
 def leave(folder: Path, age: float = 0.0, content: bytes | None = None, **other: Any) -> Path:
     """A lock file that was last touched `age` seconds ago: with this content, or a real one with `other` entries."""
-    path = lock.take(folder).path
+    path = lock.acquire(folder).path
     path.write_bytes(json.dumps(json.loads(path.read_bytes()) | other).encode() if content is None else content)
     grow_old(folder, age)
     return path
@@ -124,18 +124,18 @@ def test_the_second_is_told_who_holds_it(folder: Path) -> None:
         assert words == f"process {first.process.pid} on {socket.gethostname()}"
         assert before <= since <= time.strftime("%Y-%m-%d %H:%M:%S")
         with pytest.raises(UserError) as told:
-            lock.take(folder)
+            lock.acquire(folder)
         assert str(told.value) == f"{folder} is in use by {name}: wait for it, or choose another --run-dir"
         assert first("folder.lock.check()") == "None" and len(locks(folder)) == 1
         assert first("folder.lock.release()") == "None" and locks(folder) == []
         assert lock.holder(folder) is None
-        taken = lock.take(folder)
+        taken = lock.acquire(folder)
         assert locks(folder) == [taken.path]
     taken.check()
 
 
 def test_a_folder_is_made_where_it_is_missing(tmp_path: Path) -> None:
-    taken = lock.take(tmp_path / "a" / "b")
+    taken = lock.acquire(tmp_path / "a" / "b")
     assert [*(tmp_path / "a" / "b").iterdir()] == [taken.path]
     taken.release()
     assert [*(tmp_path / "a" / "b").iterdir()] == [] and lock.holder(tmp_path / "nowhere") is None
@@ -146,7 +146,7 @@ def test_a_killed_holder_does_not_block(folder: Path) -> None:
         first.process.kill()
         os.waitid(os.P_PID, first.process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still known to the machine
         assert lock.holder(folder) is None
-        lock.take(folder).release()
+        lock.acquire(folder).release()
     leave(folder, pid=first.process.pid)
     assert lock.holder(folder) is None  # nor now that it is not
 
@@ -156,13 +156,13 @@ def test_another_process_of_the_same_number_holds_nothing(folder: Path) -> None:
     assert lock.holder(folder) is not None
     path.write_text(json.dumps(json.loads(path.read_text()) | {"born": "1"}))
     assert lock.holder(folder) is None
-    assert lock.take(folder).path != path and not path.exists()
+    assert lock.acquire(folder).path != path and not path.exists()
 
 
 def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on machines whose /proc hides the processes of other users."""
     leave(folder, pid=os.getppid(), born="hidden")
-    monkeypatch.setattr(lock, "_born", lambda pid: None)
+    monkeypatch.setattr(lock, "_start_time", lambda pid: None)
     assert lock.holder(folder) is not None
     for path in locks(folder):
         path.unlink()
@@ -190,9 +190,9 @@ def test_a_lock_of_another_machine_holds_for_a_minute(
 def test_a_lock_of_another_machine_is_respected_and_then_cleared_away(folder: Path) -> None:
     leave(folder, 45, **ELSEWHERE)
     with pytest.raises(UserError, match="in use by process 1 on node7 since 2"):
-        lock.take(folder)
+        lock.acquire(folder)
     grow_old(folder, 61)
-    taken = lock.take(folder)
+    taken = lock.acquire(folder)
     assert locks(folder) == [taken.path]
 
 
@@ -216,8 +216,8 @@ def test_a_holder_that_stood_still_loses_the_folder_and_changes_nothing(folder: 
             for words in (
                 'folder.write("summary.json", "late")',
                 'folder.append("steps.jsonl", [{"step": 1}])',
-                'folder.keep_lines("steps.jsonl", [{"step": 1}])',
-                'folder.make("checkpoints")',
+                'folder.keep_rows("steps.jsonl", [{"step": 1}])',
+                'folder.make_folder("checkpoints")',
                 "folder.lock.check()",
             ):
                 told = first(words)
@@ -233,7 +233,7 @@ def test_what_is_taken_during_a_write_stays_as_the_taker_wants_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file server that stands still does so when it is told to keep what was written."""
-    run = RunFolder(folder, lock=lock.take(folder))
+    run = RunFolder(folder, lock=lock.acquire(folder))
     fsync = os.fsync
 
     def slow(handle: int) -> None:
@@ -250,7 +250,7 @@ def test_what_is_taken_during_a_write_stays_as_the_taker_wants_it(
 
 
 def test_a_folder_that_was_moved_is_not_made_again(folder: Path) -> None:
-    run = RunFolder(folder, lock=lock.take(folder))
+    run = RunFolder(folder, lock=lock.acquire(folder))
     folder.rename(folder.with_name("elsewhere"))
     for again in (False, True):
         with pytest.raises(TrainingFailed, match="was taken away, moved or removed: nothing more is written there"):
@@ -262,7 +262,7 @@ def test_a_folder_that_was_moved_is_not_made_again(folder: Path) -> None:
 
 # --- Files that are no locks, and folders that cannot be written ----------------------------------------------------
 
-HERE = lock._machine()
+HERE = lock._machine_id()
 
 
 @pytest.mark.usefixtures("at_once")
@@ -274,10 +274,10 @@ HERE = lock._machine()
 def test_a_lock_that_cannot_be_read_holds_for_a_minute(folder: Path, content: bytes) -> None:
     leave(folder, 45, content)
     with pytest.raises(UserError, match="in use by another process: wait"):
-        lock.take(folder)
+        lock.acquire(folder)
     grow_old(folder, 61)
     assert lock.holder(folder) is None
-    taken = lock.take(folder)
+    taken = lock.acquire(folder)
     assert locks(folder) == [taken.path]
 
 
@@ -309,7 +309,7 @@ def test_a_folder_that_may_only_be_read(tmp_path: Path) -> None:
         path = leave(folder, age, **ELSEWHERE)
         folder.chmod(0o555)
         assert said in as_nobody(tmp_path, lambda: lock.holder(Path("run")))
-        assert as_nobody(tmp_path, lambda: lock.take(Path("run"))).startswith("PermissionError: ")
+        assert as_nobody(tmp_path, lambda: lock.acquire(Path("run"))).startswith("PermissionError: ")
         assert [*folder.iterdir()] == [path]
         folder.chmod(0o755)
         path.unlink()
@@ -320,11 +320,11 @@ def test_a_lock_of_another_user_holds_though_it_may_not_be_read_or_asked_for(tmp
     folder = tmp_path / "run"
     path = leave(folder)
     folder.chmod(0o777)
-    assert f"in use by process {os.getpid()} on" in as_nobody(tmp_path, lambda: lock.take(Path("run")))
+    assert f"in use by process {os.getpid()} on" in as_nobody(tmp_path, lambda: lock.acquire(Path("run")))
     path.chmod(0o000)
-    assert "in use by another process" in as_nobody(tmp_path, lambda: lock.take(Path("run")))
+    assert "in use by another process" in as_nobody(tmp_path, lambda: lock.acquire(Path("run")))
     grow_old(folder, 61)
-    assert "Lock(" in as_nobody(tmp_path, lambda: lock.take(Path("run")))
+    assert "Lock(" in as_nobody(tmp_path, lambda: lock.acquire(Path("run")))
 
 
 # --- Many at once -------------------------------------------------------------------------------------------------
@@ -337,9 +337,9 @@ def refused(handle: int, how: int) -> None:
 @pytest.mark.usefixtures("at_once")
 def test_where_flock_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refused)
-    lock.take(folder)
+    lock.acquire(folder)
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-        lock.take(folder)
+        lock.acquire(folder)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -347,17 +347,17 @@ def test_who_stands_still_in_its_turn_does_not_block(folder: Path) -> None:
     folder.mkdir()
     handle = os.open(folder, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    lock.take(folder)
+    lock.acquire(folder)
     os.close(handle)
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("moment", ["_leave", "_locks", "_lives", "_now"])
+@pytest.mark.parametrize("moment", ["_write_lock_file", "_read_locks", "_is_alive", "_file_system_time"])
 def test_a_folder_that_is_moved_meanwhile_is_not_taken_for_the_one_that_gets_its_name(
     folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As --fresh does it, by the one who holds it."""
-    first = lock.take(folder)
+    first = lock.acquire(folder)
     step = getattr(lock, moment)
     new: list[lock.Lock] = []
 
@@ -367,12 +367,12 @@ def test_a_folder_that_is_moved_meanwhile_is_not_taken_for_the_one_that_gets_its
         folder.rename(folder.with_name("run.1"))
         for path in folder.with_name("run.1").glob(".lock*"):
             path.unlink()
-        new.append(lock.take(folder))
+        new.append(lock.acquire(folder))
         return step(*arguments)
 
     monkeypatch.setattr(lock, moment, late)
     with pytest.raises(UserError, match="in use by process"):
-        lock.take(folder)
+        lock.acquire(folder)
     new[0].check()
     assert locks(folder) == [new[0].path]
     with pytest.raises(TrainingFailed):
@@ -381,16 +381,16 @@ def test_a_folder_that_is_moved_meanwhile_is_not_taken_for_the_one_that_gets_its
 
 @pytest.mark.usefixtures("at_once")
 def test_a_folder_that_is_moved_away_meanwhile_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_lock = lock._leave
+    leave_lock = lock._write_lock_file
     (folder / "what was there").mkdir(parents=True)
 
     def late(mine: lock.Lock) -> None:
-        monkeypatch.setattr(lock, "_leave", leave_lock)
+        monkeypatch.setattr(lock, "_write_lock_file", leave_lock)
         folder.rename(folder.with_name("run.1"))
         leave_lock(mine)
 
-    monkeypatch.setattr(lock, "_leave", late)
-    taken = lock.take(folder)
+    monkeypatch.setattr(lock, "_write_lock_file", late)
+    taken = lock.acquire(folder)
     assert [*folder.iterdir()] == [taken.path]
 
 
@@ -404,12 +404,12 @@ def test_two_who_see_each_other_in_a_folder_that_was_moved_do_not_both_go(
     def moved(handle: int, how: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
         folder.rename(folder.with_name("run.1"))
-        seen.append(lock.take(folder))
+        seen.append(lock.acquire(folder))
         flock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", moved)
     monkeypatch.setattr(time, "sleep", lambda seconds: seconds and seen[0].release())  # it goes, having seen us
-    assert locks(folder) == [] and lock.take(folder).path.exists()
+    assert locks(folder) == [] and lock.acquire(folder).path.exists()
 
 
 def test_an_error_leaves_no_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,9 +417,9 @@ def test_an_error_leaves_no_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         assert len(locks(folder)) == 1
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(lock, "_locks", fails)
+    monkeypatch.setattr(lock, "_read_locks", fails)
     with pytest.raises(OSError, match="Input/output error"):
-        lock.take(folder)
+        lock.acquire(folder)
     assert locks(folder) == []
 
 
@@ -448,7 +448,7 @@ def eight(attempt: Attempt, folders: list[Path], apart: bool = False) -> tuple[l
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
         if apart:
             fcntl.flock = refused
-            lock._machine = lambda: f"machine {number}"
+            lock._machine_id = lambda: f"machine {number}"
             pause = time.sleep
             time.sleep = lambda seconds: pause(seconds / 30)
         dawdle(number)
@@ -479,7 +479,7 @@ def test_of_eight_at_once_one_gets_the_folder(tmp_path: Path, left: str, apart: 
     for folder in folders:
         if left == "a stale lock":
             leave(folder, 61, **ELSEWHERE)
-    got, errors = eight(lock.take, folders, apart)
+    got, errors = eight(lock.acquire, folders, apart)
     # Between machines chance decides, and now and then nobody gets it.
     assert got == folders if not apart else len(got) > len(folders) / 2 and set(got) <= set(folders)
     assert len(set(got)) == len(got) and [error for error in errors if " is in use by " not in error] == []

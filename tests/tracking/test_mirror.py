@@ -28,7 +28,7 @@ from conftest import CHECKOUT, _server, command
 from faults import Fault, Ranks
 from wandb_server import WandbServer
 
-from fashion_ddp.runs.reading import Run, read_run
+from fashion_ddp.runs.reading import Run, load_run
 from fashion_ddp.tracking import mirror
 
 STEPS = 3 * faults.TINY_STEPS
@@ -74,7 +74,7 @@ def whole(folder: Path, *args: Any, **kwargs: Any) -> tuple[Run, list[str]]:
 
 
 def finished(folder: Path) -> Run:
-    run = read_run(folder / "run")
+    run = load_run(folder / "run")
     assert run.summary["status"] == "finished"
     assert [row["epoch"] for row in run.metrics] == [1, 2, 3]
     assert [point["step"] for point in run.steps] == list(range(1, STEPS + 1))
@@ -283,7 +283,7 @@ def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untr
 
     killed_before_it_saved = start(tmp_path, strikes=[Fault("save", "kill")])
     assert killed_before_it_saved.wait() == [-9] and len(names(".")) == 1
-    first = read_run(tmp_path / "run").summary["wandb_id"]
+    first = load_run(tmp_path / "run").summary["wandb_id"]
 
     # Killed while its service lives on.
     killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "stand still", count=10)])
@@ -339,7 +339,7 @@ def test_its_server_has_all_of_a_run_with_many_starts_once(tmp_path: Path, untra
 @pytest.mark.slow
 def test_a_server_that_falls_silent_holds_nothing_up(tmp_path: Path, untracked: bytes) -> None:
     with WandbServer() as server:
-        ranks = start(tmp_path, strikes=[Fault("step", "wait", count=10)], limits={"FINISH": 2.0}, **server.env)
+        ranks = start(tmp_path, strikes=[Fault("step", "wait", count=10)], limits={"FINISH_TIMEOUT": 2.0}, **server.env)
         until(lambda: server.history)
         server.silent.set()
         (tmp_path / "go").touch()
@@ -500,7 +500,7 @@ WORST = {
     "finish never ends": GOES_WRONG + "Run.finish = never",
     "its teardown never ends": GOES_WRONG + "teardown = never",
 }
-SOON = {"START": 1.0, "FINISH": 1.0, "FINISH_EARLY": 1.0, "INIT": 1.0}
+SOON = {"START_TIMEOUT": 1.0, "FINISH_TIMEOUT": 1.0, "EARLY_FINISH_TIMEOUT": 1.0, "INIT_TIMEOUT": 1.0}
 
 
 @pytest.mark.parametrize("worst", WORST)
@@ -516,7 +516,7 @@ def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path,
 @pytest.mark.slow
 def test_a_wandb_that_does_not_keep_up_is_left_in_one_line(tmp_path: Path, untracked: bytes) -> None:
     packages = package(tmp_path, GOES_WRONG + "Run.log = never")
-    run, lines = whole(tmp_path, packages=packages, limits={"BEHIND": 10, "FINISH_EARLY": 1.0})
+    run, lines = whole(tmp_path, packages=packages, limits={"MAX_PENDING": 10, "EARLY_FINISH_TIMEOUT": 1.0})
     assert len(lines) == 2 and "does not keep up, and is left" in lines[1] and weights(tmp_path) == untracked
     assert run.summary["wandb_mode"] is None  # so that a later start tells it all
 
@@ -561,7 +561,9 @@ def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) 
 def test_training_outlives_wandbs_service(
     number: signal.Signals, at: str, said: str, tmp_path: Path, untracked: bytes
 ) -> None:
-    ranks = start(tmp_path, strikes=[Fault(at, "stand still", count=10 if at == "step" else 1)], limits={"FINISH": 3.0})
+    ranks = start(
+        tmp_path, strikes=[Fault(at, "stand still", count=10 if at == "step" else 1)], limits={"FINISH_TIMEOUT": 3.0}
+    )
     process, service = ranks.processes[0], None
     try:
         until(lambda: stands(process.pid))
@@ -602,7 +604,7 @@ def test_no_network_and_no_key_stop_nothing(
 ) -> None:
     with silent_server() as (url, _):
         env = {name: url if value == "silent" else value for name, value in env.items()}
-        _, lines = whole(tmp_path, limits={"INIT": 2.0}, **env)
+        _, lines = whole(tmp_path, limits={"INIT_TIMEOUT": 2.0}, **env)
     assert len(lines) == len(said) and all(map(str.startswith, lines, said)), lines
     assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == said.count("W&B: offline")
     assert weights(tmp_path) == untracked
@@ -629,5 +631,5 @@ def test_no_question_is_asked_on_a_terminal(tmp_path: Path) -> None:
             pass
         assert process.wait(timeout=60) == 0, shown.decode()
     os.close(ours)
-    assert read_run(tmp_path / "run").summary["status"] == "finished"
+    assert load_run(tmp_path / "run").summary["status"] == "finished"
     assert shown.count(b"W&B: offline") == shown.count(b"W&B: online failed") == 1

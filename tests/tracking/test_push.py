@@ -19,7 +19,7 @@ from wandb_server import WandbServer
 from fashion_ddp.config import cli
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.runs import lock
-from fashion_ddp.runs.reading import Run, evenly, read_run
+from fashion_ddp.runs.reading import Run, evenly_spaced, load_run
 from launch.submission import shared_group
 
 
@@ -53,7 +53,7 @@ def test_a_push_may_be_repeated(runs: Path, tmp_path: Path) -> None:
     with WandbServer() as server:
         words = ["runs", "--report", "report", "--group", "these", "--weights"]
         assert push(*words, cwd=tmp_path, **server.env).endswith("pushed: 1 run, and report\n")
-        run = read_run(runs / "one")
+        run = load_run(runs / "one")
         name = run.summary["wandb_id"]
         of_report = json.loads((tmp_path / "report" / "wandb.json").read_text())["wandb_id"]
         whole(server, run)
@@ -86,7 +86,7 @@ def test_an_unfinished_run_goes_into_a_file_for_wandb_sync(tmp_path: Path) -> No
     ranks = faults.start_tiny(1, tmp_path, [], [Fault("step", "TERM", count=10)])
     assert ranks.wait() == [75], ranks.printed()
     push("run", "--notes", "stopped", "--project", "there", cwd=tmp_path, WANDB_MODE="offline")
-    run = read_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
     overview, rows = inspected(fragment)
     for found, expected in zip(sorted_out(rows), told_of(run), strict=True):
@@ -101,7 +101,7 @@ def test_without_an_account_it_says_so_and_loses_nothing(runs: Path, tmp_path: P
     assert "W&B: online failed (" in said and "wandb login" in said
     assert said.endswith("could not be brought to W&B; 0 of 1 run done, and the same command goes on\n"), said
     assert not list((runs / "one").glob("wandb/offline-run-*"))
-    run = read_run(runs / "one")
+    run = load_run(runs / "one")
     assert run.status == "finished"
     with WandbServer() as server:
         push("runs", cwd=tmp_path, **server.env)
@@ -143,13 +143,13 @@ def test_what_cannot_be_pushed_is_said(runs: Path, tmp_path: Path) -> None:
     assert "none in common: give --group" in push(*words, cwd=tmp_path, code=2)
     if importlib.util.find_spec("wandb_workspaces") is None:
         assert "pip install wandb-workspaces" in push(*words, "--group", "g", cwd=tmp_path, code=2)
-    held = lock.take(runs / "one")
+    held = lock.acquire(runs / "one")
     try:
         said = push("runs", cwd=tmp_path)
     finally:
         held.release()
     assert "one is being trained (" in said and said.endswith("pushed: 0 runs\n")
-    assert "wandb_id" not in read_run(runs / "one").summary
+    assert "wandb_id" not in load_run(runs / "one").summary
 
 
 # --- What a comparison and a sweep give their runs --------------------------------------------------------------
@@ -185,5 +185,5 @@ def test_the_examples_sweep_makes_valid_commands() -> None:
 
 @pytest.mark.quick
 def test_tables_hold_the_same_images_of_every_run() -> None:
-    assert evenly(200, 10_000).tolist() == list(range(0, 10_000, 50))
-    assert evenly(200, 7).tolist() == list(range(7)) and evenly(9, 0).tolist() == []
+    assert evenly_spaced(200, 10_000).tolist() == list(range(0, 10_000, 50))
+    assert evenly_spaced(200, 7).tolist() == list(range(7)) and evenly_spaced(9, 0).tolist() == []

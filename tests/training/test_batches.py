@@ -10,7 +10,7 @@ import torch
 
 from fashion_ddp.config import Config
 from fashion_ddp.data import Dataset
-from fashion_ddp.distributed.machine import Place
+from fashion_ddp.distributed.machine import RankPlacement
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import UserError
 from fashion_ddp.training.batches import Batches, split, to_unit
@@ -26,7 +26,7 @@ LABELS = np.arange(COUNT)  # each image's label is its index, so that it is know
 def batches(rank: int = 0, size: int = 1, images: np.ndarray = IMAGES, epoch: int = 1, **settings: Any) -> Batches:
     """One rank's batches, with an epoch drawn."""
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    world = World(accelerator, Place(rank, size, rank, size), threads=1)
+    world = World(accelerator, RankPlacement(rank, size, rank, size), threads=1)
     ours = Batches(Config(model="linear", **settings), world, images, np.arange(len(images)))
     ours.draw(epoch)
     return ours

@@ -25,7 +25,7 @@ from trainer import Trainer
 
 from fashion_ddp import user_code
 from fashion_ddp.config.layers import make_config
-from fashion_ddp.distributed.machine import Place
+from fashion_ddp.distributed.machine import RankPlacement
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import Stopped, TrainingFailed
 from fashion_ddp.models import architectures
@@ -50,7 +50,7 @@ class Training:
         self.path, self.cfg = path, make_config(BASE | given)
         accelerator: Any = SimpleNamespace(device=torch.device("cpu"), scaler=None, no_sync=contextlib.nullcontext)
         accelerator.prepare_model = lambda model, evaluation_mode: model
-        world = World(accelerator, Place(), threads=1)
+        world = World(accelerator, RankPlacement(), threads=1)
         self.model = architectures.build(self.cfg, (1, 8, 8), 10)
         self.trainer = Trainer(self.cfg, world, self.model, Batches(self.cfg, world, IMAGES, LABELS))
         self.state, self.sync = self.trainer.state, self.trainer.sync
@@ -209,7 +209,7 @@ def test_a_parameter_that_no_loss_reaches_is_no_fault(tmp_path: Path, monkeypatc
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.used(images.flatten(1))
 
-    monkeypatch.setattr(user_code, "find", lambda name, what: lambda shape, classes: Unused())
+    monkeypatch.setattr(user_code, "load", lambda name, what: lambda shape, classes: Unused())
     given = {"model": "mine:Unused", "hidden_units": None, "conv_blocks": None, "batch_norm": False}
     first = Training(tmp_path / "run", **given).until(7)
     assert same(Training(tmp_path / "run", **given).everything(), first.everything())

@@ -97,7 +97,7 @@ def collectives(steps: int, given: dict[str, Any]) -> tuple[dict[str, int], int,
         return (
             Counter(e.name for e in events),
             sum(np.prod(e.input_shapes[0]) for e in events),
-            describe.parameters(model),
+            describe.count_parameters(model),
         )
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from fashion_ddp.config.layers import make_config
-from fashion_ddp.distributed.machine import Place
+from fashion_ddp.distributed.machine import RankPlacement
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import Stopped, TrainingFailed
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.recorder import open_recorder
 from fashion_ddp.training.state import Recorded
@@ -34,7 +34,7 @@ SCORES = {"test": Scores(0.5, 0.75, torch.zeros(4, 10), torch.zeros(4, dtype=tor
 
 def recorder(folder: Path, rank: int = 0, saved: dict[str, Any] | None = None, **known: Any) -> Any:
     """The recorder that a rank of two gets, without W&B."""
-    world = World(SimpleNamespace(device=torch.device("cpu")), Place(rank, 2, rank, 2), threads=1)
+    world = World(SimpleNamespace(device=torch.device("cpu")), RankPlacement(rank, 2, rank, 2), threads=1)
     recorded = Recorded()
     if saved:
         recorded.restore(saved)
@@ -64,7 +64,7 @@ def test_points_of_an_epoch_add_up_to_its_figures(steps: int, window: int, folde
             for start in range(0, steps, window):
                 record.steps(trained[start : start + window])
             record.epoch(SCORES, TIMINGS)
-    run = read_run(folder)
+    run = load_run(folder)
     for number, (trained, row) in enumerate(zip(epochs, run.metrics, strict=True), start=1):
         done, images = (number - 1) * steps, sum(t.rows for t in trained)
         points = [point for point in run.steps if point["epoch"] == number]
@@ -133,17 +133,17 @@ def test_summary_while_running_and_at_the_end(folder: Path, capsys: pytest.Captu
         "time/total_s": 9.0,
         "time/step_p50_ms": float("nan"),
     }
-    lock.take(folder)  # else it would read as interrupted
+    lock.acquire(folder)  # else it would read as interrupted
     with recorder(folder, model="cnn", parameters=29_460) as record:
-        assert read_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460}
+        assert load_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460}
         record_an_epoch(record)
-        row = read_run(folder).metrics[0]
+        row = load_run(folder).metrics[0]
         assert (
-            read_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460} | row
+            load_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460} | row
         )
         assert row["val/accuracy"] == 0.75
         record.finish(figures, NO_IMAGES)
-    summary = read_run(folder).summary
+    summary = load_run(folder).summary
     assert summary == {"format": 1, "status": "finished", "model": "cnn", "parameters": 29_460} | row | figures | {
         "time/step_p50_ms": None
     }
@@ -180,7 +180,7 @@ def test_summary_tells_how_a_run_ended(
         if epochs_done:
             record_an_epoch(record)
         raise error
-    summary = read_run(folder).summary
+    summary = load_run(folder).summary
     assert summary == summary | says and ("stopped_by" in summary) == ("stopped_by" in says)
     assert summary.get("epoch") == (epochs_done or None)
 
@@ -206,7 +206,7 @@ def test_the_name_that_wandb_knows_is_kept_also_by_a_start_without_it(folder: Pa
     (folder / "summary.json").write_text(json.dumps({"wandb_id": "0a1b2c3d", "wandb_mode": "online"}))
     with recorder(folder):
         pass
-    summary = read_run(folder).summary
+    summary = load_run(folder).summary
     # And that its server has been told all, is no longer said.
     assert summary["wandb_id"] == "0a1b2c3d" and "wandb_mode" not in summary
 

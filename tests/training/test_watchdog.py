@@ -15,8 +15,8 @@ from fashion_ddp.config import Config
 from fashion_ddp.distributed import world as between_ranks
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.lock import take
-from fashion_ddp.runs.reading import read_run
+from fashion_ddp.runs.lock import acquire
+from fashion_ddp.runs.reading import load_run
 from fashion_ddp.training.watchdog import Watchdog
 
 HOST = os.uname().nodename
@@ -69,7 +69,7 @@ def test_a_rank_that_does_not_come_is_named_and_ends_the_run(
         if not (still and rank == fault.rank):
             assert message in log(tmp_path, rank) and "(most recent call first)" in log(tmp_path, rank)
     assert still or "in _hang" in log(tmp_path, fault.rank)
-    record = read_run(tmp_path / "run").summary
+    record = load_run(tmp_path / "run").summary
     if still and fault.rank == 0:
         assert record["status"] == "interrupted"  # nobody else may write it
     else:
@@ -196,7 +196,7 @@ def test_a_rank_that_goes_on_at_the_last_moment_is_not_ended(tmp_path: Path) -> 
 
 
 def _leaves(folder: Path) -> list[str]:
-    lock = take(folder)
+    lock = acquire(folder)
     cfg = Config(device="cpu", threads=1)
     with open_world(cfg) as world, Watchdog(world, RunFolder(folder, lock=lock), 60):
         sign = json.loads((folder / "logs" / ".rank0").read_text())

@@ -1,7 +1,7 @@
-"""The report's pictures: test images with what the models say of them, training samples, feature maps.
+"""Show images in the report: test images with the models' predictions, training samples, and feature maps.
 
-All come from the runs' examples.safetensors. An image stands in the page once, however often it is shown. What a run
-does not hold (one made before it was kept) is left out.
+All come from the runs' examples.safetensors. The page contains each image once, however often it shows it. What an old
+run did not save is left out.
 """
 
 import base64
@@ -13,18 +13,22 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from fashion_ddp.report.results import Result, load_tensors
+from fashion_ddp.report.results import Result
 from fashion_ddp.report.rows import Row, Section
 from fashion_ddp.report.svg import element
+from fashion_ddp.runs.reading import read_arrays
 
-LARGEST = 64  # pixels of a picture's side: larger images are shown smaller
-WRONG = 12  # most confidently wrong images
-EACH = 4  # examples of a confused pair
+LARGEST = 64  # pixels of a side; larger images are scaled down
+WRONG = 12  # images in the list of the most confidently wrong ones
+EACH = 4  # images of a confused pair
 MAPS = 32  # feature maps of a layer
 
 
 def png(pixels: np.ndarray) -> str:
-    """Pixels, uint8 [h, w] grey or [h, w, 3], as the URI of a PNG. Source: W3C, Portable Network Graphics (2003)."""
+    """Return pixels, uint8 [h, w] grey or [h, w, 3], as the data URI of a PNG.
+
+    Source: W3C, Portable Network Graphics (2003).
+    """
     height, width = pixels.shape[:2]
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -38,14 +42,14 @@ def png(pixels: np.ndarray) -> str:
 
 
 def as_pixels(image: np.ndarray) -> np.ndarray:
-    """An image uint8 [C, H, W] as pixels [h, w] or, of three channels, [h, w, 3], no larger than LARGEST."""
+    """Return an image uint8 [C, H, W] as pixels [h, w], or [h, w, 3] with three channels, scaled down to LARGEST."""
     step = -(-max(image.shape[1:]) // LARGEST)
     small = image[:, ::step, ::step]
     return np.moveaxis(small, 0, 2) if len(small) == 3 else small[0]
 
 
 class Tile(NamedTuple):
-    """A picture and what is written under it."""
+    """A picture and the words below it."""
 
     picture: Markup
     true: str
@@ -59,7 +63,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Maps:
-    """What one layer makes of the image: its maps side by side."""
+    """A layer's output for an image, its maps side by side in one picture."""
 
     layer: str
     shape: tuple[int, int, int]  # maps, height, width
@@ -67,13 +71,15 @@ class Maps:
 
 
 class Album:
-    """The pictures of one section. `symbols` holds each image that was asked for, once."""
+    """The pictures of one section. `symbols` collects each image that was used, once."""
 
     def __init__(self, section: Section, prefix: str, rows: int):
         self.prefix, self.symbols = prefix, dict[str, Markup]()
         self.classes = section.first.classes
         results = [result for row in section.rows[:rows] for result in row.results]
-        self.examples = {result.name: load_tensors(result.run.path / "examples.safetensors") for result in results}
+        self.examples = {
+            result.name: read_arrays(result.run.path / "examples.safetensors", missing_ok=True) for result in results
+        }
         self.images: dict[int, np.ndarray] = {}
         self.grid: list[int] = []
         for saved in self.examples.values():
@@ -89,41 +95,41 @@ class Album:
             self.symbols[name] = element("symbol", drawn, id=name, viewBox=f"0 0 {width} {height}")
         return element("svg", element("use", href=f"#{name}"), class_="px", role="img", aria_label=label)
 
-    def _tile(self, result: Result, place: int) -> Tile:
-        assert result.answers is not None
-        true, predicted = (self.classes[c[place]] for c in (result.answers.labels, result.answers.predicted))
-        label = f"test image {place}: {true}, predicted {predicted}"
+    def _tile(self, result: Result, index: int) -> Tile:
+        assert result.predictions is not None
+        true, predicted = (self.classes[c[index]] for c in (result.predictions.labels, result.predictions.predicted))
+        label = f"test image {index}: {true}, predicted {predicted}"
         return Tile(
-            self._picture(str(place), self.images[place], label),
+            self._picture(str(index), self.images[index], label),
             true,
             predicted,
-            float(result.answers.confidence[place]),
+            float(result.predictions.confidence[index]),
         )
 
-    def predictions(self, row: Row) -> list[Tile]:
-        """The same images for every row, as its first run predicts them."""
-        return [self._tile(row.first, place) for place in self.grid] if row.first.answers else []
+    def prediction_tiles(self, row: Row) -> list[Tile]:
+        """Return the same images for every row, with its first run's predictions."""
+        return [self._tile(row.first, index) for index in self.grid] if row.first.predictions else []
 
-    def confidently_wrong(self, row: Row) -> list[Tile]:
-        """Of the row's first run, from the most confident."""
-        answers, kept = row.first.answers, self.examples[row.first.name].get("test_ids")
-        if answers is None or kept is None:
+    def confidently_wrong_tiles(self, row: Row) -> list[Tile]:
+        """Return the images that the row's first run gets wrong with the highest confidence."""
+        predictions, saved_ids = row.first.predictions, self.examples[row.first.name].get("test_ids")
+        if predictions is None or saved_ids is None:
             return []
-        wrong = [place for place in kept.tolist() if not answers.correct[place]]
-        wrong.sort(key=lambda place: -answers.confidence[place])
-        return [self._tile(row.first, place) for place in wrong[:WRONG]]
+        wrong = [index for index in saved_ids.tolist() if not predictions.correct[index]]
+        wrong.sort(key=lambda index: -predictions.confidence[index])
+        return [self._tile(row.first, index) for index in wrong[:WRONG]]
 
-    def confused(self, row: Row, true: int, predicted: int) -> list[Tile]:
-        """Images of one class that a run of the row takes for the other."""
-        found: dict[int, Tile] = {}
+    def confused_tiles(self, row: Row, true: int, predicted: int) -> list[Tile]:
+        """Return images of one class that a run of the row takes for the other."""
+        tiles: dict[int, Tile] = {}
         for result in row.results:
-            if answers := result.answers:
-                alike = [p for p in self.images if answers.labels[p] == true and answers.predicted[p] == predicted]
-                found |= {place: self._tile(result, place) for place in alike if place not in found}
-        return [found[place] for place in sorted(found)][:EACH]
+            if predictions := result.predictions:
+                is_pair = (predictions.labels == true) & (predictions.predicted == predicted)
+                tiles |= {n: self._tile(result, n) for n in self.images if is_pair[n] and n not in tiles}
+        return [tiles[n] for n in sorted(tiles)][:EACH]
 
-    def samples(self) -> list[Tile]:
-        """The first images of the training set."""
+    def sample_tiles(self) -> list[Tile]:
+        """Return the first images of the training set."""
         saved = next((s for s in self.examples.values() if "samples" in s), None)
         if saved is None:
             return []
@@ -133,33 +139,33 @@ class Album:
                 for n, (image, name) in enumerate(tiles)]  # fmt: skip
 
     def feature_maps(self, result: Result) -> tuple[Tile | None, list[Maps]]:
-        """The first test image, and what each convolution and pooling of a run's model makes of it."""
+        """Return the first test image, and the output of each convolution and pooling of a run's model for it."""
         saved = self.examples[result.name]
         layers = {name.removeprefix("maps."): maps for name, maps in saved.items() if name.startswith("maps.")}
         if not layers:
             return None, []
         name = self.classes[int(saved["image_label"])]
-        shown = [Maps(layer, maps.shape, png(side_by_side(maps[:MAPS]))) for layer, maps in layers.items()]
+        shown = [Maps(layer, maps.shape, png(tile_maps(maps[:MAPS]))) for layer, maps in layers.items()]
         shown.sort(key=lambda maps: _order(maps.layer))
         return Tile(self._picture("0", saved["image"], f"test image 0: {name}"), name), shown
 
 
 def _order(layer: str) -> list[tuple[int, int | str]]:
-    """Layers by their place in the model: 2 before 10."""
+    """Return a key that sorts layers by their position in the model: 2 before 10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in layer.split(".")]
 
 
-def side_by_side(maps: np.ndarray) -> np.ndarray:
-    """Feature maps, float [n, h, w], as one grey picture, each from its own lowest to its own highest value."""
+def tile_maps(maps: np.ndarray) -> np.ndarray:
+    """Return feature maps, float [n, h, w], as one grey picture; each map is scaled to its own range of values."""
     step = -(-max(maps.shape[1:]) // LARGEST)
     maps = np.nan_to_num(maps[:, ::step, ::step].astype(np.float64))
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     grey = (255 * (maps - low) / np.where(high > low, high - low, 1)).round().astype(np.uint8)
     count, height, width = grey.shape
-    # Up to eight a line, or so many that the fewest places stay empty.
-    a_line = count if count <= 8 else min(range(8, 4, -1), key=lambda n: -count % n)
-    sheet = np.full((-(-count // a_line) * (height + 1) - 1, a_line * (width + 1) - 1), 128, np.uint8)
+    # Up to eight per line; for more maps, the number per line from five to eight that leaves the fewest gaps.
+    per_line = count if count <= 8 else min(range(8, 4, -1), key=lambda n: -count % n)
+    sheet = np.full((-(-count // per_line) * (height + 1) - 1, per_line * (width + 1) - 1), 128, np.uint8)
     for n, one in enumerate(grey):
-        top, left = n // a_line * (height + 1), n % a_line * (width + 1)
+        top, left = n // per_line * (height + 1), n % per_line * (width + 1)
         sheet[top : top + height, left : left + width] = one
     return sheet
