@@ -109,7 +109,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "unwritable": (("--dataset", "synthetic", "--runs-dir", "a_file/runs"), "a_file/runs"),
     "not a run folder": (("--dataset", "synthetic", "--run-dir", "photos"), "photos exists and is no run folder"),
     "no such module": (("--dataset", "synthetic", "--model", "nothing_here:Net"), "no module 'nothing_here'"),
-    "wrong shape": (("--dataset", "synthetic", "--model", "mine:Seven"), "must give logits of shape [2, 10]"),
+    "wrong shape": (("--dataset", "synthetic", "--model", "mine:Seven"), "must return logits of shape [2, 10]"),
     "too many held out": (("--dataset", "synthetic", "--validation", "12000"), "12000"),
     "no card": (("--dataset", "synthetic", "--device", "cuda"), "--device cpu"),
 }

@@ -1,6 +1,8 @@
 """Find a dataset or download it, and verify it.
 
-python -m fashion_ddp.data [--dataset NAME, FOLDER, FILE.npz or package.module:function] [--data-dir DIR]
+    python -m fashion_ddp.data [--dataset NAME, FOLDER, FILE.npz or package.module:function] [--data-dir DIR]
+
+Exit code 2: the dataset is missing or cannot be used, and the message says why.
 """
 
 from pathlib import Path

@@ -254,7 +254,7 @@ def test_bad_input_is_told_once_and_leaves_nothing(here: Path, said: Said, words
 def test_a_users_model_is_tried_before_anything_is_queued(here: Path, said: Said) -> None:
     (here / "wrong.py").write_text("from torch import nn\n\ndef Net(image_shape, classes):\n    return nn.Flatten()\n")
     code, _, err = said(submit.main, "--models", "wrong:Net", *SMALL)
-    assert code == 2 and "must give logits of shape [2, 10]" in err and not (here / "runs").exists()
+    assert code == 2 and "must return logits of shape [2, 10]" in err and not (here / "runs").exists()
 
 
 @quick

@@ -11,7 +11,7 @@ from PIL import Image
 from reports import make_report, make_run
 from safetensors.numpy import load_file, save_file
 
-from fashion_ddp.report.pictures import LARGEST, as_pixels, png, side_by_side
+from fashion_ddp.report.album import LARGEST, as_pixels, png, tile_maps
 
 pytestmark = pytest.mark.quick
 
@@ -40,11 +40,11 @@ def test_images_become_pixels_of_a_bounded_size() -> None:
 
 def test_feature_maps_stand_side_by_side_each_in_its_own_range() -> None:
     maps = np.stack([np.linspace(low, high, 49).reshape(7, 7) for low, high in ((0, 1), (-50, 3), (2, 2))])
-    sheet = side_by_side(maps)
+    sheet = tile_maps(maps)
     assert sheet.shape == (7, 23)
     assert np.allclose(sheet[:, :7], sheet[:, 8:15].astype(int), atol=1) and (sheet[0, 0], sheet[6, 6]) == (0, 255)
     assert not sheet[:, 16:].any()  # all equal: nothing to see
-    assert side_by_side(np.zeros((10, 4, 4))).shape == (9, 24)  # two lines of five
+    assert tile_maps(np.zeros((10, 4, 4))).shape == (9, 24)  # two lines of five
 
 
 def test_the_report_shows_coloured_images_and_layers_in_order(tmp_path: Path) -> None:
