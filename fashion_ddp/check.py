@@ -15,15 +15,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fashion_ddp.config import Config
-from fashion_ddp.console import fail, say
+from fashion_ddp.config import Config, default_runs_dir
+from fashion_ddp.console import entry_point, say
 from fashion_ddp.data.published import PUBLISHED, absent, cache, locate
 from fashion_ddp.distributed import machine
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.errors import CommandFailed, UserError, counted
 from fashion_ddp.redact import redact
 from fashion_ddp.runs import provenance
 
-PACKAGES = ("torchvision", "wandb", "submitit", "torchmetrics", "tyro", "safetensors")
+PACKAGES = ("torchvision", "wandb", "submitit", "torchmetrics", "safetensors")
 # Beginnings of libraries that torch brings along, and that another copy on the search path comes before.
 SHADOWED = ("libcudart", "libcublas", "libcudnn", "libnccl", "libnvrtc", "libcusparse", "libcufft", "libtorch")
 SLURM = ("sbatch", "srun", "squeue", "scontrol", "sacct")
@@ -165,7 +165,7 @@ def slurm() -> Iterator[Found]:
 
 
 def disk() -> Iterator[Found]:
-    runs = Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")).absolute()
+    runs = default_runs_dir().absolute()
     own = sys.prefix != sys.base_prefix  # else it is the system's Python, and not ours to count
     folders = {"environment": Path(sys.prefix)} if own else {}
     for what, folder in (folders | {"data cache": cache(), "runs": runs}).items():
@@ -190,6 +190,7 @@ def _size(folder: Path) -> tuple[int, int]:
     return size, count
 
 
+@entry_point
 def main() -> None:
     if "WORLD_SIZE" in os.environ:
         from fashion_ddp.distributed import probe  # imports torch.distributed
@@ -200,7 +201,7 @@ def main() -> None:
     for one in found:
         say(redact(str(one)))
     if problems := [one for one in found if one.problem]:
-        fail(TrainingFailed(f"training cannot start here: {counted(len(problems), 'problem')}, see above"), 1)
+        raise CommandFailed(f"training cannot start here: {counted(len(problems), 'problem')}, see above")
     say("training can start here")
 
 

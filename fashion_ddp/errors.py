@@ -8,12 +8,16 @@ class UserError(ValueError):
     """Something the user can mend: its text says what is wrong, where, and how to fix it. Exit code 2."""
 
 
-class TrainingFailed(RuntimeError):
+class CommandFailed(RuntimeError):
+    """A command could not do all that it was asked to, and its text says why. Exit code 1."""
+
+
+class TrainingFailed(CommandFailed):
     """Training went wrong in a way that has a plain explanation. Exit code 1."""
 
 
 class Stopped(RuntimeError):
-    """Training was told to stop, and saved what it had: the same command continues. Exit code 75 (EX_TEMPFAIL)."""
+    """Training was told to stop, and saved what it had: the same command continues. Exit code os.EX_TEMPFAIL (75)."""
 
     def __init__(self, text: str, reason: str):
         super().__init__(text)

@@ -13,23 +13,21 @@ import importlib.util
 import json
 import os
 import secrets
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from fashion_ddp import data
-from fashion_ddp.config import Config
+from fashion_ddp.config import Config, default_runs_dir, flags
 from fashion_ddp.config.names import is_code
-from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.errors import TrainingFailed, UserError, counted
+from fashion_ddp.console import entry_point, say
+from fashion_ddp.errors import CommandFailed, TrainingFailed, UserError, counted
 from fashion_ddp.files import write_whole
-from fashion_ddp.redact import refuse_secrets, restrict_umask
+from fashion_ddp.redact import refuse_secrets
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import Run, find_runs, read_run
@@ -42,7 +40,7 @@ NAME = "wandb.json"  # in a report's folder: the name that W&B knows it by
 class Command:
     """Bring run folders, and their report, to Weights & Biases."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")),)
+    runs: flags.Positional[tuple[Path, ...]] = field(default_factory=lambda: (default_runs_dir(),))
     """Run folders, or folders of run folders."""
     report: Path | None = None
     """Folder of a report, as fashion_ddp.compare writes it: becomes a run of the type report."""
@@ -56,9 +54,9 @@ class Command:
     """Tags, as first,second, likewise."""
     notes: str | None = None
     """Notes, likewise."""
-    weights: tyro.conf.FlagCreatePairsOff[bool] = False
+    weights: bool = False
     """Upload the weights, too."""
-    saved_report: tyro.conf.FlagCreatePairsOff[bool] = False
+    saved_report: bool = False
     """With --report: also save a report of W&B's own on the group, to look at there. Needs wandb-workspaces."""
 
     def over(self, cfg: Config) -> Config:
@@ -68,17 +66,16 @@ class Command:
         return dataclasses.replace(cfg, **{f"wandb_{name}": v for name, v in said.items() if v is not None})
 
 
-class NotPushed(RuntimeError):
-    """W&B could not be told of a run, and said why. Exit code 1."""
+class NotPushed(CommandFailed):
+    """A run could not be brought to W&B; the text says why."""
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    restrict_umask()
-    with broken_pipe_ok():
-        command = tyro.cli(Command, prog="python -m fashion_ddp.push", args=argv)
+    command = flags.parse(Command, "fashion_ddp.push", argv)
+    refuse_secrets(dataclasses.asdict(command))
     done = 0
     try:
-        refuse_secrets(dataclasses.asdict(command))
         runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := read_run(folder))]
         configs = [command.over(run.settings()) for run in runs]
         report = command.report and read_report(command.report)
@@ -88,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
             done += 1
         if command.report and report:
             push_report(command.report, report, command.over(_common(configs)), command.saved_report)
-    except (UserError, TrainingFailed) as error:
-        fail(error, 2)
+    except TrainingFailed as error:  # raised by what training has, too: a folder that cannot be written
+        raise UserError(str(error)) from None
     except NotPushed as error:
-        fail(NotPushed(f"{error}; {done} of {counted(len(runs), 'run')} done, and the same command goes on"), 1)
+        raise NotPushed(f"{error}; {done} of {counted(len(runs), 'run')} done, and the same command goes on") from None
     say(f"pushed: {counted(done, 'run')}" + (f", and {command.report}" if command.report else ""))
 
 
@@ -228,4 +225,4 @@ def _test_images(run: Run) -> np.ndarray | None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

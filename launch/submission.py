@@ -1,6 +1,5 @@
 """Which runs a submission asks for: models x seeds x the points of a sweep, each with its validated settings."""
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Mapping
@@ -8,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from fashion_ddp.config import Config, cli, field_types, layers
+from fashion_ddp.config.flags import flag_names, refuse_unknown_flags
 from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.report.text import in_common
 from fashion_ddp.runs import claim
@@ -27,7 +25,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Submission:
-    """Which runs to submit, and what each of them gets. Any further flag is one of fashion_ddp.train, for all."""
+    """Submit runs to SLURM, and their comparison. Further flags are those of fashion_ddp.train, for all runs."""
 
     models: tuple[str, ...] = ("linear", "relu", "mlp", "cnn")
     """Architectures to train."""
@@ -63,9 +61,9 @@ class Submission:
     """local: the same through Submitit on this machine, one run after another; debug: in this process."""
     out: Path = Path("report")
     """Folder of the report."""
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: bool = False
     """Check everything, print the runs' settings and the text for sbatch; submit nothing. Needs no SLURM."""
-    wait: tyro.conf.FlagCreatePairsOff[bool] = False
+    wait: bool = False
     """Follow the runs until the report is written. Ctrl-C ends the following, not the jobs."""
 
     @property
@@ -146,16 +144,14 @@ def shared_group(configs: list[Config]) -> str | None:
     return "-".join([Path(configs[0].recipe).stem, *(f"{name}{value}" for name, value in common.items())])
 
 
-def check_flags(kind: type, flags: list[str], refused: Mapping[str, str]) -> None:
-    """Refuse what neither a command (the dataclass `kind`) nor fashion_ddp.train knows, or what means nothing here."""
-    fields = [field.name for one in (kind, cli.Command, Config) for field in dataclasses.fields(one)]
-    known = [name for name in fields if name != "run" and name not in refused]
-    for flag in (word.partition("=")[0] for word in flags if word.startswith("--")):
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in refused:
-            raise UserError(f"{flag} does not go with many runs: {refused[name]}")
-        if name.removeprefix("no_") not in known:
-            raise UserError(f"unknown flag {flag}; {nearest(name, known)}")
+def check_flags(cls: type, words: list[str], refused: Mapping[str, str]) -> None:
+    """Raise UserError for a flag among the words that neither a command (the dataclass `cls`) nor fashion_ddp.train
+    has, and for one that makes no sense for many runs (`refused`: what to do instead, by the name of the setting)."""
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        if reason := refused.get(flag.removeprefix("--").replace("-", "_")):
+            raise UserError(f"{flag} does not go with many runs: {reason}")
+    of_runs = [flag for flag in flag_names(cli.Command) if flag.removeprefix("--").replace("-", "_") not in refused]
+    refuse_unknown_flags(words, [*flag_names(cls), *of_runs])
 
 
 def _sweep(texts: tuple[str, ...], flags: list[str]) -> list[list[str]]:

@@ -70,7 +70,8 @@ def test_an_error_without_a_plain_explanation_is_told_with_its_stack_and_where_t
 @pytest.mark.parametrize("command", ["fashion_ddp.train", "fashion_ddp.compare", "launch.local", "launch.status"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_who_asks_for_help_may_leave_before_its_end(command: str, unbuffered: str) -> None:
-    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_module('{command}', run_name='__main__')"
+    run = f"runpy.run_module('{command}', run_name='__main__', alter_sys=True)"
+    code = f"import runpy, sys; sys.argv = ['x', '--help']; {run}"
     assert shell('"$@" 2>&1 | sleep 0', code, PYTHONUNBUFFERED=unbuffered) == (0, "")
 
 

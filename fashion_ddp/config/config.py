@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass
 from functools import cache
@@ -16,8 +17,12 @@ from fashion_ddp.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml."""
+    """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml.
 
+    The text below a field is its help on the command line; a comment above one begins a group of the help.
+    """
+
+    # What is trained
     model: str = "cnn"
     """Architecture: linear, relu, mlp, cnn, resnet18, or your own as package.module:Name."""
     recipe: str = "blog"
@@ -25,6 +30,7 @@ class Config:
     seed: int = 42
     """Seeds the initial weights, the order of the images and the augmentation."""
 
+    # How it is trained
     epochs: int = 3
     """Passes over the training set."""
     batch_size: int = 128
@@ -60,6 +66,7 @@ class Config:
     validation: int = 0
     """Hold out so many training images, drawn by seed, and report val/* on them."""
 
+    # The model
     hidden_units: int | None = None
     """Width of the hidden layer (linear, relu, mlp) or of every convolution (cnn); by default the model's own."""
     conv_blocks: int | None = None
@@ -73,12 +80,14 @@ class Config:
     freeze: tuple[str, ...] = ()
     """Parts of the model that are not trained, by the beginnings of their parameters' names, as conv1 layer1."""
 
+    # The data
     dataset: str = "fashion_mnist"
     """fashion_mnist, mnist, kmnist, synthetic (built in, for checking a machine), or your own: a folder with a / in
     its name (./mine), an .npz file, or package.module:function."""
     data_dir: Path | None = None
     """Where the four files of a published set are; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
 
+    # The machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the NVIDIA cards where there are any."""
     threads: int = 0
@@ -91,6 +100,7 @@ class Config:
     cuda_graph: bool = True
     """On an NVIDIA card, launch each step as one CUDA graph where its model allows it. Changes no result."""
 
+    # While it trains
     checkpoint_every: float = 30.0
     """Seconds between checkpoints; a run that is stopped, or ends, leaves one in any case."""
     timeout: float = 600.0
@@ -98,6 +108,7 @@ class Config:
     trace: bool = False
     """Write a trace of a few steps of each rank into the run's logs/."""
 
+    # Where results go
     runs_dir: Path = Path("runs")
     """Folder that run folders are made in ($FASHION_DDP_RUNS_DIR)."""
     run_dir: Path | None = None
@@ -119,7 +130,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = convert(field.name, getattr(self, field.name))
+            value = convert(field.name, getattr(self, field.name), field_types()[field.name])
+            if isinstance(value, tuple):
+                value = tuple(sorted(set(value)))  # the same run, in whatever order they are given
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{field.name} must be a finite number, got {value!r}")
             object.__setattr__(self, field.name, value)
@@ -214,9 +227,16 @@ def field_types() -> dict[str, Any]:
     return typing.get_type_hints(Config)
 
 
-def convert(name: str, value: Any) -> Any:
-    """A value as the type of Config's field `name`. Raises UserError naming the field, the value and the type."""
-    kind = field_types()[name]
+def default_runs_dir() -> Path:
+    """The folder of run folders where no flag and no file names one: $FASHION_DDP_RUNS_DIR, or runs."""
+    return Path(os.environ.get("FASHION_DDP_RUNS_DIR") or Config.runs_dir)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """Convert a value to the type `kind` of the setting `name`.
+
+    Raises UserError naming the setting, the value and the type.
+    """
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         if value not in options:
@@ -228,7 +248,7 @@ def convert(name: str, value: Any) -> Any:
         words = [value] if isinstance(value, str) else value
         if not isinstance(words, list | tuple) or any(isinstance(word, list | dict | None) for word in words):
             raise UserError(f"{name} must be a list of words, got {value!r}")
-        return tuple(sorted({str(word) for word in words}))  # so that their order makes no other run
+        return tuple(str(word) if options[0] is str else convert(name, word, options[0]) for word in words)
     if type(None) in options:
         if value is None:
             return None

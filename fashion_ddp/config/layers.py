@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fashion_ddp.config import Config, convert
+from fashion_ddp.config import Config, convert, field_types
 from fashion_ddp.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -63,7 +63,7 @@ def checked(path: Path, data: Any, lines: dict[tuple[str, ...], int], above: tup
         if above and name in ("model", "recipe"):
             raise UserError(f"{where}: a recipe cannot choose the {name} that it is for: give --{name}")
         try:
-            settings[name] = convert(name, value)
+            settings[name] = convert(name, value, field_types()[name])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return settings

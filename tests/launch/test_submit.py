@@ -205,7 +205,7 @@ BAD = {
     "--seed 3": "--seeds",
     "--config x.yaml": "--recipe mine.yaml",
     "--check-only": "--dry-run",
-    "--epoch 3": "did you mean 'epochs'?",
+    "--epoch 3": "did you mean --epochs?",
     "--no-such-thing": "unknown flag --no-such-thing",
     "--epochs 0": "epochs must be greater than 0",
     "--recipe nope": "recipe: unknown 'nope'",

@@ -10,11 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-import tyro
 from conftest import CHECKOUT
 from torch import nn
 
-from fashion_ddp.config import cli
+from fashion_ddp.config import cli, flags
 from fashion_ddp.config.layers import recipe_settings
 from fashion_ddp.models import architectures
 from launch import submission
@@ -67,8 +66,8 @@ def test_a_make_target_and_its_variables_exist(line: str) -> None:
 @pytest.mark.parametrize("line", SUBMIT)
 def test_a_submission_is_valid(line: str) -> None:
     words = shlex.split(line.partition("#")[0])
-    asked, flags = tyro.cli(Submission, args=words, return_unknown_args=True)
-    assert submission.commands(asked, flags, [])
+    asked, others = flags.parse_known(Submission, "launch.submit", words)
+    assert submission.commands(asked, others, [])
 
 
 @pytest.mark.parametrize("page", EVERY)
