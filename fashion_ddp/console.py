@@ -82,7 +82,7 @@ def fail(error: Exception, code: int) -> NoReturn:
     """
     variable = "LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK"
     speaks = getattr(error, "of_rank", False) or os.environ.get(variable, "0") == "0"
-    if speaks and str(error):
+    if speaks:
         _complain(f"error: {error}\n")
     sys.exit(code)
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,6 @@ def refuse_secrets(settings: Mapping[str, Any]) -> None:
                     f"{setting}: holds the value of ${variable}, which by its name is secret, and would be written "
                     f"into the run's files: choose another, or unset {variable} if it is none"
                 )
-
-
-def hide_values(words: Iterable[str]) -> Iterator[str]:
-    """A command line without the values of flags whose names say that they are secret. (None of ours does.)"""
-    hide = False
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        secret = flag.startswith("-") and _NAME.search(flag) is not None
-        yield "***" if hide else f"{flag}=***" if secret and equals else word
-        hide = secret and not equals
 
 
 def restrict_umask() -> None:

@@ -205,15 +205,16 @@ def refuse_unknown_flags(words: Iterable[str], known: list[str]) -> None:
     """Raise UserError for a flag among the words that is not known. No value is shown: it may be a secret."""
     for flag in (word.partition("=")[0] for word in words if word.startswith("-")):
         if flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-            raise UserError(f"unknown flag {flag}; {f'did you mean {near[0]}? ' if near else ''}--help shows all flags")
+            near = difflib.get_close_matches(flag.strip("-"), [name.strip("-") for name in known], n=1)
+            hint = f"did you mean --{near[0]}? " if near else ""
+            raise UserError(f"unknown flag {flag}; {hint}--help shows all flags")
 
 
 def refuse_words(words: list[str], cls: type) -> None:
     """Raise UserError for a word that no flag takes."""
     if words:
         flag, default = next((a.flags[0], a.default) for a in arguments(cls).values() if a.flags)
-        raise UserError(f"{words[0]!r} is no flag: a value follows its flag, as in {flag} {default}")
+        raise UserError(f"{words[0]!r} is no flag, and no flag takes it: a value follows its flag, as {flag} {default}")
 
 
 def show_help(cls: type, program: str, defaults: Mapping[str, Any] | None = None) -> NoReturn:
