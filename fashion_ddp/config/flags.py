@@ -203,7 +203,7 @@ def _read_or_help(cls: type, program: str, words: list[str]) -> tuple[dict[str, 
 
 def refuse_unknown_flags(words: Iterable[str], known: list[str]) -> None:
     """Raise UserError for a flag among the words that is not known. No value is shown: it may be a secret."""
-    for flag in (word.partition("=")[0] for word in words if word.startswith("-")):
+    for flag in (word.partition("=")[0] for word in words if re.match(r"-(?!\.?\d)", word)):  # -1 is a number
         if flag not in known:
             near = difflib.get_close_matches(flag.strip("-"), [name.strip("-") for name in known], n=1)
             hint = f"did you mean --{near[0]}? " if near else ""

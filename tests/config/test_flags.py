@@ -140,5 +140,14 @@ def test_help_shows_groups_choices_and_the_defaults_that_hold(capsys: pytest.Cap
     assert "(default: 0.5)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_rank_that_is_not_the_first_prints_no_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        flags.parse(Example, "example", ["--help"])
+    assert capsys.readouterr().out == ""
+
+
 def test_every_setting_of_a_run_is_documented() -> None:
     assert list(flags.documentation(Config)) == list(flags.arguments(Config))

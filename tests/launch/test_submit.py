@@ -208,6 +208,8 @@ BAD = {
     "--epoch 3": "did you mean --epochs?",
     "--no-such-thing": "unknown flag --no-such-thing",
     "--epochs 0": "epochs must be greater than 0",
+    "--lr -1": "lr must be greater than 0",
+    "cnn": "'cnn' is no flag",
     "--recipe nope": "recipe: unknown 'nope'",
     "--models linear lenear": "did you mean 'linear'?",
     "--seeds 1 1": "two of the runs would be one",
