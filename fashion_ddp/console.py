@@ -1,4 +1,4 @@
-"""What a command says on the terminal, and how it ends. Nothing that happens to the terminal stops a run."""
+"""Print what a command says, and end it. Nothing that happens to the terminal stops a run."""
 
 import functools
 import os

@@ -140,7 +140,7 @@ def shared_group(configs: list[Config]) -> str | None:
     same at every start; None where the user said one, or W&B's own variable does."""
     if any(cfg.wandb_group for cfg in configs) or "WANDB_RUN_GROUP" in os.environ:
         return None
-    common = in_common([layers.changed(cfg) for cfg in configs])
+    common = in_common([layers.recipe_changes(cfg) for cfg in configs])
     return "-".join([Path(configs[0].recipe).stem, *(f"{name}{value}" for name, value in common.items())])
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fashion_ddp.config import Config, default_runs_dir, field_types, flags
-from fashion_ddp.config.layers import checked, make_config, read_mapping
+from fashion_ddp.config.layers import make_config, read_mapping, read_section
 from fashion_ddp.redact import refuse_secrets
 
 
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> Command:
         flags.refuse_unknown_flags(others, flags.flag_names(Command))
         flags.refuse_words(others, Command)
     file = given.get("config")
-    from_file = checked(file, *read_mapping(file)) if file is not None else {}
+    from_file = read_section(file, *read_mapping(file)) if file is not None else {}
     settings = {name: given.pop(name) for name in list(given) if name in field_types()}
     run = make_config({"runs_dir": default_runs_dir()}, from_file, settings)
     refuse_secrets(asdict(run))

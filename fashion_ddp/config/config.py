@@ -1,4 +1,4 @@
-"""What a run is: one frozen, flat dataclass that validates itself. Nothing here imports torch."""
+"""Define a run by one frozen, flat dataclass that validates itself. Nothing here imports torch."""
 
 import dataclasses
 import math
@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 import yaml
 
-from fashion_ddp.config.names import architectures, check_dataset, check_model, check_model_args, of_dataset, of_weights
+from fashion_ddp.config.names import (
+    architectures,
+    check_dataset,
+    check_model,
+    check_model_args,
+    dataset_name,
+    weights_name,
+)
 from fashion_ddp.errors import UserError, nearest
 
 
@@ -170,7 +177,7 @@ class Config:
         check_model_args(self.model, self.model_args, self.model_settings())
 
     def _check_together(self) -> None:
-        """What holds between fields."""
+        """Raise UserError for settings that exclude each other."""
         if self.run_dir is not None and self.run_dir.name in ("", ".."):  # it must have a name to be moved aside
             raise UserError(f"run_dir must name a folder, got {str(self.run_dir)!r}")
         if self.schedule == "one_cycle" and self.warmup_epochs:
@@ -190,26 +197,26 @@ class Config:
             raise UserError("reduction_shards adds gradients itself and cannot scale them: choose bf16, fp32 or fp64")
 
     def model_settings(self) -> dict[str, Any]:
-        """The settings meant for the architecture that were given, beside model_args."""
+        """Return the settings that are given to the architecture, except model_args."""
         given = {"hidden_units": self.hidden_units, "conv_blocks": self.conv_blocks, "batch_norm": self.batch_norm}
         return {name: value for name, value in given.items() if value not in (None, False)}
 
     def scaled_lr(self) -> float:
-        """lr at this batch size: lr * (batch_size / reference_batch) ** (1 for linear, 0.5 for sqrt)."""
+        """Return lr at this batch size: lr * (batch_size / reference_batch) ** (1 for linear, 0.5 for sqrt)."""
         growth = self.batch_size / self.reference_batch
         return self.lr * {"none": 1.0, "linear": growth, "sqrt": math.sqrt(growth)}[self.lr_scaling]
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings, beyond model, recipe and seed, that change what is computed."""
+        """Return the settings that change what is computed, except model, recipe and seed."""
         others = {"model", "recipe", "seed", "device", "threads", "micro_batch", "cuda_graph", "data_dir", "tracker"}
         others |= {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
         others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
-        settings["dataset"] = of_dataset(self.dataset)
-        # One by one, and only where given: runs made before there were any are still themselves.
+        settings["dataset"] = dataset_name(self.dataset)
+        # Only those that are given, one by one: folders of runs made before these settings existed keep their names.
         del settings["model_args"], settings["init_from"], settings["freeze"]
         if self.init_from is not None:
-            settings["init_from"] = of_weights(self.init_from)
+            settings["init_from"] = weights_name(self.init_from)
         if self.freeze:
             settings["freeze"] = "+".join(self.freeze)
         for name, _, value in (text.partition("=") for text in self.model_args):
@@ -217,18 +224,19 @@ class Config:
         return settings
 
     def to_yaml(self) -> str:
-        """The resolved settings; `--config` on this text gives an equal Config."""
+        """Return the resolved settings as YAML; --config on this text gives an equal Config."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False)
 
 
 @cache
 def field_types() -> dict[str, Any]:
+    """Return the type of each field of Config."""
     return typing.get_type_hints(Config)
 
 
 def default_runs_dir() -> Path:
-    """The folder of run folders where no flag and no file names one: $FASHION_DDP_RUNS_DIR, or runs."""
+    """Return the folder for run folders where no flag and no file names one: $FASHION_DDP_RUNS_DIR, or runs."""
     return Path(os.environ.get("FASHION_DDP_RUNS_DIR") or Config.runs_dir)
 
 

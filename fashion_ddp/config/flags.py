@@ -41,7 +41,7 @@ class Documented(NamedTuple):
 
 @cache
 def documentation(cls: type) -> dict[str, Documented]:
-    """What a dataclass says about each of its fields, read from its source."""
+    """Read what the source of a dataclass says about each of its fields."""
     lines = textwrap.dedent(inspect.getsource(cls)).splitlines()
     [body] = [node.body for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.ClassDef)]
     found, group = {}, ""
@@ -91,7 +91,7 @@ class Argument:
         parser.add_argument((self.flags or [self.name])[0], **settings, **({"nargs": "*"} if self.is_list else {}))
 
     def typed(self, value: Any) -> Any:
-        """A word, a list of words or a bool as the type of the field. Raises UserError."""
+        """Convert a word, a list of words or a bool to the type of the field. Raises UserError."""
         options = typing.get_args(self.kind)
 
         def plain(word: str) -> Any:
@@ -107,7 +107,7 @@ class Argument:
 
 @cache
 def arguments(cls: type) -> dict[str, Argument]:
-    """The arguments that a dataclass stands for, by name."""
+    """Return the arguments that the fields of a dataclass stand for, by name."""
     found: dict[str, Argument] = {}
     kinds = typing.get_type_hints(cls)
     positional = {name for name, kind in typing.get_type_hints(cls, include_extras=True).items() if kind != kinds[name]}
@@ -121,6 +121,7 @@ def arguments(cls: type) -> dict[str, Argument]:
 
 
 def flag_names(cls: type) -> list[str]:
+    """Return all flags of a dataclass, as --batch-size."""
     return [flag for argument in arguments(cls).values() for flag in argument.flags]
 
 
@@ -132,7 +133,7 @@ def _parser(**settings: Any) -> argparse.ArgumentParser:
 
 
 def read(cls: type, words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Read what a command line gives, and nothing else: values by field, with `help` where that is asked for; and the
+    """Read only what a command line gives. Returns the values by field, with `help` where it is asked for; and the
     words that belong to no flag of `cls`.
 
     Raises UserError for a flag without its value, and for a value that its field cannot take.
@@ -151,7 +152,7 @@ def read(cls: type, words: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _with_dashes(cls: type, words: list[str]) -> Iterator[str]:
-    """The words with each flag as argparse knows it: --batch_size as --batch-size, --seeds=0 1 as --seeds 0 1."""
+    """Spell each flag as argparse knows it: --batch_size becomes --batch-size, and --seeds=0 1 becomes --seeds 0 1."""
     for word in words:
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag

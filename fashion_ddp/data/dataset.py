@@ -59,7 +59,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         return Dataset(name, synthetic.CLASSES, **arrays, md5=md5, source="built in")
     if name not in PUBLISHED:
         own, named_classes = custom.load(name)
-        return Dataset(names.of_dataset(name), named_classes, **own, md5=custom.md5(own, named_classes), source=name)
+        return Dataset(names.dataset_name(name), named_classes, **own, md5=custom.md5(own, named_classes), source=name)
     published, folder = PUBLISHED[name], locate(name, data_dir)
     if folder is None:
         raise UserError(absent(name, data_dir))
