@@ -29,7 +29,7 @@ class Command:
     runs: flags.Positional[tuple[Path, ...]] = field(default_factory=lambda: (default_runs_dir(),))
     """Run folders, or folders of run folders."""
     out: Path = Path("report")
-    """Folder to write to; of what it holds, only the report's own four files are replaced."""
+    """Folder of the report. Of the files in it, only the report's own four are replaced."""
 
 
 def report_json(comparison: Comparison) -> dict[str, Any]:

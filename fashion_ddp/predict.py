@@ -46,15 +46,15 @@ class Command:
     images: flags.Positional[tuple[Path, ...]] = ()
     """Pictures of any size and colour."""
     out: Path = Path("predictions")
-    """Folder for pictures of what the model saw; none that is there is replaced."""
+    """Folder for pictures of what the model saw; no existing file is replaced."""
     model: str | None = None
-    """The model of a run with one of your own, named again: package.module:Name."""
+    """For a run with a model of your own: its name again, package.module:Name."""
     verify: bool = False
-    """Evaluate the test set again, and compare with what the run recorded."""
+    """Evaluate the test set again, and compare the result with what the run recorded."""
     data_dir: Path | None = None
-    """Where the data is looked for, for --verify; by default as for training."""
+    """With --verify: the folder of the data; by default it is found as for training."""
     dataset: str | None = None
-    """The data of a run with a function of your own, named again for --verify: package.module:function."""
+    """With --verify, for a run whose data a function of your own makes: its name again, package.module:function."""
 
 
 @entry_point

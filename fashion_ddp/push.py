@@ -43,24 +43,24 @@ class Command:
     runs: flags.Positional[tuple[Path, ...]] = field(default_factory=lambda: (default_runs_dir(),))
     """Run folders, or folders of run folders."""
     report: Path | None = None
-    """Folder of a report, as fashion_ddp.compare writes it: becomes a run of the type report."""
+    """Folder of a report, as fashion_ddp.compare writes it; it becomes a run of the type report."""
     project: str | None = None
-    """W&B project, if not the run's own --wandb-project."""
+    """W&B project, instead of the one in each run's settings."""
     entity: str | None = None
-    """User or team that the project is of, likewise."""
+    """User or team that owns the project, instead of the one in each run's settings."""
     group: str | None = None
-    """Group of all these runs, likewise."""
+    """Group of all these runs, instead of those in their settings."""
     tags: str | None = None
-    """Tags, as first,second, likewise."""
+    """Tags, as first,second, instead of those in each run's settings."""
     notes: str | None = None
-    """Notes, likewise."""
+    """Notes, instead of those in each run's settings."""
     weights: bool = False
-    """Upload the weights, too."""
+    """Upload the weights as well."""
     saved_report: bool = False
-    """With --report: also save a report of W&B's own on the group, to look at there. Needs wandb-workspaces."""
+    """With --report: also make a report of W&B's own kind about the group. Needs the package wandb-workspaces."""
 
     def over(self, cfg: Config) -> Config:
-        """A run's settings, with what this command says of W&B."""
+        """Return a run's settings with this command's settings for W&B."""
         said = {name: getattr(self, name) for name in ("project", "entity", "group", "tags", "notes")}
         said |= {"weights": True if self.weights else None}
         return dataclasses.replace(cfg, **{f"wandb_{name}": v for name, v in said.items() if v is not None})
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             done += 1
         if command.report and report:
             push_report(command.report, report, command.over(_common(configs)), command.saved_report)
-    except TrainingFailed as error:  # raised by what training has, too: a folder that cannot be written
+    except TrainingFailed as error:  # a run folder cannot be written
         raise UserError(str(error)) from None
     except NotPushed as error:
         raise NotPushed(f"{error}; {done} of {counted(len(runs), 'run')} done, and the same command goes on") from None

@@ -44,14 +44,14 @@ class Comparison:
     seeds: tuple[int, ...] = (42,)
     """Each architecture is trained once per seed."""
     ranks: int = 0
-    """Ranks of each run; 0 takes one per card, or on a CPU one per core up to four; with --jobs, one."""
+    """Ranks of each run. 0 means one per card, or on a CPU one per core, at most four; with --jobs it means one."""
     jobs: int = 1
-    """Runs at once. Each has a card of its own (with --ranks R: R cards), or on a CPU its share of the cores; their
-    times are shared, and marked so."""
+    """Runs at once. Each gets a card of its own (R cards with --ranks R), or on a CPU its share of the cores. The
+    report marks their times, because runs that share a machine slow each other down."""
     out: Path = Path("report")
     """Folder of the report."""
     force: bool = False
-    """Train on a login node of a SLURM cluster all the same."""
+    """Train even on a login node of a SLURM cluster."""
 
 
 @entry_point

@@ -27,10 +27,10 @@ from launch.jobs import Seen
 
 @dataclass(frozen=True)
 class Command:
-    """Submitted runs: what they are doing, and what to do about them."""
+    """Show, cancel or resubmit submitted runs."""
 
     words: flags.Positional[tuple[str, ...]] = ()
-    """First `cancel` or `resubmit`, or neither; then run folders, or folders of run folders."""
+    """First `cancel` or `resubmit`, or neither for a table; then run folders, or folders of run folders."""
 
 
 def show(seen: list[Seen]) -> int:

@@ -42,9 +42,9 @@ class Submission:
     ranks_per_node: int = 0
     """Ranks of each machine: by default one per card, or one."""
     cpus_per_rank: int = 2
-    """CPU cores of each rank, which computes with so many threads (--threads chooses another number)."""
+    """CPU cores of each rank. It computes with as many threads (--threads chooses another number)."""
     time: int = 60
-    """Minutes after which a job ends; it is told two minutes ahead, saves, and goes on in a next one."""
+    """Minutes after which a job ends. It gets a signal two minutes earlier, saves, and continues in a next job."""
     partition: str | None = None
     """SLURM's partition."""
     account: str | None = None
@@ -54,7 +54,7 @@ class Submission:
     site: Path | None = None
     """YAML file with what a group's jobs share (see slurm/site.yaml); $FASHION_DDP_SITE."""
     at_once: int = 4
-    """How many runs may be under way at the same time."""
+    """How many runs may be trained at the same time."""
     max_restarts: int = 100
     """How often a job may start again before it is given up."""
     executor: Literal["slurm", "local", "debug"] = "slurm"
@@ -68,11 +68,11 @@ class Submission:
 
     @property
     def ranks(self) -> int:
-        """On each machine."""
+        """The number of ranks on each machine."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     def check(self) -> None:
-        """Raises UserError for what cannot be meant."""
+        """Raise UserError for values that make no sense, alone or together."""
         for name in ("nodes", "cpus_per_rank", "time", "at_once"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -92,7 +92,7 @@ class Submission:
 
 
 def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[cli.Command]:
-    """Every run, with its settings validated. `defaults`: flags that the command's own (`flags`) win over.
+    """Return the command of every run, its settings validated. `flags` are for all runs, and win over `defaults`.
 
     Raises UserError for a mistake in any of them.
     """
