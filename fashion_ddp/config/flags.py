@@ -184,7 +184,7 @@ def parse(cls: type[T], program: str, words: list[str] | None = None) -> T:
             taken, others = (others, []) if argument.is_list else (others[0], others[1:])
             given[argument.name] = argument.typed(taken)
         if argument.default is dataclasses.MISSING and argument.name not in given:
-            raise UserError(f"{argument.name.upper()} is missing: {argument.documented.meaning} (--help shows all)")
+            raise UserError(f"{argument.name.upper()} is missing: {argument.documented.meaning} See --help")
     refuse_words(others, cls)
     return cls(**given)
 
@@ -208,7 +208,7 @@ def refuse_unknown_flags(words: Iterable[str], known: list[str]) -> None:
         if flag not in known:
             near = difflib.get_close_matches(flag.strip("-"), [name.strip("-") for name in known], n=1)
             hint = f"did you mean --{near[0]}? " if near else ""
-            raise UserError(f"unknown flag {flag}; {hint}--help shows all flags")
+            raise UserError(f"unknown flag {flag}; {hint}see --help")
 
 
 def refuse_words(words: list[str], cls: type) -> None:

@@ -64,8 +64,8 @@ MISTAKES = {
     "run --lrr 1": "unknown flag --lrr; did you mean --lr?",
     "run --forc": "unknown flag --forc; did you mean --force?",  # no abbreviations
     "run --no-force": "unknown flag --no-force; did you mean --force?",
-    "run -x": "unknown flag -x; --help",
-    "run --password=12345678 --token 12345678": "unknown flag --password; --help",
+    "run -x": "unknown flag -x; see --help",
+    "run --password=12345678 --token 12345678": "unknown flag --password; see --help",
     "run --lr": "lr needs a value, as in --lr=VALUE",
     "run --some-seeds 1 --name --force": "name needs a value, as in --name=VALUE",
     "run --force=yes": "--force takes no value, got 'yes'",
