@@ -3,13 +3,10 @@
 `python docs/results.py > docs/results.md` makes it anew.
 """
 
-import ast
-import dataclasses
-import itertools
 from dataclasses import dataclass
 
 from fashion_ddp.config import Config
-from fashion_ddp.files import PACKAGE
+from fashion_ddp.config.flags import documentation
 
 
 @dataclass(frozen=True)
@@ -139,14 +136,7 @@ EXAMPLES = (
 
 def settings() -> tuple[Key, ...]:
     """config.yaml's keys: Config's fields, with their documentation."""
-    tree = ast.parse((PACKAGE / "config" / "config.py").read_text())
-    [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == Config.__name__]
-    said = {
-        field.target.id: (ast.unparse(field.annotation), " ".join(ast.literal_eval(text.value).split()))
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
-    }
-    return tuple(Key(field.name, *said[field.name]) for field in dataclasses.fields(Config))
+    return tuple(Key(name, field.kind, field.meaning) for name, field in documentation(Config).items())
 
 
 def files() -> tuple[File, ...]:

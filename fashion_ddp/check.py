@@ -15,15 +15,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fashion_ddp.config import Config
-from fashion_ddp.console import fail, say
+from fashion_ddp.config import Config, default_runs_dir
+from fashion_ddp.console import entry_point, say
 from fashion_ddp.data.published import PUBLISHED, cache_folder, locate, missing_files_message
 from fashion_ddp.distributed import machine
-from fashion_ddp.errors import TrainingFailed, UserError, pluralize
+from fashion_ddp.errors import CommandFailed, UserError, pluralize
 from fashion_ddp.redact import redact
 from fashion_ddp.runs import provenance
 
-PACKAGES = ("torchvision", "wandb", "submitit", "torchmetrics", "tyro", "safetensors")
+PACKAGES = ("torchvision", "wandb", "submitit", "torchmetrics", "safetensors")
 # Names (beginnings) of libraries that torch ships. Another copy of one on the search path would be loaded instead.
 TORCH_LIBRARIES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libnvrtc", "libcusparse", "libcufft", "libtorch")
 SLURM = ("sbatch", "srun", "squeue", "scontrol", "sacct")
@@ -173,7 +173,7 @@ def slurm() -> Iterator[CheckResult]:
 
 
 def disk() -> Iterator[CheckResult]:
-    runs = Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")).absolute()
+    runs = default_runs_dir().absolute()
     virtual = sys.prefix != sys.base_prefix  # the system's own Python is not counted
     folders = {"environment": Path(sys.prefix)} if virtual else {}
     for what, folder in (folders | {"data cache": cache_folder(), "runs": runs}).items():
@@ -198,6 +198,7 @@ def _size(folder: Path) -> tuple[int, int]:
     return size, count
 
 
+@entry_point
 def main() -> None:
     if "WORLD_SIZE" in os.environ:
         from fashion_ddp.distributed import probe  # imports torch.distributed
@@ -208,7 +209,7 @@ def main() -> None:
     for one in found:
         say(redact(str(one)))
     if problems := [one for one in found if one.problem]:
-        fail(TrainingFailed(f"training cannot start here: {pluralize(len(problems), 'problem')}, see above"), 1)
+        raise CommandFailed(f"training cannot start here: {pluralize(len(problems), 'problem')}, see above")
     say("training can start here")
 
 

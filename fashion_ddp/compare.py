@@ -6,18 +6,14 @@ Writes report.html (one file that needs no other), report.md, report.json and ru
 import csv
 import io
 import json
-import os
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from fashion_ddp.console import broken_pipe_ok, fail, say
+from fashion_ddp.config import default_runs_dir, flags
+from fashion_ddp.console import entry_point, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.files import write_whole
-from fashion_ddp.redact import restrict_umask
 from fashion_ddp.report import sentences, tables
 from fashion_ddp.report.page import html_page, markdown_page
 from fashion_ddp.report.results import read_results
@@ -30,10 +26,10 @@ from fashion_ddp.runs.reading import find_runs
 class Command:
     """Compare training runs in one report."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")),)
+    runs: flags.Positional[tuple[Path, ...]] = field(default_factory=lambda: (default_runs_dir(),))
     """Run folders, or folders of run folders."""
     out: Path = Path("report")
-    """Folder to write to; of what it holds, only the report's own four files are replaced."""
+    """Folder of the report. Of the files in it, only the report's own four are replaced."""
 
 
 def report_json(comparison: Comparison) -> dict[str, Any]:
@@ -89,18 +85,14 @@ def write(comparison: Comparison, out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror}): choose another --out") from None
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    restrict_umask()
-    with broken_pipe_ok():
-        command = tyro.cli(Command, prog="python -m fashion_ddp.compare", args=argv)
-    try:
-        comparison = compare(read_results(find_runs(list(command.runs))))
-        write(comparison, command.out)
-    except UserError as error:
-        fail(error, 2)
+    command = flags.parse(Command, "fashion_ddp.compare", argv)
+    comparison = compare(read_results(find_runs(list(command.runs))))
+    write(comparison, command.out)
     say(terminal_text(comparison))
     say(f"\nreport: {command.out / 'report.html'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

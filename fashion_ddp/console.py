@@ -1,62 +1,94 @@
-"""What a run says on the terminal. Nothing that happens to the terminal stops a run."""
+"""Print what a command says, and end it. Nothing that happens to the terminal stops a run."""
 
-import contextlib
+import functools
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
 
-from fashion_ddp.redact import redact
+from fashion_ddp.errors import CommandFailed, Stopped, UserError
+from fashion_ddp.redact import redact, restrict_umask
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def entry_point(main: Callable[P, T]) -> Callable[P, T]:
+    """Make a function the entry point of a command: what it raises becomes one message and an exit code.
+
+    2: UserError. 1: CommandFailed, or any other exception with its stack. 130: Ctrl-C. 75 (EX_TEMPFAIL): Stopped.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        restrict_umask()
+        try:
+            return main(*args, **kwargs)
+        except Stopped as error:
+            if os.environ.get("RANK", "0") == "0":
+                say(str(error))
+            sys.exit(os.EX_TEMPFAIL)
+        except UserError as error:
+            fail(error, 2)
+        except CommandFailed as error:
+            fail(error, 1)
+        except KeyboardInterrupt as error:
+            fail(CommandFailed(str(error) or "interrupted"), 130)
+        except Exception:  # noqa: BLE001 - no plain explanation is known
+            crash()
+        finally:
+            _flush()
+
+    return run
 
 
 def say(text: str) -> None:
     """Print a line, above the progress bar where there is one."""
-    from tqdm import tqdm  # not at the top: a mistake in the command is answered without it
-
     if sys.stdout is None:  # closed from the start, as by `>&-`
         return
+    # There is a bar only where tqdm is imported: help does not wait for it.
+    write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
     text = redact(text)
     try:
         try:
-            tqdm.write(text)
+            write(text)
         except UnicodeEncodeError:  # a terminal that cannot show a character of a path
             encoding = sys.stdout.encoding
-            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
-    except OSError:  # whoever read it is gone: `| tee log` ends at Ctrl-C, before the run has saved
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    except OSError:  # nobody reads it any more: `| tee log` ends at Ctrl-C, before the run has saved
+        _stop_writing()
 
 
-@contextlib.contextmanager
-def broken_pipe_ok() -> Iterator[None]:
-    """While a command line is read: who asks for help may leave before its end, as in `--help | head`."""
+def _flush() -> None:
     try:
-        try:
-            yield
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-        sys.exit(0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _stop_writing()
+
+
+def _stop_writing() -> None:
+    """Write to nowhere from here on: Python's own last flush would fail again, and change the exit code."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
 
 
 def fail(error: Exception, code: int) -> NoReturn:
-    """End with an exit code and one message.
+    """Exit with a code and one message.
 
-    Rank 0 prints for all, who find the same; what only a machine's ranks may find, the first rank there prints, and
-    what one rank may find alone, each that does.
+    All ranks find the same error, and rank 0 prints it for them. An error that only the ranks of one machine find
+    (`of_machine`) is printed by the first of them; an error that one rank finds alone (`of_rank`), by that rank.
     """
     variable = "LOCAL_RANK" if getattr(error, "of_machine", False) else "RANK"
     speaks = getattr(error, "of_rank", False) or os.environ.get(variable, "0") == "0"
-    if speaks and str(error):
+    if speaks:
         _complain(f"error: {error}\n")
     sys.exit(code)
 
 
 def crash() -> NoReturn:
-    """End with exit code 1 and the stack of the exception that is being handled, as Python does, without secrets."""
+    """Exit with code 1 and the stack of the exception that is being handled, as Python does, but without secrets."""
     _complain(f"{traceback.format_exc()}docs/trouble-shooting.md says what may be wrong, and what a bug report needs\n")
     sys.exit(1)
 
@@ -64,5 +96,5 @@ def crash() -> NoReturn:
 def _complain(text: str) -> None:
     try:
         print(redact(text), end="", file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it; Python would fail again at its own last flush, and change the exit code
+    except OSError:  # nobody reads it, as above
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process

@@ -8,12 +8,16 @@ class UserError(ValueError):
     """The user can fix this: the text says what is wrong, where, and how to fix it. Exit code 2."""
 
 
-class TrainingFailed(RuntimeError):
+class CommandFailed(RuntimeError):
+    """A command could not do all that it was asked to, and its text says why. Exit code 1."""
+
+
+class TrainingFailed(CommandFailed):
     """Training failed, and the text explains why. Exit code 1."""
 
 
 class Stopped(RuntimeError):
-    """Training was asked to stop and has saved its state: the same command continues. Exit code 75 (EX_TEMPFAIL)."""
+    """Training was asked to stop and has saved its state: the same command continues. Exit code os.EX_TEMPFAIL (75)."""
 
     def __init__(self, position: str, reason: str):
         super().__init__(f"stopped ({reason}) and saved in {position}: the same command continues")

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from fashion_ddp import user_code
+from fashion_ddp.config import flags
 from fashion_ddp.config.names import is_code
-from fashion_ddp.console import broken_pipe_ok, fail, say
+from fashion_ddp.console import entry_point, say
 from fashion_ddp.data.photo import Photo, draw_card, is_light_on_dark, prepare_photo, save_without_replacing
-from fashion_ddp.errors import UserError, pluralize
-from fashion_ddp.redact import restrict_umask
+from fashion_ddp.errors import CommandFailed, UserError, pluralize
 from fashion_ddp.runs.reading import Run, load_run, softmax
 
 T = TypeVar("T")
@@ -34,55 +33,49 @@ ROUNDING = {"fp64": 1e-6, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 ROUNDING_ON_A_CARD = 1e-2
 
 
-class Mismatch(RuntimeError):
-    """A run's weights do not give what it recorded. Exit code 1."""
+class Mismatch(CommandFailed):
+    """A run's weights do not give what it recorded."""
 
 
 @dataclass(frozen=True)
 class Command:
     """Classify pictures with a trained model, or check that its weights give what its run recorded."""
 
-    run: tyro.conf.Positional[Path]
+    run: flags.Positional[Path]
     """A finished run's folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    images: flags.Positional[tuple[Path, ...]] = ()
     """Pictures of any size and colour."""
     out: Path = Path("predictions")
-    """Folder for pictures of what the model saw; none that is there is replaced."""
+    """Folder for pictures of what the model saw; no existing file is replaced."""
     model: str | None = None
-    """The model of a run with one of your own, named again: package.module:Name."""
-    verify: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Evaluate the test set again, and compare with what the run recorded."""
+    """For a run with a model of your own: its name again, package.module:Name."""
+    verify: bool = False
+    """Evaluate the test set again, and compare the result with what the run recorded."""
     data_dir: Path | None = None
-    """Where the data is looked for, for --verify; by default as for training."""
+    """With --verify: the folder of the data; by default it is found as for training."""
     dataset: str | None = None
-    """The data of a run with a function of your own, named again for --verify: package.module:function."""
+    """With --verify, for a run whose data a function of your own makes: its name again, package.module:function."""
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    restrict_umask()
-    with broken_pipe_ok():
-        command = tyro.cli(Command, prog="python -m fashion_ddp.predict", args=argv)
-    try:
-        if not command.images and not command.verify:
-            raise UserError("nothing to do: name pictures, or give --verify")
-        run = load_run(command.run)
-        kept = run.path / "model.py"
-        if command.model and kept.is_file() and user_code.source_differs(command.model, kept):
-            say(f"note: the source of {command.model} is not that of the run, which {kept} keeps")
-        if command.verify:
-            say(verify(run, command.model, command.data_dir, command.dataset))
-        if command.images:
-            classify(run, command)
-    except UserError as error:
-        fail(error, 2)
-    except Mismatch as error:
-        fail(error, 1)
+    command = flags.parse(Command, "fashion_ddp.predict", argv)
+    if not command.images and not command.verify:
+        raise UserError("nothing to do: name pictures, or give --verify")
+    run = load_run(command.run)
+    kept = run.path / "model.py"
+    if command.model and kept.is_file() and user_code.source_differs(command.model, kept):
+        say(f"note: the source of {command.model} is not that of the run, which {kept} keeps")
+    if command.verify:
+        say(verify(run, command.model, command.data_dir, command.dataset))
+    if command.images:
+        classify(run, command)
 
 
 def classify(run: Run, command: Command) -> None:
-    """Print the likeliest classes of each picture, and save what the model saw.
+    """Print what each picture is taken for, and save what the model saw.
 
-    Raises UserError, before anything is done, where a picture cannot be read.
+    Raises UserError where a picture cannot be read; then nothing is printed or saved.
     """
     light_on_dark = is_light_on_dark(run.arrays("examples.safetensors")["samples"])
     photos, unreadable = list[Photo](), list[str]()
@@ -175,4 +168,4 @@ def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -13,23 +13,21 @@ import importlib.util
 import json
 import os
 import secrets
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from fashion_ddp import data
-from fashion_ddp.config import Config
+from fashion_ddp.config import Config, default_runs_dir, flags
 from fashion_ddp.config.names import is_code
-from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.errors import TrainingFailed, UserError, pluralize
+from fashion_ddp.console import entry_point, say
+from fashion_ddp.errors import CommandFailed, TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
-from fashion_ddp.redact import refuse_secrets, restrict_umask
+from fashion_ddp.redact import refuse_secrets
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import Run, find_runs, load_run
@@ -42,43 +40,42 @@ IDS_FILE = "wandb.json"  # in a report's folder: its ids at W&B
 class Command:
     """Bring run folders, and their report, to Weights & Biases."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs")),)
+    runs: flags.Positional[tuple[Path, ...]] = field(default_factory=lambda: (default_runs_dir(),))
     """Run folders, or folders of run folders."""
     report: Path | None = None
-    """Folder of a report, as fashion_ddp.compare writes it: becomes a run of the type report."""
+    """Folder of a report, as fashion_ddp.compare writes it; it becomes a run of the type report."""
     project: str | None = None
-    """W&B project, if not the run's own --wandb-project."""
+    """W&B project, instead of the one in each run's settings."""
     entity: str | None = None
-    """User or team that the project is of, likewise."""
+    """User or team that owns the project, instead of the one in each run's settings."""
     group: str | None = None
-    """Group of all these runs, likewise."""
+    """Group of all these runs, instead of those in their settings."""
     tags: str | None = None
-    """Tags, as first,second, likewise."""
+    """Tags, as first,second, instead of those in each run's settings."""
     notes: str | None = None
-    """Notes, likewise."""
-    weights: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Upload the weights, too."""
-    saved_report: tyro.conf.FlagCreatePairsOff[bool] = False
-    """With --report: also save a report of W&B's own on the group, to look at there. Needs wandb-workspaces."""
+    """Notes, instead of those in each run's settings."""
+    weights: bool = False
+    """Upload the weights as well."""
+    saved_report: bool = False
+    """With --report: also make a report of W&B's own kind about the group. Needs the package wandb-workspaces."""
 
     def over(self, cfg: Config) -> Config:
-        """A run's settings, with what this command says of W&B."""
+        """Return a run's settings with this command's settings for W&B."""
         said = {name: getattr(self, name) for name in ("project", "entity", "group", "tags", "notes")}
         said |= {"weights": True if self.weights else None}
         return dataclasses.replace(cfg, **{f"wandb_{name}": v for name, v in said.items() if v is not None})
 
 
-class NotPushed(RuntimeError):
-    """A run could not be uploaded to W&B, and the reason has been printed. Exit code 1."""
+class NotPushed(CommandFailed):
+    """A run could not be uploaded to W&B, and the text says why."""
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> None:
-    restrict_umask()
-    with broken_pipe_ok():
-        command = tyro.cli(Command, prog="python -m fashion_ddp.push", args=argv)
+    command = flags.parse(Command, "fashion_ddp.push", argv)
+    refuse_secrets(dataclasses.asdict(command))
     done = 0
     try:
-        refuse_secrets(dataclasses.asdict(command))
         runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := load_run(folder))]
         configs = [command.over(run.settings()) for run in runs]
         report = command.report and read_report(command.report)
@@ -88,10 +85,11 @@ def main(argv: list[str] | None = None) -> None:
             done += 1
         if command.report and report:
             push_report(command.report, report, command.over(_common(configs)), command.saved_report)
-    except (UserError, TrainingFailed) as error:
-        fail(error, 2)
+    except TrainingFailed as error:  # a run folder cannot be written
+        raise UserError(str(error)) from None
     except NotPushed as error:
-        fail(NotPushed(f"{error}; {done} of {pluralize(len(runs), 'run')} done, and the same command goes on"), 1)
+        so_far = f"{done} of {pluralize(len(runs), 'run')} done"
+        raise NotPushed(f"{error}; {so_far}, and the same command goes on") from None
     say(f"pushed: {pluralize(done, 'run')}" + (f", and {command.report}" if command.report else ""))
 
 
@@ -237,4 +235,4 @@ def _test_images(run: Run) -> np.ndarray | None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

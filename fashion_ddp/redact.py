@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,6 @@ def refuse_secrets(settings: Mapping[str, Any]) -> None:
                     f"{setting}: holds the value of ${variable}, whose name says that it is secret, and would be "
                     f"written into the run's files: choose another, or unset {variable} if it is no secret"
                 )
-
-
-def hide_values(words: Iterable[str]) -> Iterator[str]:
-    """Replace by *** the values of flags whose names look secret in a command line. (None of our flags does.)"""
-    hide = False
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        secret = flag.startswith("-") and _NAME.search(flag) is not None
-        yield "***" if hide else f"{flag}=***" if secret and equals else word
-        hide = secret and not equals
 
 
 def restrict_umask() -> None:

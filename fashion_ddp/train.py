@@ -4,11 +4,10 @@
     accelerate launch -m fashion_ddp.train --model cnn                all cards of this machine
     torchrun --standalone --nproc-per-node 2 -m fashion_ddp.train     two ranks; CPU too
 
-Exit code 0: finished. 1: failed. 2: nothing was started, because something must be mended first. 75: stopped, and the
-same command continues.
+Exit code 0: finished. 1: failed. 2: nothing was started, because something must be corrected first. 75: stopped, and
+the same command continues.
 """
 
-import os
 import sys
 import time
 
@@ -18,41 +17,24 @@ if __name__ == "__main__":
     signals.listen()  # before all that takes a while: a signal that comes meanwhile is remembered
 
 from fashion_ddp.config.cli import Command, parse
-from fashion_ddp.console import crash, fail, say
+from fashion_ddp.console import entry_point
 from fashion_ddp.distributed import machine, tuning
-from fashion_ddp.errors import Stopped, TrainingFailed, UserError
-from fashion_ddp.redact import restrict_umask
+from fashion_ddp.errors import Stopped
 
 STARTED = time.time()
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(argv)
-    except Stopped as error:
-        if os.environ.get("RANK", "0") == "0":
-            say(str(error))
-        return 75
+    run(argv)
     return 0
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Train as a command line says. Leaves the process where that cannot be done; raises Stopped."""
-    restrict_umask()
-    try:
-        command = parse(argv)
-        machine.refuse_launcher_settings(command.run)
-        train(command)
-    except UserError as error:
-        fail(error, 2)
-    except TrainingFailed as error:
-        fail(error, 1)
-    except KeyboardInterrupt:
-        fail(TrainingFailed("interrupted"), 130)
-    except Stopped:
-        raise
-    except Exception:  # noqa: BLE001 - no plain explanation is known
-        crash()
+    """Train as a command line (None: that of this process) says. Raises UserError, TrainingFailed or Stopped."""
+    command = parse(argv)
+    machine.refuse_launcher_settings(command.run)
+    train(command)
 
 
 def train(command: Command) -> None:

@@ -18,7 +18,7 @@ from submitit.local import local
 
 from fashion_ddp.distributed import signals
 
-STOPPED = 75  # exit code of a first rank that was told to stop, and saved
+STOPPED = os.EX_TEMPFAIL  # exit code of a first rank that was told to stop, and saved
 PATIENCE = 30.0  # seconds that ranks get to end, once one has failed or their time is over
 
 

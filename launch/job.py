@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fashion_ddp.config import cli
-from fashion_ddp.console import fail, say
+from fashion_ddp.console import entry_point, say
 from fashion_ddp.distributed import signals
 from fashion_ddp.distributed.rendezvous import RENDEZVOUS_TIMEOUT, free_port
 from fashion_ddp.errors import Stopped, UserError
-from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim
 from launch import slurm
 
@@ -33,8 +32,8 @@ class Rank:
     max_restarts: int = 100
     reuse: bool = False  # go on with a run that other code began
 
+    @entry_point
     def __call__(self) -> str:
-        restrict_umask()
         signals.listen()  # in place of Submitit's handlers, which requeue in the middle of a step
         from submitit import JobEnvironment
 
@@ -57,20 +56,19 @@ def _place(rank: int, world_size: int, local_rank: int, local_world_size: int) -
 
 
 def run(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> str:
-    """Train as `argv` says, in this folder, as the rank that the environment says. Returns how it ended; leaves the
-    process where it failed, or was stopped and is not queued again."""
+    """Train as `argv` says, in this folder, as the rank that the environment says. Returns how it ended.
+
+    Raises what training raises, and exits with os.EX_TEMPFAIL where it is stopped and not queued again.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     single_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
-    try:
-        if rank == 0:
-            _count_start(folder, max_restarts)
-        if world_size > 1:
-            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meet(folder, rank, first_host, single_node)
-        else:
-            for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-                del os.environ[name]
-    except UserError as error:
-        fail(error, 2)
+    if rank == 0:
+        _count_start(folder, max_restarts)
+    if world_size > 1:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meet(folder, rank, first_host, single_node)
+    else:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
     from fashion_ddp import train
 
     try:
@@ -81,7 +79,7 @@ def run(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> st
         say(str(stopped))
         if _requeued(stopped.reason):
             return "requeued"
-        sys.exit(75)
+        sys.exit(os.EX_TEMPFAIL)
     return "finished"
 
 
@@ -166,24 +164,19 @@ class Report:
         return DelayedSubmission(self)
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> int:
     """A rank that srun started: `srun python -m launch.job --model cnn`, with the flags of fashion_ddp.train."""
-    restrict_umask()
     env, argv = os.environ, sys.argv[1:] if argv is None else argv
-    try:
-        if "SLURM_PROCID" not in env:
-            raise UserError(
-                "launch.job is what srun starts, see slurm/train.sbatch; here use python -m fashion_ddp.train"
-            )
-        world_size = int(env["SLURM_NTASKS"])
-        first_host = slurm.call("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()[0]
-        _place(int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), world_size // int(env["SLURM_NNODES"]))
-        if "SLURM_CPUS_PER_TASK" in env and not any(word.startswith("--threads") for word in argv):
-            argv = [*argv, "--threads", env["SLURM_CPUS_PER_TASK"]]  # a rank may be bound to its own cores already
-        folder = claim.folder_of(cli.parse(argv).run)
-        folder.mkdir(parents=True, exist_ok=True)
-    except UserError as error:
-        fail(error, 2)
+    if "SLURM_PROCID" not in env:
+        raise UserError("launch.job is what srun starts, see slurm/train.sbatch; here use python -m fashion_ddp.train")
+    world_size = int(env["SLURM_NTASKS"])
+    first_host = slurm.call("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()[0]
+    _place(int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), world_size // int(env["SLURM_NNODES"]))
+    if "SLURM_CPUS_PER_TASK" in env and not any(word.startswith("--threads") for word in argv):
+        argv = [*argv, "--threads", env["SLURM_CPUS_PER_TASK"]]  # a rank may be bound to its own cores already
+    folder = claim.folder_of(cli.parse(argv).run)
+    folder.mkdir(parents=True, exist_ok=True)
     run(argv, folder, first_host, max_restarts=100)
     return 0
 

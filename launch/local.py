@@ -17,18 +17,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from fashion_ddp.distributed import signals
 
 if __name__ == "__main__":
     signals.listen()  # before slow imports
 
 from fashion_ddp import compare, data
-from fashion_ddp.config import Config, cli
-from fashion_ddp.console import broken_pipe_ok, fail, say
-from fashion_ddp.errors import TrainingFailed, UserError
-from fashion_ddp.redact import restrict_umask
+from fashion_ddp.config import Config, cli, flags
+from fashion_ddp.console import entry_point, say
+from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
 from launch import pool, slurm
 from launch.processes import STOPPED, Job, Running
@@ -38,7 +35,7 @@ from launch.submission import check_flags, refuse_twins, shared_group
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which runs to make and compare. Any further flag is one of fashion_ddp.train, for all of them."""
+    """Train many runs on this machine, and compare them. Further flags are those of fashion_ddp.train, for all runs."""
 
     models: tuple[str, ...] = ("linear", "relu", "mlp", "cnn")
     """Architectures to train."""
@@ -47,43 +44,37 @@ class Comparison:
     seeds: tuple[int, ...] = (42,)
     """Each architecture is trained once per seed."""
     ranks: int = 0
-    """Ranks of each run; 0 takes one per card, or on a CPU one per core up to four; with --jobs, one."""
+    """Ranks of each run. 0 means one per card, or on a CPU one per core, at most four; with --jobs it means one."""
     jobs: int = 1
-    """Runs at once. Each has a card of its own (with --ranks R: R cards), or on a CPU its share of the cores; their
-    times are shared, and marked so."""
+    """Runs at once. Each gets a card of its own (R cards with --ranks R), or on a CPU its share of the cores. The
+    report marks their times, because runs that share a machine slow each other down."""
     out: Path = Path("report")
     """Folder of the report."""
-    force: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Train on a login node of a SLURM cluster all the same."""
+    force: bool = False
+    """Train even on a login node of a SLURM cluster."""
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> int:
-    restrict_umask()
-    try:
-        with broken_pipe_ok():
-            comparison, flags = tyro.cli(Comparison, prog="python -m launch.local", args=argv, return_unknown_args=True)
-        _check(comparison, flags)
-        flags += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], flags).cfg)
-        runs = [(model, seed) for model in comparison.models for seed in comparison.seeds]
-        configs = [_job(comparison, *run, flags).cfg for run in runs]
-        refuse_twins(configs)
-        group = shared_group(configs)
-        flags += ["--wandb-group", group] if group else []
-        jobs = [_job(comparison, *run, flags) for run in runs]
-        first = jobs[0].cfg
-        dataset = data.load(first.dataset, first.data_dir)
-        jobs = [_reuse_or_retrain(job, provenance.made_by(job.cfg, dataset.md5)) for job in jobs]
-        for folder in (job.folder for job in jobs if job.reused):
-            say(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
-        todo = [job for job in jobs if not job.reused]
-        sizes = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
-        share = announce_apart(comparison.jobs, comparison.ranks, first, [job.cfg for job in todo], sizes)
-        if "--check-only" in flags:
-            return 0
-    except UserError as error:
-        fail(error, 2)
-    except TrainingFailed as error:
-        fail(error, 1)
+    comparison, others = flags.parse_known(Comparison, "launch.local", argv)
+    _check(comparison, others)
+    others += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], others).cfg)
+    runs = [(model, seed) for model in comparison.models for seed in comparison.seeds]
+    configs = [_job(comparison, *run, others).cfg for run in runs]
+    refuse_twins(configs)
+    group = shared_group(configs)
+    others += ["--wandb-group", group] if group else []
+    jobs = [_job(comparison, *run, others) for run in runs]
+    first = jobs[0].cfg
+    dataset = data.load(first.dataset, first.data_dir)
+    jobs = [_reuse_or_retrain(job, provenance.made_by(job.cfg, dataset.md5)) for job in jobs]
+    for folder in (job.folder for job in jobs if job.reused):
+        say(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
+    todo = [job for job in jobs if not job.reused]
+    sizes = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
+    share = announce_apart(comparison.jobs, comparison.ranks, first, [job.cfg for job in todo], sizes)
+    if "--check-only" in others:
+        return 0
     code = pool.train(todo, share) if comparison.jobs > 1 else one_after_another(todo, share.ranks)
     if code not in (0, 1):
         return code
@@ -93,27 +84,28 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _check(comparison: Comparison, flags: list[str]) -> None:
-    """What tyro leaves to us: ranges, and flags that neither we nor fashion_ddp.train know."""
+def _check(comparison: Comparison, others: list[str]) -> None:
+    """Raise UserError for a value out of its range, a flag that neither this command nor fashion_ddp.train has, and on
+    a machine of a cluster outside of a job."""
     if comparison.ranks < 0:
         raise UserError(f"ranks must be at least 0, got {comparison.ranks}")
     if comparison.jobs < 1:
         raise UserError(f"jobs must be at least 1, got {comparison.jobs}")
     if not comparison.models or not comparison.seeds:
         raise UserError("models and seeds need at least one value each")
-    check_flags(Comparison, flags, {})
+    check_flags(Comparison, others, {})
     if not comparison.force and slurm.is_outside_of_a_job():
         words = ["--models", *comparison.models, "--recipe", comparison.recipe, "--seeds", *map(str, comparison.seeds)]
         words += ["--at-once", str(comparison.jobs)] if comparison.jobs > 1 else []
         raise UserError(
             "this is a machine of a SLURM cluster, and no job of it: submit these runs with "
-            f"`python -m launch.submit {shlex.join([*words, *flags])}` (with cards: --gpus-per-node N), or train here "
+            f"`python -m launch.submit {shlex.join([*words, *others])}` (with cards: --gpus-per-node N), or train here "
             "all the same with --force (FORCE=1)"
         )
 
 
-def _job(comparison: Comparison, model: str, seed: int, flags: list[str]) -> Job:
-    argv = ["--model", model, "--recipe", comparison.recipe, "--seed", str(seed), *flags]
+def _job(comparison: Comparison, model: str, seed: int, others: list[str]) -> Job:
+    argv = ["--model", model, "--recipe", comparison.recipe, "--seed", str(seed), *others]
     return Job(cli.parse(argv).run, tuple(argv))
 
 

@@ -14,7 +14,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.distributed import rendezvous, signals
 from fashion_ddp.runs import claim
 
-STOPPED = 75  # exit code of what was told to stop, and continues with the same command
+STOPPED = os.EX_TEMPFAIL  # exit code of what was told to stop, and continues with the same command
 PATIENCE = 30.0  # seconds that ranks get to end, once one has
 LOOK = 0.05  # seconds between two looks at the ranks
 

@@ -15,11 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from fashion_ddp.console import broken_pipe_ok, fail, say
+from fashion_ddp.config import default_runs_dir, flags
+from fashion_ddp.console import entry_point, say
 from fashion_ddp.errors import UserError, pluralize
-from fashion_ddp.redact import restrict_umask
 from fashion_ddp.report.text import terminal_table
 from fashion_ddp.runs.lock import holder
 from fashion_ddp.runs.reading import find_runs
@@ -29,10 +27,10 @@ from launch.jobs import Seen
 
 @dataclass(frozen=True)
 class Command:
-    """Submitted runs: what they are doing, and what to do about them."""
+    """Show, cancel or resubmit submitted runs."""
 
-    words: tyro.conf.Positional[tuple[str, ...]] = ()
-    """First `cancel` or `resubmit`, or neither; then run folders, or folders of run folders."""
+    words: flags.Positional[tuple[str, ...]] = ()
+    """First `cancel` or `resubmit`, or neither for a table; then run folders, or folders of run folders."""
 
 
 def show(seen: list[Seen]) -> int:
@@ -98,17 +96,12 @@ def _must_know(seen: list[Seen]) -> None:
         raise UserError(f"which of these runs are queued cannot be told: {unknown}")
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> int:
-    restrict_umask()
-    with broken_pipe_ok():
-        words = list(tyro.cli(Command, prog="python -m launch.status", args=argv).words)
+    words = flags.parse(Command, "launch.status", argv).words
     verb = {"cancel": cancel, "resubmit": resubmit}.get(words[0] if words else "", show)
     folders = [Path(word) for word in words[verb is not show :]]
-    try:
-        found = find_runs(folders or [Path(os.environ.get("FASHION_DDP_RUNS_DIR", "runs"))])
-        return verb(jobs.look(found))
-    except UserError as error:
-        fail(error, 2)
+    return verb(jobs.look(find_runs(folders or [default_runs_dir()])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Which runs a submission asks for: models x seeds x the points of a sweep, each with its validated settings."""
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Mapping
@@ -8,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from fashion_ddp.config import Config, cli, field_types, layers
+from fashion_ddp.config.flags import flag_names, refuse_unknown_flags
 from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.report.text import common_settings
 from fashion_ddp.runs import claim
@@ -27,7 +25,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Submission:
-    """Which runs to submit, and what each of them gets. Any further flag is one of fashion_ddp.train, for all."""
+    """Submit runs to SLURM, and their comparison. Further flags are those of fashion_ddp.train, for all runs."""
 
     models: tuple[str, ...] = ("linear", "relu", "mlp", "cnn")
     """Architectures to train."""
@@ -44,9 +42,9 @@ class Submission:
     ranks_per_node: int = 0
     """Ranks of each machine: by default one per card, or one."""
     cpus_per_rank: int = 2
-    """CPU cores of each rank, which computes with so many threads (--threads chooses another number)."""
+    """CPU cores of each rank. It computes with as many threads (--threads chooses another number)."""
     time: int = 60
-    """Minutes after which a job ends; it is told two minutes ahead, saves, and goes on in a next one."""
+    """Minutes after which a job ends. It gets a signal two minutes earlier, saves, and continues in a next job."""
     partition: str | None = None
     """SLURM's partition."""
     account: str | None = None
@@ -56,25 +54,25 @@ class Submission:
     site: Path | None = None
     """YAML file with what a group's jobs share (see slurm/site.yaml); $FASHION_DDP_SITE."""
     at_once: int = 4
-    """How many runs may be under way at the same time."""
+    """How many runs may be trained at the same time."""
     max_restarts: int = 100
     """How often a job may start again before it is given up."""
     executor: Literal["slurm", "local", "debug"] = "slurm"
     """local: the same through Submitit on this machine, one run after another; debug: in this process."""
     out: Path = Path("report")
     """Folder of the report."""
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: bool = False
     """Check everything, print the runs' settings and the text for sbatch; submit nothing. Needs no SLURM."""
-    wait: tyro.conf.FlagCreatePairsOff[bool] = False
+    wait: bool = False
     """Follow the runs until the report is written. Ctrl-C ends the following, not the jobs."""
 
     @property
     def ranks(self) -> int:
-        """On each machine."""
+        """The number of ranks on each machine."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     def check(self) -> None:
-        """Raises UserError for what cannot be meant."""
+        """Raise UserError for values that make no sense, alone or together."""
         for name in ("nodes", "cpus_per_rank", "time", "at_once"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -94,7 +92,7 @@ class Submission:
 
 
 def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[cli.Command]:
-    """Every run, with its settings validated. `defaults`: flags that the command's own (`flags`) win over.
+    """Return the command of every run, its settings validated. `flags` are for all runs, and win over `defaults`.
 
     Raises UserError for a mistake in any of them.
     """
@@ -142,20 +140,18 @@ def shared_group(configs: list[Config]) -> str | None:
     same at every start; None where the user said one, or W&B's own variable does."""
     if any(cfg.wandb_group for cfg in configs) or "WANDB_RUN_GROUP" in os.environ:
         return None
-    common = common_settings([layers.changed(cfg) for cfg in configs])
+    common = common_settings([layers.recipe_changes(cfg) for cfg in configs])
     return "-".join([Path(configs[0].recipe).stem, *(f"{name}{value}" for name, value in common.items())])
 
 
-def check_flags(kind: type, flags: list[str], refused: Mapping[str, str]) -> None:
-    """Refuse what neither a command (the dataclass `kind`) nor fashion_ddp.train knows, or what means nothing here."""
-    fields = [field.name for one in (kind, cli.Command, Config) for field in dataclasses.fields(one)]
-    known = [name for name in fields if name != "run" and name not in refused]
-    for flag in (word.partition("=")[0] for word in flags if word.startswith("--")):
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in refused:
-            raise UserError(f"{flag} does not go with many runs: {refused[name]}")
-        if name.removeprefix("no_") not in known:
-            raise UserError(f"unknown flag {flag}; {nearest(name, known)}")
+def check_flags(cls: type, words: list[str], refused: Mapping[str, str]) -> None:
+    """Raise UserError for a flag among the words that neither a command (the dataclass `cls`) nor fashion_ddp.train
+    has, and for one that makes no sense for many runs (`refused`: what to do instead, by the name of the setting)."""
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        if reason := refused.get(flag.removeprefix("--").replace("-", "_")):
+            raise UserError(f"{flag} does not go with many runs: {reason}")
+    of_runs = [flag for flag in flag_names(cli.Command) if flag.removeprefix("--").replace("-", "_") not in refused]
+    refuse_unknown_flags(words, [*flag_names(cls), *of_runs])
 
 
 def _sweep(texts: tuple[str, ...], flags: list[str]) -> list[list[str]]:

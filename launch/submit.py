@@ -22,17 +22,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from fashion_ddp import data
-from fashion_ddp.config import Config, layers
+from fashion_ddp.config import Config, flags, layers
 from fashion_ddp.config.cli import Command
 from fashion_ddp.config.names import is_code, is_path
-from fashion_ddp.console import broken_pipe_ok, fail, say
+from fashion_ddp.console import entry_point, say
 from fashion_ddp.data.published import chosen_folder
-from fashion_ddp.errors import TrainingFailed, UserError, pluralize
+from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.files import write_whole
-from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim, lock, provenance
 from fashion_ddp.runs.reading import load_run
 from launch import jobs, sbatch, site, slurm, snapshot, submission, submitit_local
@@ -42,23 +39,20 @@ from launch.submission import Submission
 RECORD = "submission.json"  # in a submission's folder: all that is needed to submit its runs again
 
 
+@entry_point
 def main(argv: list[str] | None = None) -> int:
-    restrict_umask()
+    asked, others = flags.parse_known(Submission, "launch.submit", argv)
     try:
-        with broken_pipe_ok():
-            asked, flags = tyro.cli(Submission, prog="python -m launch.submit", args=argv, return_unknown_args=True)
-        return _submit(asked, flags)
-    except UserError as error:
-        fail(error, 2)
+        return _submit(asked, others)
     except KeyboardInterrupt:
-        fail(TrainingFailed("interrupted: nothing is queued by this command"), 130)
+        raise KeyboardInterrupt("interrupted: nothing is queued by this command") from None
 
 
-def _submit(asked: Submission, flags: list[str]) -> int:
+def _submit(asked: Submission, others: list[str]) -> int:
     group = site.read(asked.site)
     commands = [
         dataclasses.replace(command, run=_absolute(command.run))
-        for command in submission.commands(asked, flags, group.flags())
+        for command in submission.commands(asked, others, group.flags())
     ]
     asked = dataclasses.replace(asked, out=asked.out.absolute())
     every = [claim.folder_of(command.run) for command in commands]

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fashion_ddp import compare
-from fashion_ddp.config.layers import changed, make_config
+from fashion_ddp.config.layers import make_config, recipe_changes
 from fashion_ddp.report.tables import BEST
 from fashion_ddp.runs.folder import RunFolder
 
@@ -94,7 +94,7 @@ def make_run(
         folder.append("metrics.jsonl", [last])
     known: dict[str, Any] = {"format": 1, "status": status, "model": cfg.model, "recipe": cfg.recipe, "seed": cfg.seed}
     known |= {"world_size": ranks, "rank_invariant": True, "dataset": cfg.dataset, "classes": CLASSES}
-    known |= {"changed": changed(cfg), "device": device, "epochs": cfg.epochs, "parameters": 7960, **last}
+    known |= {"changed": recipe_changes(cfg), "device": device, "epochs": cfg.epochs, "parameters": 7960, **last}
     if finished:
         known |= {"time/train_total_s": 13.5 + cfg.seed / 100, "time/eval_total_s": 0.75, "flops_per_image": 15880}
         known |= {"peak_memory_bytes": 805_000_000}

@@ -59,8 +59,28 @@ def test_the_exit_code_of_a_failure_does_not_depend_on_who_reads(line: str, unbu
     assert code == 2 and printed == ("error: the reason\n" if line == '"$@"' else "")
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        ("UserError('mend this')", 2, "error: mend this\n"),
+        ("TrainingFailed('went wrong')", 1, "error: went wrong\n"),
+        ("Stopped('saved', 'SIGTERM')", os.EX_TEMPFAIL, "saved\n"),
+        ("KeyboardInterrupt", 130, "error: interrupted\n"),
+        ("KeyboardInterrupt('nothing is queued')", 130, "error: nothing is queued\n"),
+        ("SystemExit(3)", 3, ""),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_a_command_raises_becomes_one_message_and_an_exit_code(
+    raised: str, code: int, said: str, rank: str
+) -> None:
+    command = "from fashion_ddp.console import entry_point; from fashion_ddp.errors import *\n@entry_point\n"
+    command += f"def main(): raise {raised}\nmain()"
+    assert shell('"$@"', command, RANK=rank) == (code, said if rank == "0" else "")
+
+
 def test_an_error_without_a_plain_explanation_is_told_with_its_stack_and_where_to_look() -> None:
-    code = "from fashion_ddp.console import crash\ntry: 1 / 0\nexcept ZeroDivisionError: crash()"
+    code = "from fashion_ddp.console import entry_point\n@entry_point\ndef main(): 1 / 0\nmain()"
     exit_code, printed = shell('"$@"', code)
     *stack, error, where = printed.splitlines()
     assert exit_code == 1 and stack[0].startswith("Traceback") and error.startswith("ZeroDivisionError")
@@ -70,7 +90,8 @@ def test_an_error_without_a_plain_explanation_is_told_with_its_stack_and_where_t
 @pytest.mark.parametrize("command", ["fashion_ddp.train", "fashion_ddp.compare", "launch.local", "launch.status"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_who_asks_for_help_may_leave_before_its_end(command: str, unbuffered: str) -> None:
-    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_module('{command}', run_name='__main__')"
+    run = f"runpy.run_module('{command}', run_name='__main__', alter_sys=True)"
+    code = f"import runpy, sys; sys.argv = ['x', '--help']; {run}"
     assert shell('"$@" 2>&1 | sleep 0', code, PYTHONUNBUFFERED=unbuffered) == (0, "")
 
 

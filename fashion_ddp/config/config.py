@@ -1,7 +1,8 @@
-"""What a run is: one frozen, flat dataclass that validates itself. Nothing here imports torch."""
+"""Define a run by one frozen, flat dataclass that validates itself. Nothing here imports torch."""
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass
 from functools import cache
@@ -10,14 +11,25 @@ from typing import Any, Literal
 
 import yaml
 
-from fashion_ddp.config.names import architectures, check_dataset, check_model, check_model_args, of_dataset, of_weights
+from fashion_ddp.config.names import (
+    architectures,
+    check_dataset,
+    check_model,
+    check_model_args,
+    dataset_name,
+    weights_name,
+)
 from fashion_ddp.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml."""
+    """One training run. The same names, with underscores, are the keys of a recipe and of config.yaml.
 
+    The text below a field is its help on the command line; a comment above one begins a group of the help.
+    """
+
+    # What is trained
     model: str = "cnn"
     """Architecture: linear, relu, mlp, cnn, resnet18, or your own as package.module:Name."""
     recipe: str = "blog"
@@ -25,6 +37,7 @@ class Config:
     seed: int = 42
     """Seeds the initial weights, the order of the images and the augmentation."""
 
+    # How it is trained
     epochs: int = 3
     """Passes over the training set."""
     batch_size: int = 128
@@ -60,6 +73,7 @@ class Config:
     validation: int = 0
     """Hold out so many training images, drawn by seed, and report val/* on them."""
 
+    # The model
     hidden_units: int | None = None
     """Width of the hidden layer (linear, relu, mlp) or of every convolution (cnn); by default the model's own."""
     conv_blocks: int | None = None
@@ -73,12 +87,14 @@ class Config:
     freeze: tuple[str, ...] = ()
     """Parts of the model that are not trained, by the beginnings of their parameters' names, as conv1 layer1."""
 
+    # The data
     dataset: str = "fashion_mnist"
     """fashion_mnist, mnist, kmnist, synthetic (built in, for checking a machine), or your own: a folder with a / in
     its name (./mine), an .npz file, or package.module:function."""
     data_dir: Path | None = None
     """Where the four files of a published set are; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
 
+    # The machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the NVIDIA cards where there are any."""
     threads: int = 0
@@ -91,6 +107,7 @@ class Config:
     cuda_graph: bool = True
     """On an NVIDIA card, launch each step as one CUDA graph where its model allows it. Changes no result."""
 
+    # While it trains
     checkpoint_every: float = 30.0
     """Seconds between checkpoints; a run that is stopped, or ends, leaves one in any case."""
     timeout: float = 600.0
@@ -98,6 +115,7 @@ class Config:
     trace: bool = False
     """Write a trace of a few steps of each rank into the run's logs/."""
 
+    # Where results go
     runs_dir: Path = Path("runs")
     """Folder that run folders are made in ($FASHION_DDP_RUNS_DIR)."""
     run_dir: Path | None = None
@@ -119,7 +137,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = convert(field.name, getattr(self, field.name))
+            value = convert(field.name, getattr(self, field.name), field_types()[field.name])
+            if isinstance(value, tuple):
+                value = tuple(sorted(set(value)))  # the same run, in whatever order they are given
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{field.name} must be a finite number, got {value!r}")
             object.__setattr__(self, field.name, value)
@@ -157,7 +177,7 @@ class Config:
         check_model_args(self.model, self.model_args, self.model_settings())
 
     def _check_together(self) -> None:
-        """What holds between fields."""
+        """Raise UserError for settings that exclude each other."""
         if self.run_dir is not None and self.run_dir.name in ("", ".."):  # it must have a name to be moved aside
             raise UserError(f"run_dir must name a folder, got {str(self.run_dir)!r}")
         if self.schedule == "one_cycle" and self.warmup_epochs:
@@ -177,26 +197,26 @@ class Config:
             raise UserError("reduction_shards adds gradients itself and cannot scale them: choose bf16, fp32 or fp64")
 
     def model_settings(self) -> dict[str, Any]:
-        """The settings meant for the architecture that were given, beside model_args."""
+        """Return the settings that are given to the architecture, except model_args."""
         given = {"hidden_units": self.hidden_units, "conv_blocks": self.conv_blocks, "batch_norm": self.batch_norm}
         return {name: value for name, value in given.items() if value not in (None, False)}
 
     def scaled_lr(self) -> float:
-        """lr at this batch size: lr * (batch_size / reference_batch) ** (1 for linear, 0.5 for sqrt)."""
+        """Return lr at this batch size: lr * (batch_size / reference_batch) ** (1 for linear, 0.5 for sqrt)."""
         growth = self.batch_size / self.reference_batch
         return self.lr * {"none": 1.0, "linear": growth, "sqrt": math.sqrt(growth)}[self.lr_scaling]
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings, beyond model, recipe and seed, that change what is computed."""
+        """Return the settings that change what is computed, except model, recipe and seed."""
         others = {"model", "recipe", "seed", "device", "threads", "micro_batch", "cuda_graph", "data_dir", "tracker"}
         others |= {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
         others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
-        settings["dataset"] = of_dataset(self.dataset)
-        # One by one, and only where given: runs made before there were any are still themselves.
+        settings["dataset"] = dataset_name(self.dataset)
+        # Only those that are given, one by one: folders of runs made before these settings existed keep their names.
         del settings["model_args"], settings["init_from"], settings["freeze"]
         if self.init_from is not None:
-            settings["init_from"] = of_weights(self.init_from)
+            settings["init_from"] = weights_name(self.init_from)
         if self.freeze:
             settings["freeze"] = "+".join(self.freeze)
         for name, _, value in (text.partition("=") for text in self.model_args):
@@ -204,19 +224,27 @@ class Config:
         return settings
 
     def to_yaml(self) -> str:
-        """The resolved settings; `--config` on this text gives an equal Config."""
+        """Return the resolved settings as YAML; --config on this text gives an equal Config."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False)
 
 
 @cache
 def field_types() -> dict[str, Any]:
+    """Return the type of each field of Config."""
     return typing.get_type_hints(Config)
 
 
-def convert(name: str, value: Any) -> Any:
-    """A value as the type of Config's field `name`. Raises UserError naming the field, the value and the type."""
-    kind = field_types()[name]
+def default_runs_dir() -> Path:
+    """Return the folder for run folders where no flag and no file names one: $FASHION_DDP_RUNS_DIR, or runs."""
+    return Path(os.environ.get("FASHION_DDP_RUNS_DIR") or Config.runs_dir)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """Convert a value to the type `kind` of the setting `name`.
+
+    Raises UserError naming the setting, the value and the type.
+    """
     options = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         if value not in options:
@@ -228,7 +256,7 @@ def convert(name: str, value: Any) -> Any:
         words = [value] if isinstance(value, str) else value
         if not isinstance(words, list | tuple) or any(isinstance(word, list | dict | None) for word in words):
             raise UserError(f"{name} must be a list of words, got {value!r}")
-        return tuple(sorted({str(word) for word in words}))  # so that their order makes no other run
+        return tuple(str(word) if options[0] is str else convert(name, word, options[0]) for word in words)
     if type(None) in options:
         if value is None:
             return None

@@ -1,7 +1,7 @@
-"""Where a run's settings come from: recipes and other YAML files, in layers.
+"""Combine a run's settings from their sources: recipes, other YAML files, and flags.
 
-Later layers win: the field's default, the recipe (its section `all`, then the model's own below `models`, or `other`
-for a model that the recipe does not name), the file of `--config`, the flags.
+A later source wins over an earlier one: the field's default; the recipe (its section `all`, then the model's own below
+`models`, or `other` for a model that the recipe does not name); the file of --config; the flags.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fashion_ddp.config import Config, convert
+from fashion_ddp.config import Config, convert, field_types
 from fashion_ddp.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -18,7 +18,10 @@ USUAL_LR = {"sgd": 0.1, "momentum": 0.01, "adam": 0.001, "adamw": 0.001}
 
 
 def read_mapping(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """A YAML file as nested mappings, and the line of each key."""
+    """Read a YAML file. Returns it as nested mappings, and the line of each key.
+
+    Raises UserError, with file and line, for what cannot be read or holds no mapping.
+    """
     try:
         text = path.read_text()
         root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
@@ -48,8 +51,13 @@ def read_mapping(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]
     return data, lines
 
 
-def checked(path: Path, data: Any, lines: dict[tuple[str, ...], int], above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One mapping of settings, each key known and each value of its type. Raises UserError with file and line."""
+def read_section(
+    path: Path, data: Any, lines: dict[tuple[str, ...], int], above: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Convert one mapping of a YAML file to settings of their fields' types. `above` are the keys that it lies below.
+
+    Raises UserError, with file and line, for an unknown key or a wrong value.
+    """
     if data is None:
         return {}
     names = [f.name for f in dataclasses.fields(Config)]
@@ -63,7 +71,7 @@ def checked(path: Path, data: Any, lines: dict[tuple[str, ...], int], above: tup
         if above and name in ("model", "recipe"):
             raise UserError(f"{where}: a recipe cannot choose the {name} that it is for: give --{name}")
         try:
-            settings[name] = convert(name, value)
+            settings[name] = convert(name, value, field_types()[name])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return settings
@@ -74,7 +82,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_settings(recipe: str, model: str) -> dict[str, Any]:
-    """What a recipe, by name or by path, sets for a model."""
+    """Return what a recipe, given by name or by path, sets for a model. Raises UserError for a mistake in it."""
     path = RECIPES / f"{recipe}.yaml"
     if recipe not in recipe_names():
         path = Path(recipe)
@@ -88,13 +96,13 @@ def recipe_settings(recipe: str, model: str) -> dict[str, Any]:
     if not isinstance(sections, dict):
         raise UserError(f"{path}:{lines[('models',)]}: models must hold one section per model, got {sections!r}")
     # Every section is checked, whichever is used: a mistake shows when the recipe is written, not later.
-    by_model = {name: checked(path, body, lines, ("models", name)) for name, body in sections.items()}
-    other = checked(path, data.get("other"), lines, ("other",))
-    return checked(path, data.get("all"), lines, ("all",)) | by_model.get(model, other)
+    by_model = {name: read_section(path, body, lines, ("models", name)) for name, body in sections.items()}
+    other = read_section(path, data.get("other"), lines, ("other",))
+    return read_section(path, data.get("all"), lines, ("all",)) | by_model.get(model, other)
 
 
 def make_config(*layers: dict[str, Any]) -> Config:
-    """A Config from layers of settings, later ones winning, over the recipe that they name.
+    """Make a Config from layers of settings on top of the recipe that they name. Later layers win over earlier ones.
 
     Raises UserError for a layer that changes the optimizer without choosing a rate for it.
     """
@@ -113,7 +121,7 @@ def make_config(*layers: dict[str, Any]) -> Config:
     return Config(**resolved)
 
 
-def changed(cfg: Config) -> dict[str, Any]:
-    """The settings that change the result and are not the recipe's own."""
+def recipe_changes(cfg: Config) -> dict[str, Any]:
+    """Return the settings that change the result and differ from the recipe's."""
     usual = make_config({"model": cfg.model, "recipe": cfg.recipe}).result_settings()
     return {name: value for name, value in cfg.result_settings().items() if value != usual.get(name)}

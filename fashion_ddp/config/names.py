@@ -1,4 +1,4 @@
-"""What a model and a dataset may be called. Known without importing the one or looking for the other."""
+"""Check and shorten the names of models, datasets and weights, without importing or opening any of them."""
 
 import ast
 import os
@@ -14,9 +14,10 @@ DATASETS = ("fashion_mnist", "mnist", "kmnist", "synthetic")
 
 @cache
 def architectures() -> dict[str, tuple[str, ...]]:
-    """Our models by name, with the arguments each takes after (image_shape, classes).
+    """Return our models by name, with the arguments that each takes after (image_shape, classes).
 
-    Read from the source of models.py (its functions under `@architecture`), because importing it imports torch.
+    They are read from the source of models/architectures.py (the functions under `@architecture`), because importing
+    it would import torch.
     """
     tree = ast.parse((PACKAGE / "models" / "architectures.py").read_text())
     functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
@@ -28,16 +29,17 @@ def architectures() -> dict[str, tuple[str, ...]]:
 
 
 def is_code(name: str) -> bool:
-    """Whether a name is that of a user's own code: package.module:Name."""
+    """Tell whether a name stands for a user's own code: package.module:Name."""
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
 
 
 def is_path(dataset: str) -> bool:
-    """Whether a dataset is a folder or an .npz file, by its name alone."""
+    """Tell by its name alone whether a dataset is a folder or an .npz file."""
     return not is_code(dataset) and ("/" in dataset or dataset in (".", "..") or dataset.endswith(".npz"))
 
 
 def check_model(name: str) -> None:
+    """Raise UserError for a model that is neither ours nor a user's own."""
     if name not in architectures() and not is_code(name):
         raise UserError(
             f"model: unknown {name!r}; {nearest(name, architectures())}, or your own as package.module:Name"
@@ -45,7 +47,10 @@ def check_model(name: str) -> None:
 
 
 def check_model_args(model: str, texts: tuple[str, ...], besides: Container[str]) -> None:
-    """`texts`: each `name=value`; `besides`: names that the model is given in another way."""
+    """Check --model-args: `texts`, each `name=value`. `besides` are names that other flags give to the model.
+
+    Raises UserError for arguments of our own models, for text in another form, and for a name that is given twice.
+    """
     given = [text.partition("=")[0] for text in texts]
     if given and not is_code(model):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in architectures()[model]) or "none"
@@ -58,6 +63,7 @@ def check_model_args(model: str, texts: tuple[str, ...], besides: Container[str]
 
 
 def check_dataset(name: str) -> None:
+    """Raise UserError for a dataset that is neither ours nor a user's own."""
     if name not in DATASETS and not is_code(name) and not is_path(name):
         raise UserError(
             f"dataset: unknown {name!r}; {nearest(name, DATASETS)}, or your own: a folder with a / in its name (as "
@@ -65,14 +71,14 @@ def check_dataset(name: str) -> None:
         )
 
 
-def of_dataset(dataset: str) -> str:
-    """What a dataset is called in run folders and tables: without the folders that it lies in."""
+def dataset_name(dataset: str) -> str:
+    """Return the name of a dataset in run folders and tables: without the folders above it."""
     if not is_path(dataset):
         return dataset
     name = os.path.basename(os.path.abspath(dataset)).removesuffix(".npz") or "root"
     return f"own_{name}" if name in DATASETS else name
 
 
-def of_weights(init_from: str) -> str:
-    """What initial weights are called there: likewise."""
+def weights_name(init_from: str) -> str:
+    """Return the name of initial weights in run folders and tables: without the folders above them."""
     return os.path.basename(os.path.abspath(init_from)) or "root"

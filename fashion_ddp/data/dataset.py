@@ -62,7 +62,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     if name not in PUBLISHED:
         own, own_classes = custom.load(name)
         md5 = custom.array_hashes(own, own_classes)
-        return Dataset(names.of_dataset(name), own_classes, **own, md5=md5, source=name)
+        return Dataset(names.dataset_name(name), own_classes, **own, md5=md5, source=name)
     published, folder = PUBLISHED[name], locate(name, data_dir)
     if folder is None:
         raise UserError(missing_files_message(name, data_dir))

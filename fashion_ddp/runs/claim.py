@@ -23,7 +23,7 @@ State = Literal["nothing", "continue", "finished", "aside"]
 def run_name(cfg: Config) -> str:
     """Return `<model>-<recipe>-seed<seed>`, then every setting that changes the result and differs from the recipe."""
     parts = [cfg.model, Path(cfg.recipe).stem, f"seed{cfg.seed}"]
-    parts += [f"{key}{value}" for key, value in layers.changed(cfg).items()]
+    parts += [f"{key}{value}" for key, value in layers.recipe_changes(cfg).items()]
     text = re.sub(r"[^\w.+=-]+", "_", "-".join(parts)).lstrip(".")
     if len(text) > 80:
         text = f"{text[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -125,7 +125,7 @@ def announce(
     return {
         "model": cfg.model,
         "recipe": cfg.recipe,
-        "changed": layers.changed(cfg),  # here, because the recipe may be edited later
+        "changed": layers.recipe_changes(cfg),  # here, because the recipe may be edited later
         "seed": cfg.seed,
         "world_size": world.size,
         "rank_invariant": not dependent,

@@ -73,7 +73,7 @@ def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--sedes", "1"), "unknown flag --sedes; did you mean 'seeds'?"),
+        (("--sedes", "1"), "unknown flag --sedes; did you mean --seeds?"),
         (("--models",), "models and seeds need at least one value each"),
         (("--models", "linaer"), "did you mean 'linear'?"),
         (("--ranks", "-1"), "ranks must be at least 0"),

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 from conftest import CHECKOUT, command
 from faults import Fault, start_tiny
 from gates import LOCAL, Started, gate
 from reports import Report
 from test_local import EX_TEMPFAIL, SMALL, report, until_gone
 
+from fashion_ddp.config import flags
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed import machine
 from fashion_ddp.errors import UserError
@@ -193,8 +193,8 @@ def test_a_login_node_is_told_the_same_for_the_cluster(tmp_path: Path) -> None:
     done = command("python", "-m", "launch.local", *words, cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 2
     [line] = re.findall(r"`python -m launch.submit (.*?)`", done.stderr)
-    asked, flags = tyro.cli(Submission, args=shlex.split(line), return_unknown_args=True)
-    assert asked.at_once == 3 and flags == ["--dataset", "synthetic"]
+    asked, others = flags.parse_known(Submission, "launch.submit", shlex.split(line))
+    assert asked.at_once == 3 and others == ["--dataset", "synthetic"]
 
 
 # --- Real runs --------------------------------------------------------------------------------------------------
