@@ -81,7 +81,7 @@ def run(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> st
         say(str(stopped))
         if _requeued(stopped.reason):
             return "requeued"
-        sys.exit(75)
+        sys.exit(os.EX_TEMPFAIL)
     return "finished"
 
 

@@ -31,7 +31,7 @@ from fashion_ddp.errors import TrainingFailed, UserError
 from fashion_ddp.redact import restrict_umask
 from fashion_ddp.runs import claim, provenance
 from launch import pool, slurm
-from launch.processes import STOPPED, Job, Running
+from launch.processes import Job, Running
 from launch.share import announce_apart
 from launch.submission import check_flags, refuse_twins, shared_group
 
@@ -150,10 +150,10 @@ def one_after_another(todo: list[Job], ranks: int) -> int:
     for number, job in enumerate(todo, start=1):
         if told := signals.received():
             say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
-            return STOPPED
+            return os.EX_TEMPFAIL
         say(f"\n--- run {number} of {len(todo)}")
         code = Running(job.argv, ranks).wait()
-        if code in (2, STOPPED, 128 + signal.SIGINT):
+        if code in (2, os.EX_TEMPFAIL, 128 + signal.SIGINT):
             return code
         failed += code != 0
     return int(failed > 0)

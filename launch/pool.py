@@ -4,6 +4,7 @@ The terminal has a line when a run begins and one when it ends. What the runs sa
 each says it to a file of its own, beside its folder.
 """
 
+import os
 import shlex
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from fashion_ddp.console import say
 from fashion_ddp.distributed import signals
 from fashion_ddp.report.text import percent
 from fashion_ddp.runs.reading import read_run
-from launch.processes import LOOK, STOPPED, Job, Running
+from launch.processes import LOOK, Job, Running
 from launch.share import Share
 
 SHOWN = 10  # last lines of the log of a run that failed
@@ -36,7 +37,7 @@ class Active:
             summary = read_run(self.folder).summary
             accuracy, seconds = percent(summary["test/accuracy"]), summary["time/total_s"]
             say(f"{self.label} finished: test accuracy {accuracy} %; {seconds:.1f} s from start to end")
-        elif code == STOPPED:
+        elif code == os.EX_TEMPFAIL:
             say(f"{self.label} stopped, and saved")
         else:
             say(f"{self.label} FAILED with exit code {code}; the end of {self.log}:\n{self._last_words()}")
@@ -50,7 +51,7 @@ class Active:
 
 def train(todo: list[Job], share: Share) -> int:
     """Train runs, as many at once as there are slots. Returns 0: all finished; 1: some failed, and the others went on;
-    STOPPED."""
+    os.EX_TEMPFAIL."""
     waiting = deque(enumerate(todo, start=1))
     active: dict[int, Active] = {}  # by slot
     codes: dict[str, int] = {}  # by name
@@ -72,10 +73,10 @@ def train(todo: list[Job], share: Share) -> int:
                 del active[slot]
                 one.end(code)
                 codes[one.folder.name] = code
-    if waiting or STOPPED in codes.values():
+    if waiting or os.EX_TEMPFAIL in codes.values():
         why = "".join(f" ({one.name})" for one in signals.received()[:1])
         say(f"stopped{why}: the same command continues")
-        return STOPPED
+        return os.EX_TEMPFAIL
     if failed := [job.folder.name for job in todo if codes[job.folder.name]]:
         say(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
     return int(bool(failed))

@@ -627,7 +627,7 @@ def controller(folder: Path, what: str, seconds: int) -> tuple[subprocess.Popen[
     variables = {"NTASKS": 2, "COMMAND": f"{sys.executable} rank.py {what}", "TIMEOUT_S": seconds, "WITH_SHELL": ""}
     env = {f"SUBMITIT_LOCAL_{name}": str(value) for name, value in variables.items()}
     env |= {"SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0", "SUBMITIT_STDERR_TO_STDOUT": "1"}
-    words = [sys.executable, "-m", "launch.controller", str(folder / "logs")]
+    words = [sys.executable, "-m", "launch.submitit_local", str(folder / "logs")]
     process = subprocess.Popen(words, cwd=folder, env=os.environ | env)
     logs = [folder / "logs" / f"{process.pid}_{rank}_log.out" for rank in (0, 1)]
     return process, lambda: [log.read_text() if log.exists() else "" for log in logs]
@@ -772,7 +772,7 @@ def test_a_submission_here_is_seen_refused_twice_cancelled_and_resubmitted_from_
 
 @pytest.mark.slow
 def test_a_job_that_reaches_its_time_goes_on_in_a_next_one(tmp_path: Path) -> None:
-    minutes = "import sys; from launch import here, submit; here.MINUTE = 20; sys.exit(submit.main())"
+    minutes = "from launch import submit, submitit_local\nsubmitit_local.MINUTE = 20\nraise SystemExit(submit.main())"
     first = Foreground(tmp_path, "python", "-c", minutes, *SLOW[3:], "--time", "1")
     first.until(lambda: (tmp_path / RUN / "starts.jsonl").exists() and len(starts(tmp_path)) > 1)
     (tmp_path / "fast").touch()
