@@ -48,19 +48,19 @@ class FailTogether:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run to be made: its settings, and the command line that gives them."""
+class LocalRun:
+    """A run that is to be trained on this machine."""
 
     cfg: Config
-    argv: tuple[str, ...]
-    reused: bool = False
+    argv: tuple[str, ...]  # the flags of fashion_ddp.train that give this cfg
+    reused: bool = False  # finished before, and taken as it is
 
     @property
     def folder(self) -> Path:
         return claim.folder_of(self.cfg)
 
 
-class Running:
+class LocalRanks:
     """The ranks of one run, as children of this process. Signals that this process receives go to every rank."""
 
     def __init__(

@@ -27,29 +27,29 @@ from launch.processes import FailTogether
 if TYPE_CHECKING:  # in `run_all` where they are needed: the controller starts without them, a second sooner
     from fashion_ddp.runs.lock import Lock
     from launch.job import Report
-    from launch.sbatch import Plan
+    from launch.sbatch import SubmissionPlan
 
 MINUTE = 60  # seconds
 
 
-def run_all(plan: "Plan", todo: list[Path], report: "Report") -> int:
+def run_all(plan: "SubmissionPlan", todo: list[Path], report: "Report") -> int:
     """Train the runs in the folders `todo`, then compare. Return the exit code; exit with 1 where a run is missing."""
     from fashion_ddp.runs import lock
     from launch import jobs
     from launch.job import Rank
 
     signals.listen()
-    if plan.asked.executor == "debug":
-        with slurm.outside_of_a_job():
+    if plan.submission.executor == "debug":
+        with slurm.hide_own_job():
             for folder in todo:
-                task = Rank(str(folder), plan.asked.max_restarts, plan.reuse)
-                submitit.DebugExecutor(plan.base).submit(task).result()
+                task = Rank(str(folder), plan.submission.max_restarts, plan.reuse)
+                submitit.DebugExecutor(plan.folder).submit(task).result()
         report()
         return 0
-    submission_lock = lock.take(plan.base)  # as long as we have it, launch.status shows these runs as queued
+    submission_lock = lock.take(plan.folder)  # as long as we have it, launch.status shows these runs as queued
     try:
         for folder in todo:
-            jobs.note(folder, plan.base, "local", str(os.getpid()))
+            jobs.write_job_record(folder, plan.folder, "local", str(os.getpid()))
         for number, folder in enumerate(todo, start=1):
             if not signals.received():
                 say(f"--- run {number} of {len(todo)}: {folder}")
@@ -63,17 +63,17 @@ def run_all(plan: "Plan", todo: list[Path], report: "Report") -> int:
         submission_lock.release()
 
 
-def _run(plan: "Plan", folder: Path, submission_lock: "Lock") -> None:
+def _run(plan: "SubmissionPlan", folder: Path, submission_lock: "Lock") -> None:
     """Run one job to its end. Where this process is asked to stop, ask the job's controller to stop."""
     from fashion_ddp.runs.reading import read_run
     from launch import jobs
     from launch.job import Rank
 
-    with slurm.outside_of_a_job(), signals.blocked():
+    with slurm.hide_own_job(), signals.blocked():
         executor = _LocalExecutor(plan)
-        job = executor.submit(Rank(str(folder), plan.asked.max_restarts, plan.reuse))
+        job = executor.submit(Rank(str(folder), plan.submission.max_restarts, plan.reuse))
     log = job.paths.stdout
-    jobs.note(folder, plan.base, "local", str(os.getpid()), log)
+    jobs.write_job_record(folder, plan.folder, "local", str(os.getpid()), log)
     say(f"follow: tail -n +1 -F {shlex.quote(str(log))}")
     process, asked_to_stop = executor.controller, False
     signals.children = [process]
@@ -94,23 +94,23 @@ class _LocalExecutor(submitit.LocalExecutor):
 
     controller: subprocess.Popen[bytes]
 
-    def __init__(self, plan: "Plan"):
-        script = plan.base / "rank.sh"
+    def __init__(self, plan: "SubmissionPlan"):
+        script = plan.folder / "rank.sh"
         # In a container, Python's parent process is not the process that started it.
         launcher = "unset FASHION_DDP_LAUNCHER" if plan.site.python else "export FASHION_DDP_LAUNCHER=$PPID"
         script.write_text("\n".join(["#!/bin/bash", *plan.setup(), launcher, f'exec {plan.python} "$@"', ""]))
-        super().__init__(plan.base, max_num_timeout=10**6, python=shlex.join(["bash", str(script)]))
+        super().__init__(plan.folder, max_num_timeout=10**6, python=shlex.join(["bash", str(script)]))
         self.plan = plan
-        self.update_parameters(tasks_per_node=plan.asked.ranks, timeout_min=plan.asked.time)
+        self.update_parameters(tasks_per_node=plan.submission.ranks, timeout_min=plan.submission.time)
 
     def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
-        asked = self.plan.asked
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = named.split(",") if named else [str(card) for card in range(asked.gpus_per_node)]
+        submission = self.plan.submission
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = visible.split(",") if visible else [str(card) for card in range(submission.gpus_per_node)]
         variables = {
-            "NTASKS": asked.ranks,
+            "NTASKS": submission.ranks,
             "COMMAND": command,
-            "TIMEOUT_S": MINUTE * asked.time,
+            "TIMEOUT_S": MINUTE * submission.time,
             "SIGNAL_DELAY_S": 0,
             "NODEID": 0,
             "JOB_NUM_NODES": 1,
@@ -118,7 +118,7 @@ class _LocalExecutor(submitit.LocalExecutor):
         }
         env = {f"SUBMITIT_LOCAL_{name}": str(value) for name, value in variables.items()}
         env |= {"SUBMITIT_STDERR_TO_STDOUT": "1", "SUBMITIT_EXECUTOR": "local"}
-        env |= {"CUDA_VISIBLE_DEVICES": ",".join(cards[: asked.gpus_per_node])}
+        env |= {"CUDA_VISIBLE_DEVICES": ",".join(cards[: submission.gpus_per_node])}
         env |= {"PYTHONPATH": str(self.plan.code), "PYTHONSAFEPATH": "1"}
         # The terminal's Ctrl-C is for this process alone, which passes it on.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -128,7 +128,7 @@ class _LocalExecutor(submitit.LocalExecutor):
         finally:
             signal.signal(signal.SIGINT, before)
         process = self.controller
-        return submitit.LocalJob(self.folder, str(process.pid), list(range(asked.ranks)), process)
+        return submitit.LocalJob(self.folder, str(process.pid), list(range(submission.ranks)), process)
 
 
 class Controller(local.Controller):
