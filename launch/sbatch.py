@@ -119,7 +119,7 @@ class SubmissionPlan:
         return _make_sbatch_string(command=command, folder=self.folder, **parameters)
 
     def executor(self, **parameters: Any) -> submitit.SlurmExecutor:
-        # Submitit counts every signal in a job of up to ten minutes as a time-out: let it count for ever.
+        # Submitit takes every signal in a job of up to ten minutes for a time-out: allow any number of them.
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=10**6, python=self.python)
         executor.update_parameters(**parameters)
         return executor

@@ -44,9 +44,9 @@ class Submission:
     ranks_per_node: int = 0
     """Ranks of each machine: by default one per card, or one."""
     cpus_per_rank: int = 2
-    """CPU cores of each rank, which computes with so many threads (--threads chooses another number)."""
+    """CPU cores of each rank, and its threads unless --threads gives another number."""
     time: int = 60
-    """Minutes after which a job ends; it is told two minutes ahead, saves, and goes on in a next one."""
+    """Minutes after which a job ends. Two minutes before, it gets a signal: it saves, and continues in a next job."""
     partition: str | None = None
     """SLURM's partition."""
     account: str | None = None

@@ -235,7 +235,7 @@ def _record(plan: SubmissionPlan, folders: list[Path]) -> dict[str, Any]:
 
 
 def resubmit(todo: list[Path], submission_folder: Path) -> int:
-    """Submit runs again as they were submitted before, with the code of then. Return the exit code."""
+    """Submit runs again as they were submitted before, with the same code. Return the exit code."""
     path = submission_folder / SUBMISSION_FILE
     try:
         record = json.loads(path.read_text())
