@@ -30,7 +30,7 @@ from PIL import Image
 from fashion_ddp.distributed import signals
 from fashion_ddp.report.svg import LINE, WIDTH, Scale, axes, drawing, element, line, polyline, text
 from launch import local  # noqa: TID251 - trains as `make compare` does
-from launch.processes import Running  # noqa: TID251
+from launch.processes import LocalRanks  # noqa: TID251
 
 CHECKOUT = Path(__file__).parent.parent
 STYLE = CHECKOUT / "fashion_ddp" / "report" / "report.css"
@@ -116,7 +116,7 @@ def ranks(runs: Path) -> str:
     """`linear` on 1 to 4 ranks: the curves lie on each other; and how far they lie from the first."""
     folders = {count: runs / f"{count}-ranks" for count in (1, 2, 3, 4)}
     for count, folder in folders.items():
-        assert Running(("--model", "linear", *on_cpu(folder)), count).wait() == 0
+        assert LocalRanks(("--model", "linear", *on_cpu(folder)), count).wait() == 0
     return draw_ranks([loss(folder) for folder in folders.values()])
 
 
@@ -149,12 +149,12 @@ def draw_ranks(curves: list[Points]) -> str:
 def interrupted(runs: Path) -> str:
     """`cnn` on two ranks, of which one is killed in the second epoch; the same command continues."""
     whole, broken = runs / "undisturbed", runs / "killed"
-    assert Running(("--model", "cnn", *on_cpu(whole)), 2).wait() == 0
+    assert LocalRanks(("--model", "cnn", *on_cpu(whole)), 2).wait() == 0
     words = ("--model", "cnn", *on_cpu(broken), "--checkpoint-every", "8")
     threading.Thread(target=kill_a_rank, args=(broken,), daemon=True).start()
-    assert Running(words, 2).wait() == 128 + signal.SIGKILL
+    assert LocalRanks(words, 2).wait() == 128 + signal.SIGKILL
     until, saved = loss(broken), newest_checkpoint(broken)
-    assert Running(words, 2).wait() == 0
+    assert LocalRanks(words, 2).wait() == 0
     return draw_interrupted(loss(whole), until, loss(broken), saved, what_it_found(whole) == what_it_found(broken))
 
 

@@ -1,1 +1,1 @@
-"""Ways to start runs: many on this machine (local.py)."""
+"""Start many runs: on this machine (local.py), or on a SLURM cluster (submit.py)."""

@@ -1,7 +1,8 @@
-"""What one task of a submitted job does: a rank of a run, or the comparison of all of them.
+"""Do the work of one task of a submitted job: train as one rank of a run, or compare all runs.
 
-A job's pickle holds paths and nothing else. Everything that a run needs when it is started again, by us or by SLURM,
-stands in its folder: the settings, the checkpoints, and the count of its starts.
+A job's pickle holds paths and nothing else. Everything that a run needs when it is started again, by us or by SLURM, is
+in its folder: the settings, the checkpoints, and the list of its starts. The names of the two classes must stay:
+`launch.status resubmit` pickles them for jobs that run the code of an earlier submission.
 """
 
 import json
@@ -21,51 +22,52 @@ from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.runs import claim
 from launch import slurm
 
-NO_PROGRESS = 4  # starts in a row that end where they began: then the run is given up
+MAX_IDLE_STARTS = 4  # after so many starts in a row that end at the step where they began, the run is given up
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of the run in a folder, as a task of Submitit's."""
+    """Train as one rank of the run in a folder, as a task of Submitit."""
 
     folder: str
     max_restarts: int = 100
-    reuse: bool = False  # go on with a run that other code began
+    reuse: bool = False  # continue a run that other code began
 
     @entry_point
     def __call__(self) -> str:
-        signals.listen()  # in place of Submitit's handlers, which requeue in the middle of a step
+        signals.listen()  # instead of Submitit's handlers, which requeue in the middle of a step
         from submitit import JobEnvironment
 
         env = JobEnvironment()
-        _place(env.global_rank, env.num_tasks, env.local_rank, env.num_tasks // env.num_nodes)
+        _set_rank(env.global_rank, env.num_tasks, env.local_rank, env.num_tasks // env.num_nodes)
         argv = ["--config", str(Path(self.folder) / "config.yaml"), "--run-dir", self.folder]
         argv += ["--reuse"] * self.reuse
-        return run(argv, Path(self.folder), env.hostnames[0], self.max_restarts)
+        return train_rank(argv, Path(self.folder), env.hostnames[0], self.max_restarts)
 
     def checkpoint(self) -> Any:
-        """Submitit asks for this where a signal comes before our own handlers are there: begin again, the same."""
+        """Tell Submitit, where a signal comes before our own handlers are set, to start the same task again."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-def _place(rank: int, world_size: int, local_rank: int, local_world_size: int) -> None:
+def _set_rank(rank: int, world_size: int, local_rank: int, local_world_size: int) -> None:
     values = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
     os.environ.update({name: str(value) for name, value in values.items()})
 
 
-def run(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> str:
-    """Train as `argv` says, in this folder, as the rank that the environment says. Returns how it ended.
+def train_rank(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> str:
+    """Train in this folder with the flags `argv`, as the rank that the environment names. Return how it ended.
 
     Raises what training raises, and exits with os.EX_TEMPFAIL where it is stopped and not queued again.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     single_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     if rank == 0:
-        _count_start(folder, max_restarts)
+        _record_start(folder, max_restarts)
     if world_size > 1:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meet(folder, rank, first_host, single_node)
+        host, port = _agree_on_address(folder, rank, first_host, single_node)
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     else:
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
@@ -75,39 +77,41 @@ def run(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> st
         train.run(argv)
     except Stopped as stopped:
         if rank > 0:
-            return "stopped"  # and not with an exit code: srun would kill the first rank, which has more to do
+            return "stopped"  # not an exit code: srun would kill the first rank, which has more to do
         say(str(stopped))
-        if _requeued(stopped.reason):
+        if _requeue(stopped.reason):
             return "requeued"
         sys.exit(os.EX_TEMPFAIL)
     return "finished"
 
 
-def _count_start(folder: Path, max_restarts: int) -> None:
-    """Note where this start begins. Raises UserError where the run was started too often, or goes nowhere."""
+def _record_start(folder: Path, max_restarts: int) -> None:
+    """Record at which step this start begins. Raises UserError for too many starts, or starts without progress."""
     path = folder / "starts.jsonl"
     starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     step = max((int(p.stem.removeprefix("step-")) for p in folder.glob("checkpoints/step-*.pt")), default=0)
-    job = slurm.own_id() or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+    job = slurm.own_job_id() or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
     mine = [start for start in starts if start["job"] == job]
     if len(mine) > max_restarts:
         raise UserError(f"{folder}: started {len(mine)} times by job {job}: given up (--max-restarts {max_restarts})")
-    if len(mine) >= NO_PROGRESS and all(start["step"] == step for start in mine[-NO_PROGRESS:]):
+    if len(mine) >= MAX_IDLE_STARTS and all(start["step"] == step for start in mine[-MAX_IDLE_STARTS:]):
         raise UserError(
-            f"{folder}: the last {NO_PROGRESS} starts of job {job} all ended at step {step}: given up; what they said "
-            "is in its log; `python -m launch.status resubmit` tries again"
+            f"{folder}: the last {MAX_IDLE_STARTS} starts of job {job} all ended at step {step}: given up; its log "
+            "says why they ended; `python -m launch.status resubmit` tries again"
         )
     with open(path, "a") as file:
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
         file.write(json.dumps({"job": job, "step": step, "time": now, "host": socket.gethostname()}) + "\n")
 
 
-def _meet(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[str, str]:
-    """Where the ranks meet: a port that is free on the first one's machine, told to the others through the folder.
+def _agree_on_address(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[str, str]:
+    """Return host and port for the rendezvous. Rank 0 finds a free port and writes it to the folder for the others.
 
-    A port computed from the job's number may be another job's on the same node, or an ephemeral one.
+    A port computed from the job's number could belong to another job on the same node, or be an ephemeral one. Raises
+    UserError where the port cannot be read in time.
     """
-    start = f"{slurm.own_id() or os.environ.get('SUBMITIT_LOCAL_JOB_ID')}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    job = slurm.own_job_id() or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
+    start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     path = folder / f".meet-{start}"
     host = "127.0.0.1" if single_node else first_host
     if rank == 0:
@@ -125,19 +129,22 @@ def _meet(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[
                 f"to write {path}: is {folder.parent} on a file system that both machines share?"
             )
         time.sleep(0.1)
-        list(folder.iterdir())  # makes NFS look again
+        list(folder.iterdir())  # makes NFS ask its server again
     return host, path.read_text()
 
 
-def _requeued(reason: str) -> bool:
-    """Put the job back into the queue, where it was stopped for the machine's sake and SLURM does not do so itself."""
-    job = slurm.own_id()
+def _requeue(reason: str) -> bool:
+    """Queue the job again where it was stopped for the cluster's sake and SLURM itself does not do so.
+
+    That is the case when its time is nearly over, or it is preempted with a time of grace. Return whether it is queued.
+    """
+    job = slurm.own_job_id()
     if job is None:
         return False
     try:
-        time_or_preemption = reason in ("SIGUSR1", "SIGUSR2")  # what we ask SLURM to send ahead of the end
-        if time_or_preemption or (reason == "SIGTERM" and slurm.preempted_with_grace(job)):
-            slurm.call("scontrol", "requeue", job)
+        near_its_end = reason in ("SIGUSR1", "SIGUSR2")  # sbatch's --signal asks for one of them ahead of the end
+        if near_its_end or (reason == "SIGTERM" and slurm.preempted_with_grace(job)):
+            slurm.run_checked("scontrol", "requeue", job)
             say(f"job {job} is queued again, and continues there")
             return True
     except UserError as error:
@@ -147,7 +154,7 @@ def _requeued(reason: str) -> bool:
 
 @dataclass(frozen=True)
 class Report:
-    """The comparison of runs, when all of them have ended. Fails, after the report is written, where one is missing."""
+    """Compare runs when all of them have ended. Exits with 1, after the report is written, where one is missing."""
 
     folders: tuple[str, ...]
     out: str
@@ -156,7 +163,7 @@ class Report:
     def __call__(self) -> str:
         from launch import sweep
 
-        return sweep.write([Path(folder) for folder in self.folders], Path(self.out), self.ranked)
+        return sweep.compare_runs([Path(folder) for folder in self.folders], Path(self.out), self.ranked)
 
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission
@@ -166,18 +173,19 @@ class Report:
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
-    """A rank that srun started: `srun python -m launch.job --model cnn`, with the flags of fashion_ddp.train."""
+    """Train as a rank that srun started: `srun python -m launch.job --model cnn`; flags are fashion_ddp.train's."""
     env, argv = os.environ, sys.argv[1:] if argv is None else argv
     if "SLURM_PROCID" not in env:
         raise UserError("launch.job is what srun starts, see slurm/train.sbatch; here use python -m fashion_ddp.train")
     world_size = int(env["SLURM_NTASKS"])
-    first_host = slurm.call("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()[0]
-    _place(int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), world_size // int(env["SLURM_NNODES"]))
+    first_host = slurm.run_checked("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()[0]
+    local_world_size = world_size // int(env["SLURM_NNODES"])
+    _set_rank(int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), local_world_size)
     if "SLURM_CPUS_PER_TASK" in env and not any(word.startswith("--threads") for word in argv):
         argv = [*argv, "--threads", env["SLURM_CPUS_PER_TASK"]]  # a rank may be bound to its own cores already
     folder = claim.folder_of(cli.parse(argv).run)
     folder.mkdir(parents=True, exist_ok=True)
-    run(argv, folder, first_host, max_restarts=100)
+    train_rank(argv, folder, first_host, max_restarts=100)
     return 0
 
 

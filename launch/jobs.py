@@ -1,4 +1,4 @@
-"""What submitted runs are doing, as their folders and SLURM tell."""
+"""Read the state of submitted runs from their folders and from SLURM."""
 
 import getpass
 import json
@@ -17,20 +17,20 @@ from fashion_ddp.runs.lock import holder
 from fashion_ddp.runs.reading import Run, load_run
 from launch import slurm
 
-NOTE = "job.json"  # in a run's folder: as which job it was last submitted
+JOB_FILE = "job.json"  # in a run's folder: the job that it was last submitted as
 PAUSE = 10.0  # seconds between two looks at the queue
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One run."""
+class RunState:
+    """What is known about one run."""
 
     run: Run
-    note: dict[str, Any]  # of its last submission; empty where there was none
-    queued: slurm.Queued | None
+    job_record: dict[str, Any]  # the content of JOB_FILE; empty where the run was never submitted
+    queued: slurm.QueuedJob | None
     state: str
-    active: bool  # waits or runs: nobody else may begin it
-    unknown: str = ""  # why it is not known whether it waits or runs
+    active: bool  # waits or runs: nobody else may start it
+    unknown: str = ""  # why nobody can say whether it waits or runs
 
     @property
     def folder(self) -> Path:
@@ -38,66 +38,69 @@ class Seen:
 
     @property
     def job(self) -> str:
-        return self.note.get("job", "")
+        return self.job_record.get("job", "")
 
     @property
     def finished(self) -> bool:
         return self.run.summary.get("status") == "finished" and not self.active
 
 
-def note(folder: Path, submission: Path, executor: str, job: str, log: Path | None = None) -> None:
-    """Write into a run's folder as which job it is submitted: for status, cancel and resubmit, from any shell.
+def write_job_record(folder: Path, submission: Path, executor: str, job: str, log: Path | None = None) -> None:
+    """Write into a run's folder as which job it is submitted: status, cancel and resubmit read it, in any shell.
 
-    `job`: SLURM's id, or this process's where it runs the jobs itself.
+    `job`: SLURM's id, or the id of this process where it runs the jobs itself.
     """
-    known = {"executor": executor, "job": job, "submission": str(submission), "log": str(log or "")}
-    known |= {"user": getpass.getuser(), "host": socket.gethostname()}
-    write_whole(folder / NOTE, json.dumps(known, indent=1) + "\n")
+    record = {"executor": executor, "job": job, "submission": str(submission), "log": str(log or "")}
+    record |= {"user": getpass.getuser(), "host": socket.gethostname()}
+    write_whole(folder / JOB_FILE, json.dumps(record, indent=1) + "\n")
 
 
-def look(folders: list[Path]) -> list[Seen]:
-    """What is known of the runs in these folders; those without a run are left out."""
-    runs = [_read(folder) for folder in folders if (folder / "config.yaml").is_file()]
-    notes = {run.path: _note(run.path) for run in runs}
+def read_states(folders: list[Path]) -> list[RunState]:
+    """Return the state of the run in each folder; folders without a run are left out."""
+    runs = [_read_run(folder) for folder in folders if (folder / "config.yaml").is_file()]
+    records = {run.path: _read_job_record(run.path) for run in runs}
     unfinished = [run.path for run in runs if run.summary.get("status") != "finished"]
-    asked = [notes[path] for path in unfinished if notes[path].get("executor") == "slurm"]
-    queue: dict[str, slurm.Queued] = {}
-    unknown, ended = "", dict[str, str]()
-    if asked:
+    on_slurm = [records[path] for path in unfinished if records[path].get("executor") == "slurm"]
+    queue: dict[str, slurm.QueuedJob] = {}
+    unknown, end_states = "", dict[str, str]()
+    if on_slurm:
         try:
-            queue = slurm.queued({one["user"] for one in asked})
-            ended = slurm.ended(one["job"] for one in asked if one["job"] not in queue)
+            queue = slurm.queued_jobs({record["user"] for record in on_slurm})
+            end_states = slurm.end_states(record["job"] for record in on_slurm if record["job"] not in queue)
         except UserError as error:
             unknown = str(error)
-    return [_seen(run, notes[run.path], queue, ended, unknown if notes[run.path] in asked else "") for run in runs]
+    why_unknown = {run.path: unknown if records[run.path] in on_slurm else "" for run in runs}
+    return [_state(run, records[run.path], queue, end_states, why_unknown[run.path]) for run in runs]
 
 
-def _seen(run: Run, known: dict[str, Any], queue: dict[str, slurm.Queued], ended: dict[str, str], unknown: str) -> Seen:
-    status, job = run.summary.get("status", "not begun"), known.get("job", "")
-    if known.get("executor") == "slurm" and (queued := queue.get(job)) and known["submission"] in queued.script:
-        # By its script, too: a cluster that shares these folders with another one counts its jobs by itself.
+def _state(
+    run: Run, record: dict[str, Any], queue: dict[str, slurm.QueuedJob], end_states: dict[str, str], unknown: str
+) -> RunState:
+    status, job = run.summary.get("status", "not begun"), record.get("job", "")
+    if record.get("executor") == "slurm" and (queued := queue.get(job)) and record["submission"] in queued.script:
+        # Compare the script, too: another cluster that shares these folders may have a job with the same number.
         waits = f" ({queued.reason})" if queued.state == "PENDING" and queued.reason != "None" else ""
-        return Seen(run, known, queued, queued.state + waits, active=True)
+        return RunState(run, record, queued, queued.state + waits, active=True)
     if status == "running":
-        return Seen(run, known, None, status, active=True)
-    if status != "finished" and known.get("executor") == "local" and holder(Path(known["submission"])):
-        return Seen(run, known, None, "waiting", active=True)
+        return RunState(run, record, None, status, active=True)
+    if status != "finished" and record.get("executor") == "local" and holder(Path(record["submission"])):
+        return RunState(run, record, None, "waiting", active=True)
     if unknown:
-        return Seen(run, known, None, f"{status}, or queued", active=False, unknown=unknown)
-    how = f" ({ended[job]})" if status != "finished" and ended.get(job, "COMPLETED") != "COMPLETED" else ""
-    return Seen(run, known, None, status + how, active=False)
+        return RunState(run, record, None, f"{status}, or queued", active=False, unknown=unknown)
+    ended = f" ({end_states[job]})" if status != "finished" and end_states.get(job, "COMPLETED") != "COMPLETED" else ""
+    return RunState(run, record, None, status + ended, active=False)
 
 
-def _read(folder: Path) -> Run:
-    """A run; one whose folder cannot be read is shown as such, beside the others."""
+def _read_run(folder: Path) -> Run:
+    """Read a run. One that cannot be read is shown as damaged, beside the others."""
     try:
         return load_run(folder)
     except UserError as error:
         return Run(folder, {}, {"status": "damaged", "error": str(error)}, [], [], [])
 
 
-def _note(folder: Path) -> dict[str, Any]:
-    path = folder / NOTE
+def _read_job_record(folder: Path) -> dict[str, Any]:
+    path = folder / JOB_FILE
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -106,53 +109,53 @@ def _note(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}): remove it, and the run counts as not submitted") from None
 
 
-def table(seen: list[Seen]) -> Table:
-    """One line per run."""
-    columns: dict[str, Callable[[Seen], str]] = {
+def table(states: list[RunState]) -> Table:
+    """Return a table with one line per run."""
+    columns: dict[str, Callable[[RunState], str]] = {
         "run": lambda one: one.folder.name,
         "job": lambda one: one.job,
         "state": lambda one: one.state,
-        "epoch": lambda one: f"{_last(one).get('epoch', 0)}/{one.run.config.get('epochs', '?')}",
-        "accuracy %": lambda one: percent(_last(one)["test/accuracy"]) if _last(one).get("test/accuracy") else "",
-        "images/s": lambda one: f"{_last(one)['throughput/images_per_s']:,.0f}" if _last(one) else "",
-        "restarts": lambda one: str(max(_starts(one) - 1, 0)),
-        "node": lambda one: one.queued.node if one.queued else ", ".join(_hosts(one)),
+        "epoch": lambda one: f"{_last_epoch(one).get('epoch', 0)}/{one.run.config.get('epochs', '?')}",
+        "accuracy %": lambda one: percent(accuracy) if (accuracy := _last_epoch(one).get("test/accuracy")) else "",
+        "images/s": lambda one: f"{_last_epoch(one)['throughput/images_per_s']:,.0f}" if _last_epoch(one) else "",
+        "restarts": lambda one: str(max(_count_starts(one) - 1, 0)),
+        "node": lambda one: one.queued.node if one.queued else ", ".join(_last_hosts(one)),
         "time left": lambda one: one.queued.time_left if one.queued else "",
     }
     numeric = ("epoch", "accuracy %", "images/s", "restarts", "time left")
-    rows = [[text(one) or "-" for text in columns.values()] for one in seen]
+    rows = [[text(one) or "-" for text in columns.values()] for one in states]
     return Table(list(columns), [title in numeric for title in columns], rows)
 
 
-def _last(one: Seen) -> dict[str, Any]:
-    return (one.run.metrics or [{}])[-1]
+def _last_epoch(state: RunState) -> dict[str, Any]:
+    return (state.run.metrics or [{}])[-1]
 
 
-def _starts(one: Seen) -> int:
-    """How often the run was started: by a launcher, or as far as training."""
-    path = one.folder / "starts.jsonl"
-    return max(len(one.run.environment), len(path.read_bytes().splitlines()) if path.exists() else 0)
+def _count_starts(state: RunState) -> int:
+    """Return how often the run was started: as a launcher counted it, or as often as it came to train."""
+    path = state.folder / "starts.jsonl"
+    return max(len(state.run.environment), len(path.read_bytes().splitlines()) if path.exists() else 0)
 
 
-def _hosts(one: Seen) -> list[str]:
-    """Where the run was last started."""
-    ranks = one.run.environment[-1]["ranks"] if one.run.environment else []
+def _last_hosts(state: RunState) -> list[str]:
+    """Return the hosts of the run's last start."""
+    ranks = state.run.environment[-1]["ranks"] if state.run.environment else []
     return list(dict.fromkeys(rank["host"] for rank in ranks))
 
 
 def follow(folders: list[Path], report_job: str) -> bool:
-    """Show the runs, whenever something has changed, until the report is written. Returns whether all are finished."""
+    """Print the table whenever something has changed, until the report is written. Return whether all are finished."""
     shown: list[list[str]] = []
     while True:
-        seen = look(folders)
-        now = table(seen)
-        if (changing := [row[:-1] for row in now.rows]) != shown:  # but for the time left
+        states = read_states(folders)
+        now = table(states)
+        if (changing := [row[:-1] for row in now.rows]) != shown:  # without the time left, which always changes
             say(f"{time.strftime('%H:%M:%S')}\n{terminal_table(now)}\n")
             shown = changing
         try:
-            ended = not any(one.active or one.unknown for one in seen)
-            if ended and report_job not in slurm.queued({getpass.getuser()}):
-                return all(one.finished for one in seen)
+            ended = not any(one.active or one.unknown for one in states)
+            if ended and report_job not in slurm.queued_jobs({getpass.getuser()}):
+                return all(one.finished for one in states)
         except UserError as error:  # a controller that is busy, or down for a while
-            say(f"{error}; asked again")
+            say(f"{error}; asking again")
         time.sleep(PAUSE)

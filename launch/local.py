@@ -1,20 +1,21 @@
-"""Train many runs on this machine, and compare them: one after another on all that it has, or several at once. What
-`make compare` does.
+"""Train many runs on this machine, and compare them. This is what `make compare` does.
+
+The runs train one after another, each on the whole machine, or several at once.
 
     python -m launch.local --models linear relu mlp cnn --recipe blog --seeds 42
     python -m launch.local --models cnn --seeds 0 1 2 --epochs 10       further flags are those of fashion_ddp.train
     python -m launch.local --seeds 0 1 2 --jobs 4                       four at once, each on a card of its own
 
-A finished run of the same settings, code and versions is taken as it is. Exit code 0: all finished; 1: some failed,
-and the report says which; 2: nothing was started, because something must be mended first; 75: stopped, and the same
-command continues.
+A run that finished before with the same settings, code and versions is not trained again. Exit code 0: all finished;
+1: some failed, and the report says which; 2: nothing was started, because something must be corrected first; 75:
+stopped, and the same command continues.
 """
 
 import os
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fashion_ddp.distributed import signals
@@ -28,9 +29,9 @@ from fashion_ddp.console import entry_point, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
 from launch import pool, slurm
-from launch.processes import STOPPED, Job, Running
-from launch.share import announce_apart
-from launch.submission import check_flags, refuse_twins, shared_group
+from launch.processes import LocalRanks, LocalRun
+from launch.share import divide_in_subprocess
+from launch.submission import check_flags, common_wandb_group, refuse_duplicates
 
 
 @dataclass(frozen=True)
@@ -58,35 +59,37 @@ class Comparison:
 def main(argv: list[str] | None = None) -> int:
     comparison, others = flags.parse_known(Comparison, "launch.local", argv)
     _check(comparison, others)
-    others += _synthetic_if_there_is_no_data(_job(comparison, comparison.models[0], comparison.seeds[0], others).cfg)
-    runs = [(model, seed) for model in comparison.models for seed in comparison.seeds]
-    configs = [_job(comparison, *run, others).cfg for run in runs]
-    refuse_twins(configs)
-    group = shared_group(configs)
+    first = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg
+    others += _synthetic_if_there_is_no_data(first)
+    models_and_seeds = [(model, seed) for model in comparison.models for seed in comparison.seeds]
+    configs = [_local_run(comparison, model, seed, others).cfg for model, seed in models_and_seeds]
+    refuse_duplicates(configs)
+    group = common_wandb_group(configs)
     others += ["--wandb-group", group] if group else []
-    jobs = [_job(comparison, *run, others) for run in runs]
-    first = jobs[0].cfg
+    runs = [_local_run(comparison, model, seed, others) for model, seed in models_and_seeds]
+    first = runs[0].cfg
     dataset = data.load(first.dataset, first.data_dir)
-    jobs = [_reuse_or_retrain(job, provenance.made_by(job.cfg, dataset.md5)) for job in jobs]
-    for folder in (job.folder for job in jobs if job.reused):
-        say(f"{folder}: finished before, with the same settings, code and versions: taken as it is")
-    todo = [job for job in jobs if not job.reused]
-    sizes = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
-    share = announce_apart(comparison.jobs, comparison.ranks, first, [job.cfg for job in todo], sizes)
+    runs = [_reuse_or_retrain(run, provenance.made_by(run.cfg, dataset.md5)) for run in runs]
+    for run in runs:
+        if run.reused:
+            say(f"{run.folder}: finished before, with the same settings, code and versions: taken as it is")
+    todo = [run for run in runs if not run.reused]
+    shape = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
+    share = divide_in_subprocess(comparison.jobs, comparison.ranks, first, [run.cfg for run in todo], shape)
     if "--check-only" in others:
         return 0
     code = pool.train(todo, share) if comparison.jobs > 1 else one_after_another(todo, share.ranks)
     if code not in (0, 1):
         return code
     say("")
-    if folders := [str(job.folder) for job in jobs if job.folder.exists()]:  # of none, compare would look elsewhere
+    # Without folders, compare would look for runs elsewhere.
+    if folders := [str(run.folder) for run in runs if run.folder.exists()]:
         compare.main([*folders, "--out", str(comparison.out)])
     return code
 
 
 def _check(comparison: Comparison, others: list[str]) -> None:
-    """Raise UserError for a value out of its range, a flag that neither this command nor fashion_ddp.train has, and on
-    a machine of a cluster outside of a job."""
+    """Raise UserError for numbers out of range, for unknown flags, and on a login node of a cluster."""
     if comparison.ranks < 0:
         raise UserError(f"ranks must be at least 0, got {comparison.ranks}")
     if comparison.jobs < 1:
@@ -94,23 +97,23 @@ def _check(comparison: Comparison, others: list[str]) -> None:
     if not comparison.models or not comparison.seeds:
         raise UserError("models and seeds need at least one value each")
     check_flags(Comparison, others, {})
-    if not comparison.force and slurm.is_outside_of_a_job():
+    if not comparison.force and slurm.on_login_node():
         words = ["--models", *comparison.models, "--recipe", comparison.recipe, "--seeds", *map(str, comparison.seeds)]
         words += ["--at-once", str(comparison.jobs)] if comparison.jobs > 1 else []
         raise UserError(
-            "this is a machine of a SLURM cluster, and no job of it: submit these runs with "
+            "this is a machine of a SLURM cluster, and this is not a job: submit these runs with "
             f"`python -m launch.submit {shlex.join([*words, *others])}` (with cards: --gpus-per-node N), or train here "
             "all the same with --force (FORCE=1)"
         )
 
 
-def _job(comparison: Comparison, model: str, seed: int, others: list[str]) -> Job:
+def _local_run(comparison: Comparison, model: str, seed: int, others: list[str]) -> LocalRun:
     argv = ["--model", model, "--recipe", comparison.recipe, "--seed", str(seed), *others]
-    return Job(cli.parse(argv).run, tuple(argv))
+    return LocalRun(cli.parse(argv).run, tuple(argv))
 
 
 def _synthetic_if_there_is_no_data(cfg: Config) -> list[str]:
-    """Flags to add: none, or synthetic data where neither files nor a network are there and none were named."""
+    """Return flags for synthetic data where the data was not named, is not here and cannot be downloaded; else []."""
     named = cfg.data_dir or os.environ.get("FASHION_DDP_DATA_DIR")
     if cfg.dataset not in data.PUBLISHED or named or data.locate(cfg.dataset, None):
         return []
@@ -124,28 +127,31 @@ def _synthetic_if_there_is_no_data(cfg: Config) -> list[str]:
         return ["--dataset", "synthetic"]
 
 
-def _reuse_or_retrain(job: Job, made_by: dict) -> Job:
-    """Whether the job's run is there already; where other code finished it, it is kept aside and made again."""
-    if "--fresh" in job.argv:
-        return job
+def _reuse_or_retrain(run: LocalRun, made_by: dict) -> LocalRun:
+    """Mark the run as reused where it is finished. Where other code finished it, train it anew beside the old one."""
+    if "--fresh" in run.argv:
+        return run
     try:
-        reuse = "--reuse" in job.argv
-        return Job(job.cfg, job.argv, reused=claim.check(job.cfg, made_by, reuse=reuse) == "finished")
+        reuse = "--reuse" in run.argv
+        return replace(run, reused=claim.check(run.cfg, made_by, reuse=reuse) == "finished")
     except claim.Outdated:
-        return Job(job.cfg, (*job.argv, "--fresh"))
+        return replace(run, argv=(*run.argv, "--fresh"))
 
 
-def one_after_another(todo: list[Job], ranks: int) -> int:
-    """Train runs, each on all that this machine has. Returns 0: all finished; 1: some failed, and the others went on;
-    or what ended it before the last."""
+def one_after_another(todo: list[LocalRun], ranks: int) -> int:
+    """Train runs, each on the whole machine.
+
+    Returns 0 where all finished; 1 where some failed (the others are trained all the same); else the exit code of the
+    run after which no other is started: of a mistake, or of a stop.
+    """
     failed = 0
-    for number, job in enumerate(todo, start=1):
-        if told := signals.received():
-            say(f"stopped ({told[0].name}) before run {number} of {len(todo)}: the same command continues")
-            return STOPPED
+    for number, run in enumerate(todo, start=1):
+        if received := signals.received():
+            say(f"stopped ({received[0].name}) before run {number} of {len(todo)}: the same command continues")
+            return os.EX_TEMPFAIL
         say(f"\n--- run {number} of {len(todo)}")
-        code = Running(job.argv, ranks).wait()
-        if code in (2, STOPPED, 128 + signal.SIGINT):
+        code = LocalRanks(run.argv, ranks).wait()
+        if code in (2, os.EX_TEMPFAIL, 128 + signal.SIGINT):
             return code
         failed += code != 0
     return int(failed > 0)

@@ -1,9 +1,10 @@
-"""Several runs at once on this machine, each with its share of it: what `--jobs N` does.
+"""Train several runs at once on this machine, each with its share of it: what `--jobs N` does.
 
-The terminal has a line when a run begins and one when it ends. What the runs say themselves would be a muddle there:
-each says it to a file of its own, beside its folder.
+The terminal shows a line when a run begins and one when it ends. Each run writes what it prints itself to a log file
+beside its folder, since the lines of several runs would be mixed up on the terminal.
 """
 
+import os
 import shlex
 import time
 from collections import deque
@@ -14,85 +15,88 @@ from fashion_ddp.console import say
 from fashion_ddp.distributed import signals
 from fashion_ddp.report.text import percent
 from fashion_ddp.runs.reading import load_run
-from launch.processes import LOOK, STOPPED, Job, Running
-from launch.share import Share
+from launch.processes import LOOK, LocalRanks, LocalRun
+from launch.share import MachineShare
 
-SHOWN = 10  # last lines of the log of a run that failed
+TAIL = 10  # last lines of the log of a run that failed, for the terminal
 
 
 @dataclass(frozen=True)
-class Active:
+class ActiveRun:
     """A run that is being trained."""
 
     label: str
     folder: Path
     log: Path
-    before: int  # bytes that the log had from earlier starts
-    running: Running
+    log_start: int  # bytes that the log had from earlier starts
+    ranks: LocalRanks
 
-    def end(self, code: int) -> None:
-        """Say how it ended."""
+    def report_end(self, code: int) -> None:
+        """Print how the run ended."""
         if code == 0:
             summary = load_run(self.folder).summary
             accuracy, seconds = percent(summary["test/accuracy"]), summary["time/total_s"]
             say(f"{self.label} finished: test accuracy {accuracy} %; {seconds:.1f} s from start to end")
-        elif code == STOPPED:
+        elif code == os.EX_TEMPFAIL:
             say(f"{self.label} stopped, and saved")
         else:
-            say(f"{self.label} FAILED with exit code {code}; the end of {self.log}:\n{self._last_words()}")
+            say(f"{self.label} FAILED with exit code {code}; the end of {self.log}:\n{self._log_tail()}")
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         with open(self.log, "rb") as file:
-            file.seek(self.before)
+            file.seek(self.log_start)
             lines = file.read().decode(errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-SHOWN:])
+        return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-TAIL:])
 
 
-def train(todo: list[Job], share: Share) -> int:
-    """Train runs, as many at once as there are slots. Returns 0: all finished; 1: some failed, and the others went on;
-    STOPPED."""
+def train(todo: list[LocalRun], share: MachineShare) -> int:
+    """Train runs, as many at once as `share` has places for.
+
+    Returns 0 where all finished; 1 where some failed (the others are trained all the same); EX_TEMPFAIL where a signal
+    stopped them.
+    """
     waiting = deque(enumerate(todo, start=1))
-    active: dict[int, Active] = {}  # by slot
-    codes: dict[str, int] = {}  # by name
+    active: dict[int, ActiveRun] = {}  # by place in share.cards
+    codes: dict[str, int] = {}  # exit codes by the name of the run's folder
     at_once = min(len(share.cards), len(todo))
     while active or (waiting and not signals.received()):
-        free = [slot for slot in range(len(share.cards)) if slot not in active]
+        free = [place for place in range(len(share.cards)) if place not in active]
         while free and waiting and not signals.received():
-            number, job = waiting.popleft()
-            label = f"[{number}/{len(todo)}] {job.folder.name}"
-            slot = free.pop(0)
+            number, run = waiting.popleft()
+            label = f"[{number}/{len(todo)}] {run.folder.name}"
+            place = free.pop(0)
             try:
-                active[slot] = _begin(job, label, share, slot, at_once)
+                active[place] = _start(run, label, share, place, at_once)
             except OSError as error:
                 say(f"{label} FAILED: it could not be begun: {error}")
-                codes[job.folder.name] = 1
+                codes[run.folder.name] = 1
         time.sleep(LOOK)
-        for slot, one in list(active.items()):
-            if (code := one.running.poll()) is not None:
-                del active[slot]
-                one.end(code)
+        for place, one in list(active.items()):
+            if (code := one.ranks.poll()) is not None:
+                del active[place]
+                one.report_end(code)
                 codes[one.folder.name] = code
-    if waiting or STOPPED in codes.values():
+    if waiting or os.EX_TEMPFAIL in codes.values():
         why = "".join(f" ({one.name})" for one in signals.received()[:1])
         say(f"stopped{why}: the same command continues")
-        return STOPPED
-    if failed := [job.folder.name for job in todo if codes[job.folder.name]]:
+        return os.EX_TEMPFAIL
+    if failed := [run.folder.name for run in todo if codes[run.folder.name]]:
         say(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
     return int(bool(failed))
 
 
-def log_of(folder: Path) -> Path:
-    """Where a run's words go: beside its folder, which it may yet find taken, or keep under another name."""
+def log_path(folder: Path) -> Path:
+    """Return where a run's log lies: beside its folder, since the run may refuse the folder or rename it."""
     return folder.with_name(f"{folder.name}.log")
 
 
-def _begin(job: Job, label: str, share: Share, slot: int, at_once: int) -> Active:
-    argv = (*job.argv, "--threads", str(share.threads))
-    cards, log = share.cards[slot], log_of(job.folder)
+def _start(run: LocalRun, label: str, share: MachineShare, place: int, at_once: int) -> ActiveRun:
+    argv = (*run.argv, "--threads", str(share.threads))
+    cards, log = share.cards[place], log_path(run.folder)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:  # what earlier starts said stays
-        before = file.tell()
-        running = Running(argv, share.ranks, at_once, cards, output=file)
+    with open(log, "ab") as file:  # keep what earlier starts wrote
+        log_start = file.tell()
+        ranks = LocalRanks(argv, share.ranks, at_once, cards, output=file)
     where = f" on card {cards}" if cards else ""
     say(f"{label} begins{where}; follow: tail -F {shlex.quote(str(log))}")
-    return Active(label, job.folder, log, before, running)
+    return ActiveRun(label, run.folder, log, log_start, ranks)

@@ -1,4 +1,4 @@
-"""What SLURM says of itself and of jobs, by its own commands. Works where there is no accounting."""
+"""Call SLURM's own commands, and read what they say about jobs. Works without accounting."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ PATIENCE = 60.0  # seconds that a command gets; with a controller that is down, 
 
 
 @dataclass(frozen=True)
-class Queued:
-    """A job as squeue shows it."""
+class QueuedJob:
+    """A job that waits or runs, as squeue shows it."""
 
     state: str
     node: str
@@ -24,8 +24,11 @@ class Queued:
     script: str  # the file that sbatch was given
 
 
-def ask(*words: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """What a SLURM command answers, yes or no. Raises UserError where it does not."""
+def run(*words: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    """Run a SLURM command and return its output and exit code.
+
+    Raises UserError where the command is not installed, or does not answer within `patience` seconds.
+    """
     try:
         return subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience, check=False
@@ -38,70 +41,74 @@ def ask(*words: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[
         ) from None
 
 
-def call(*words: str, patience: float = PATIENCE) -> str:
-    """A SLURM command's output. Raises UserError with what it says where it fails."""
-    done = ask(*words, patience=patience)
+def run_checked(*words: str, patience: float = PATIENCE) -> str:
+    """Run a SLURM command and return what it prints. Raises UserError as `run` does, and where the command fails."""
+    done = run(*words, patience=patience)
     if done.returncode:
         raise UserError(f"SLURM's {words[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
-def queued(users: Iterable[str]) -> dict[str, Queued]:
-    """These users' jobs that wait or run, by id (`7`, or `7_0` for a member of an array)."""
-    text = call("squeue", f"--user={','.join(users)}", "--noheader", "--array", "--format=%i|%T|%N|%L|%r|%o")
-    return {(one := line.split("|", 5))[0]: Queued(*one[1:]) for line in text.splitlines()}
+def queued_jobs(users: Iterable[str]) -> dict[str, QueuedJob]:
+    """Return these users' jobs that wait or run, by id (`7`, or `7_0` for a member of an array)."""
+    format_ = "--format=%i|%T|%N|%L|%r|%o"
+    text = run_checked("squeue", f"--user={','.join(users)}", "--noheader", "--array", format_)
+    return {(fields := line.split("|", 5))[0]: QueuedJob(*fields[1:]) for line in text.splitlines()}
 
 
-def ended(ids: Iterable[str]) -> dict[str, str]:
-    """How jobs ended, where accounting is there to tell."""
+def end_states(ids: Iterable[str]) -> dict[str, str]:
+    """Return the states in which jobs ended, by id; nothing where the cluster has no accounting."""
     ids = list(ids)
     if not ids or shutil.which("sacct") is None:
         return {}
     try:
-        text = call("sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", "-j", ",".join(ids))
-    except UserError:  # no accounting, or it is down: the run folders tell the rest
+        text = run_checked("sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", "-j", ",".join(ids))
+    except UserError:  # no accounting, or it is down: the run folders have to do
         return {}
     return {job: state.split()[0] for job, _, state in (line.partition("|") for line in text.splitlines()) if state}
 
 
-def largest_array() -> int:
-    """How many jobs an array may have here."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), flags=re.MULTILINE)
-    return int(found[1]) if found else 1001  # SLURM's own
+def max_array_size() -> int:
+    """Return how many jobs an array may have on this cluster."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_checked("scontrol", "show", "config"), flags=re.MULTILINE)
+    return int(found[1]) if found else 1001  # SLURM's default
 
 
-def machines() -> str:
-    """What the partitions have."""
-    text = call("sinfo", "--noheader", "--format=%R: %D x %c cores, %m MB, GPUs %G")
+def describe_partitions() -> str:
+    """Return one line that says what each partition has."""
+    text = run_checked("sinfo", "--noheader", "--format=%R: %D x %c cores, %m MB, GPUs %G")
     return "; ".join(dict.fromkeys(text.replace("GPUs (null)", "no GPUs").splitlines()))
 
 
-def answers() -> bool:
-    """Whether a cluster is here: its commands may be installed where none is."""
+def cluster_answers() -> bool:
+    """Return whether this machine belongs to a cluster: SLURM's commands may be installed where there is none."""
     if shutil.which("sinfo") is None:
         return False
     try:
-        call("sinfo", "--noheader", patience=10)
+        run_checked("sinfo", "--noheader", patience=10)
     except UserError:
         return False
     return True
 
 
-def is_outside_of_a_job() -> bool:
-    """Whether this is a machine of a cluster, and no job: a login node, most likely."""
-    return "SLURM_JOB_ID" not in os.environ and answers()
+def on_login_node() -> bool:
+    """Return whether this machine belongs to a cluster and this process to no job: most likely a login node."""
+    return "SLURM_JOB_ID" not in os.environ and cluster_answers()
 
 
-def own_id() -> str | None:
-    """The job that this process belongs to, as scontrol wants to be told; None outside SLURM."""
+def own_job_id() -> str | None:
+    """Return the id of the job that this process belongs to, as scontrol expects it; None outside of SLURM."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    # An array member's own id equals the array's for one of them, and would mean all.
+    # One member of an array has the array's own id, which would mean all members.
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 @contextlib.contextmanager
-def outside_of_a_job() -> Iterator[None]:
-    """As if this process belonged to none: what SLURM told its job would shape those that it submits or starts."""
+def hide_own_job() -> Iterator[None]:
+    """Take the variables of this process's job out of os.environ for a while.
+
+    SLURM sets them for this job, and they would change the jobs that it submits or starts.
+    """
     kept = dict(os.environ)
     if "SLURM_JOB_ID" in kept:
         for name in kept:
@@ -115,11 +122,11 @@ def outside_of_a_job() -> Iterator[None]:
 
 
 def preempted_with_grace(job: str) -> bool:
-    """Whether a job that was told SIGTERM runs on for a while because it is preempted.
+    """Return whether a job that received SIGTERM is preempted and still runs for its time of grace.
 
-    SIGTERM may also mean scancel, a time limit, or a requeue by SLURM itself; in all of these the job is on its way
-    out already, and to requeue it would raise a cancelled job from the dead.
+    SIGTERM may also come from scancel, at a time limit, or where SLURM itself requeues the job. In all of these cases
+    the job is already ending, and to requeue it would start a cancelled job again.
     """
-    shown = call("scontrol", "show", "job", job)
+    shown = run_checked("scontrol", "show", "job", job)
     fields = dict(re.findall(r"(\w+)=(\S*)", shown))
     return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"

@@ -1,4 +1,4 @@
-"""A copy of the code as it is submitted: what queued jobs run, whatever is edited before they start, or start again."""
+"""Copy the code at submission, so that jobs run it even if it is edited before they start, or start again."""
 
 import importlib.util
 import os
@@ -14,33 +14,34 @@ from fashion_ddp.files import PACKAGE
 from fashion_ddp.runs import provenance
 
 LARGEST = 100e6  # bytes of a user's package
-OURS = (PACKAGE, Path(__file__).parent)
+OUR_PACKAGES = (PACKAGE, Path(__file__).parent)
 
 
 def take(to: Path, names: list[str]) -> None:
-    """Copy this package, and the packages or modules of users' models and datasets (those names that are
-    package.module:Name), into a new folder."""
-    for package in (*OURS, *users_code(names)):
+    """Copy our packages and those of the user's models and datasets into a new folder.
+
+    `names`: of models and datasets; those that are `package.module:Name` are the user's.
+    """
+    for package in (*OUR_PACKAGES, *user_packages(names)):
         if package.is_dir():
-            shutil.copytree(package, to / package.name, ignore=_left_out)
+            shutil.copytree(package, to / package.name, ignore=_ignored)
         else:
             shutil.copy(package, to)
-    # Git would tell the checkout's commit at the time of asking.
+    # A job that asked git would get the commit of the checkout as it is then.
     (to / "GIT_COMMIT").write_text(provenance.git_commit() or "")
 
 
-def users_code(names: list[str]) -> list[Path]:
-    """Where the code of users' models and datasets lies: each one's package or module, unless it is installed in the
-    environment.
+def user_packages(names: list[str]) -> list[Path]:
+    """Return the packages or modules of the user's models and datasets that are not installed in the environment.
 
-    Raises UserError for a package too large to be copied for every submission.
+    Raises UserError for a package that is too large to be copied for every submission.
     """
     user_code.add_current_folder_to_path()  # as the run itself will
     installed = [Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
     found = []
     for name in dict.fromkeys(re.split("[.:]", one)[0] for one in names if is_code(one)):
         spec = importlib.util.find_spec(name)
-        if spec is None or name in (package.name for package in OURS):
+        if spec is None or name in (package.name for package in OUR_PACKAGES):
             continue
         path = Path(next(iter(spec.submodule_search_locations or [spec.origin or ""]))).resolve()
         if not path.exists() or any(folder in path.parents for folder in installed):
@@ -55,13 +56,13 @@ def users_code(names: list[str]) -> list[Path]:
     return found
 
 
-def _left_out(folder: str, names: list[str]) -> set[str]:
+def _ignored(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if name == "__pycache__" or name.startswith(".")}
 
 
 def _files(folder: Path) -> list[Path]:
     found = []
     for here, folders, names in os.walk(folder):
-        folders[:] = set(folders) - _left_out(here, folders)
-        found += [Path(here, name) for name in set(names) - _left_out(here, names)]
+        folders[:] = set(folders) - _ignored(here, folders)
+        found += [Path(here, name) for name in set(names) - _ignored(here, names)]
     return found

@@ -1,4 +1,4 @@
-"""Which runs a submission asks for: models x seeds x the points of a sweep, each with its validated settings."""
+"""List the runs that a submission asks for: models x seeds x the points of a sweep, with validated settings."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.report.text import common_settings
 from fashion_ddp.runs import claim
 
-# Flags of fashion_ddp.train that mean nothing for many runs, and what does instead.
+# Flags of fashion_ddp.train that make no sense for many runs, and what to do instead.
 REFUSED = {
     "model": "several runs are named with --models",
     "seed": "several runs are named with --seeds",
@@ -42,9 +42,9 @@ class Submission:
     ranks_per_node: int = 0
     """Ranks of each machine: by default one per card, or one."""
     cpus_per_rank: int = 2
-    """CPU cores of each rank. It computes with as many threads (--threads chooses another number)."""
+    """CPU cores of each rank, and its threads unless --threads gives another number."""
     time: int = 60
-    """Minutes after which a job ends. It gets a signal two minutes earlier, saves, and continues in a next job."""
+    """Minutes after which a job ends. Two minutes before, it gets a signal: it saves, and continues in a next job."""
     partition: str | None = None
     """SLURM's partition."""
     account: str | None = None
@@ -68,11 +68,11 @@ class Submission:
 
     @property
     def ranks(self) -> int:
-        """The number of ranks on each machine."""
+        """Ranks of each run on each machine."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     def check(self) -> None:
-        """Raise UserError for values that make no sense, alone or together."""
+        """Raise UserError for numbers out of range, and for options that do not go together."""
         for name in ("nodes", "cpus_per_rank", "time", "at_once"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -86,30 +86,31 @@ class Submission:
                 f"ranks_per_node={self.ranks_per_node} with gpus_per_node={self.gpus_per_node}: a rank has one card"
             )
         if self.executor != "slurm" and self.nodes > 1:
-            raise UserError(f"--executor {self.executor} has this machine alone: leave --nodes out")
+            raise UserError(f"--executor {self.executor} uses this machine only: leave --nodes out")
         if self.executor == "debug" and self.ranks > 1:
-            raise UserError(f"--executor debug has this process alone, one rank, and not {self.ranks}: use local")
+            raise UserError(f"--executor debug trains one rank, in this process, not {self.ranks}: use local")
 
 
 def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[cli.Command]:
-    """Return the command of every run, its settings validated. `flags` are for all runs, and win over `defaults`.
+    """Return the command line of every run, its settings validated.
 
-    Raises UserError for a mistake in any of them.
+    `flags`: of fashion_ddp.train, as the user gave them; they win over `defaults`. Raises UserError for a mistake in
+    any of them.
     """
     asked.check()
     check_flags(Submission, flags, REFUSED)
-    points = _sweep(asked.sweep, flags)
+    points = _sweep_points(asked.sweep, flags)
     usual = ["--device", "cuda" if asked.gpus_per_node else "cpu"]
-    if asked.executor == "slurm":  # known here; from the job's view of its machine it could only be guessed
+    if asked.executor == "slurm":  # on its machine, a job could only guess the number
         usual += ["--threads", str(asked.cpus_per_rank)]
-    found = [
+    runs = [
         cli.parse(["--model", model, "--recipe", asked.recipe, "--seed", str(seed), *usual, *defaults, *flags, *point])
         for model in asked.models
         for seed in asked.seeds
         for point in points
     ]
-    configs = [command.run for command in found]
-    refuse_twins(configs)
+    configs = [command.run for command in runs]
+    refuse_duplicates(configs)
     if asked.sweep and not all(cfg.validation for cfg in configs):
         raise UserError(
             "--sweep chooses among runs, and must not do so by the test set: hold out training images, as with "
@@ -121,23 +122,25 @@ def commands(asked: Submission, flags: list[str], defaults: list[str]) -> list[c
             raise UserError(f"--device cpu with gpus_per_node={asked.gpus_per_node}: leave one out")
         if cfg.reduction_shards % ranks:
             raise UserError(f"reduction_shards={cfg.reduction_shards} must be a multiple of the {ranks} ranks")
-    if group := shared_group(configs):
-        found = [replace(one, run=replace(one.run, wandb_group=group)) for one in found]
-    return found
+    if group := common_wandb_group(configs):
+        runs = [replace(one, run=replace(one.run, wandb_group=group)) for one in runs]
+    return runs
 
 
-def refuse_twins(configs: list[Config]) -> None:
-    """Raises UserError where two runs would have one folder."""
+def refuse_duplicates(configs: list[Config]) -> None:
+    """Raise UserError where two runs would have the same folder."""
     if len(configs) > 1 and configs[0].run_dir is not None:
         raise UserError(f"--run-dir names one folder, and these are {len(configs)} runs: give --runs-dir")
     names = [claim.folder_of(cfg) for cfg in configs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two of the runs would be one, {twice}: name each model, seed and value once")
+        raise UserError(f"two of the runs would have the same folder, {twice}: name each model, seed and value once")
 
 
-def shared_group(configs: list[Config]) -> str | None:
-    """W&B's group for runs that are to be compared, by what they have in common: the recipe, and changes to it. The
-    same at every start; None where the user said one, or W&B's own variable does."""
+def common_wandb_group(configs: list[Config]) -> str | None:
+    """Name a W&B group for runs that will be compared: the recipe, and the changes to it that they have in common.
+
+    The name is the same at every start. None where a flag or W&B's own variable names the group.
+    """
     if any(cfg.wandb_group for cfg in configs) or "WANDB_RUN_GROUP" in os.environ:
         return None
     common = common_settings([layers.recipe_changes(cfg) for cfg in configs])
@@ -154,8 +157,11 @@ def check_flags(cls: type, words: list[str], refused: Mapping[str, str]) -> None
     refuse_unknown_flags(words, [*flag_names(cls), *of_runs])
 
 
-def _sweep(texts: tuple[str, ...], flags: list[str]) -> list[list[str]]:
-    """The flags of each point of a sweep, given as `name=value,value,...`; one empty list where there is none."""
+def _sweep_points(texts: tuple[str, ...], flags: list[str]) -> list[list[str]]:
+    """Return the flags of each point of a sweep; a single point without flags where there is no sweep.
+
+    `texts`: one `name=value,value,...` per setting.
+    """
     names = [*Config().result_settings(), "model_args", "init_from", "freeze"]
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_") for word in flags}
     axes: dict[str, list[str]] = {}
@@ -165,7 +171,7 @@ def _sweep(texts: tuple[str, ...], flags: list[str]) -> list[list[str]]:
         if not equals or not all(values.split(",")):
             raise UserError(f"--sweep {text}: expected name=value,value,... as in lr=0.05,0.1")
         if name not in names:
-            raise UserError(f"--sweep {text}: {name!r} is no setting that changes a result; {nearest(name, names)}")
+            raise UserError(f"--sweep {text}: {name!r} is not a setting that changes a result; {nearest(name, names)}")
         if name in axes or name in given:
             raise UserError(f"--sweep {text}: {name} is given twice; name all its values once")
         axes[name] = [_flag(name, value) for value in values.split(",")]

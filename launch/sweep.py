@@ -1,4 +1,4 @@
-"""The comparison at the end of a submission: of what there is, saying what is missing; and the ranking of a sweep."""
+"""Compare the runs at the end of a submission, say which are missing, and rank a sweep."""
 
 import sys
 from pathlib import Path
@@ -6,27 +6,26 @@ from pathlib import Path
 from fashion_ddp import compare
 from fashion_ddp.errors import UserError
 from fashion_ddp.files import write_whole
+from fashion_ddp.report import rows
 from fashion_ddp.report.results import Result, read_results
-from fashion_ddp.report.rows import Row
-from fashion_ddp.report.rows import compare as compared
 from fashion_ddp.report.text import Table, markdown_table, percent, terminal_table
 
 VALIDATION = "val/accuracy"
 
 
-def write(folders: list[Path], out: Path, ranked: bool) -> str:
-    """Compare runs into the folder `out`. Exits with 1, when that is done, where a run is missing or not finished."""
-    there = [folder for folder in folders if (folder / "config.yaml").is_file()]
-    if not there:
+def compare_runs(folders: list[Path], out: Path, ranked: bool) -> str:
+    """Write the report on these runs into the folder `out`. Then exit with 1 where a run is missing or not finished."""
+    existing = [folder for folder in folders if (folder / "config.yaml").is_file()]
+    if not existing:
         raise UserError("none of the runs is there: nothing can be compared")
-    compare.main([*map(str, there), "--out", str(out)])
-    results = read_results(there)
+    compare.main([*map(str, existing), "--out", str(out)])
+    results = read_results(existing)
     if ranked and (table := ranking(results)):
         title = f"The sweep, by {VALIDATION}: the mean over seeds"
         print(f"\n{title}\n{terminal_table(table)}")
         write_whole(out / "sweep.md", f"# {title}\n\n{markdown_table(table)}")
     missing = [f"{r.name} ({r.record['status']})" for r in results if not r.finished]
-    missing += [f"{folder.name} (removed)" for folder in folders if folder not in there]
+    missing += [f"{folder.name} (removed)" for folder in folders if folder not in existing]
     if missing:
         print(f"PARTIAL: of {len(folders)} runs {len(missing)} are not finished: {', '.join(missing)}")
         print("`python -m launch.status resubmit` submits these again", flush=True)
@@ -35,24 +34,24 @@ def write(folders: list[Path], out: Path, ranked: bool) -> str:
 
 
 def ranking(results: list[Result]) -> Table | None:
-    """What was trained, by its accuracy on held-out training images: what a choice may rest on, unlike the test set's.
+    """Rank the finished runs by their accuracy on the validation set; None where no run has one.
 
-    None where no run held any out.
+    The validation set is held out from training. A choice may rest on it, and not on the test set.
     """
-    sections = compared(results).sections
-    rows = [row for section in sections for row in section.rows if row.mean(VALIDATION) is not None]
-    if not rows:
+    sections = rows.compare(results).sections
+    ranked = [row for section in sections for row in section.rows if row.mean(VALIDATION) is not None]
+    if not ranked:
         return None
-    rows.sort(key=lambda row: -(row.mean(VALIDATION) or 0.0))
-    spread = any(row.std(VALIDATION) is not None for row in rows)
-    titles = ["", "what", "n", f"{VALIDATION} %", *["std"] * spread, "val/loss", "test/accuracy %"]
-    lines = [_line(place, row, spread) for place, row in enumerate(rows, start=1)]
+    ranked.sort(key=lambda row: -(row.mean(VALIDATION) or 0.0))
+    several_seeds = any(row.std(VALIDATION) is not None for row in ranked)
+    titles = ["", "what", "n", f"{VALIDATION} %", *["std"] * several_seeds, "val/loss", "test/accuracy %"]
+    lines = [_line(place, row, several_seeds) for place, row in enumerate(ranked, start=1)]
     return Table(titles, [True, False, *[True] * (len(titles) - 2)], lines)
 
 
-def _line(place: int, row: Row, spread: bool) -> list[str]:
+def _line(place: int, row: rows.Row, with_std: bool) -> list[str]:
     std = row.std(VALIDATION)
     loss, test = row.mean("val/loss"), row.mean("test/accuracy")
-    figures = [percent(row.mean(VALIDATION) or 0.0)] + [percent(std) if std is not None else "-"] * spread
+    figures = [percent(row.mean(VALIDATION) or 0.0)] + [percent(std) if std is not None else "-"] * with_std
     figures += ["-" if loss is None else f"{loss:.4f}", "-" if test is None else percent(test)]
     return [str(place), row.label, str(len(row.results)), *figures]

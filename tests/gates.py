@@ -1,11 +1,11 @@
-"""Real processes, as a user starts them, that come to a gate where a test wants them and stand there until let through.
+"""Start real processes as a user does, and let them wait at a gate that a test chooses.
 
     with Started(tmp_path, [*TORCHRUN, *SMALL], gate("step", 30)) as run:
-        pids = run.at_gate(2)      two processes have come to it
-        os.kill(...)               whatever is to happen meanwhile
-        assert run.wait() == 1     let through, to the end
+        pids = run.at_gate(2)      wait until two processes have come to it
+        os.kill(...)               do what shall happen meanwhile
+        assert run.wait() == 1     let them through, and wait for the end
 
-The product knows nothing of it: a sitecustomize on PYTHONPATH wraps a function, or waits for an import.
+The package knows nothing of gates: a sitecustomize on PYTHONPATH wraps a function, or waits in an import.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--np
 ACCELERATE = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", *PYTHON[1:]]
 LOCAL = [sys.executable, "-m", "launch.local"]
 
-# The signals that a shell shuts off for its background, where these tests may run; and a terminal of its own.
+# A shell ignores these signals for its background jobs, and tests may run in one. A terminal becomes the process's own.
 BEFORE = """
 import fcntl, os, signal, sys, termios
 for one in (signal.SIGINT, signal.SIGHUP):
@@ -91,13 +91,16 @@ if GATE:
 
 
 def gate(point: str, count: int = 1, program: str = "fashion_ddp.train", word: str = "") -> list[Any]:
-    """Before a point of `faults.POINTS` for the count-th time in each process, or at the import of a module."""
+    """Place a gate before a point of `faults.POINTS`, at its count-th call in each process, or in a module's import.
+
+    `program`: what `python -m` runs, or "spawned". `word`: a word that the command line must have.
+    """
     module, attribute, _ = POINTS.get(point, (*point.partition(":")[::2], ""))
     return [program, word, module, attribute, count]
 
 
 class Started:
-    """A command that was started in a folder; within `with`, so that nothing of it outlives a test."""
+    """A command that was started in a folder. Use it in a `with`, so that nothing of it outlives the test."""
 
     def __init__(
         self, folder: Path, words: Sequence[str], where: list[Any] | None = None, terminal: bool = False, **env: str
@@ -134,7 +137,7 @@ class Started:
         self.end()
 
     def read_terminal(self) -> None:
-        """What the terminal was sent belongs to what is printed; a full terminal would hold the writer up."""
+        """Add the terminal's content to what is printed. A terminal that is full would block the process."""
         if self.master:
             with contextlib.suppress(OSError), open(self.screen, "ab") as file:
                 while text := os.read(self.master[0], 4096):
@@ -145,7 +148,7 @@ class Started:
         os.write(self.master[0], keys)
 
     def interrupt_until_it_ends(self) -> None:
-        """Ctrl-C again and again, as someone who has no patience types it."""
+        """Type Ctrl-C again and again, as someone without patience does."""
         while self.process.poll() is None:
             self.type(b"\x03")
             self.read_terminal()
@@ -153,7 +156,7 @@ class Started:
         self.until(lambda: "interrupted twice" in self.printed())
 
     def until(self, true: Callable[[], Any], timeout: float = 120.0) -> Any:
-        """Wait for something, and return it."""
+        """Wait until `true` returns something true, and return that."""
         end = time.monotonic() + timeout
         while not (found := true()):
             self.read_terminal()
@@ -164,7 +167,7 @@ class Started:
         return found
 
     def at_gate(self, processes: int = 1) -> list[int]:
-        """The ids of so many processes, when they have come to the gate."""
+        """Wait until so many processes have come to the gate, and return their ids."""
 
         def here() -> list[int]:
             assert not self.process.poll(), self.printed()
@@ -174,25 +177,25 @@ class Started:
         return self.until(here)
 
     def told(self, processes: int = 1) -> None:
-        """Wait until so many of those who stand at the gate have heard a signal."""
+        """Wait until so many of the processes at the gate have received a signal."""
         self.until(lambda: len(list(self.folder.glob(".told.*"))) >= processes)
 
     def let_through(self) -> None:
         (self.folder / ".let_through").touch()
 
     def wait(self, timeout: float = 120.0) -> int:
-        """The command's exit code."""
+        """Open the gate, wait for the command's end, and return its exit code."""
         self.let_through()
         self.until(lambda: self.process.poll() is not None, timeout)
         self.read_terminal()
         return self.process.returncode
 
     def printed(self) -> str:
-        """What was printed in all starts in this folder."""
+        """Return what all commands started in this folder have printed."""
         return self.screen.read_text() if self.screen.exists() else ""
 
     def end(self) -> None:
-        """Leave nothing behind. Ranks in sessions of their own end by themselves when their launcher is gone."""
+        """Open the gate and kill the command. Ranks in their own sessions end by themselves without their launcher."""
         self.let_through()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -203,7 +206,7 @@ class Started:
 
 
 def living(pid: int) -> bool:
-    """Whether a process still runs; one that nobody buried does not."""
+    """Return whether a process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

@@ -59,12 +59,15 @@ def test_the_exit_code_of_a_failure_does_not_depend_on_who_reads(line: str, unbu
     assert code == 2 and printed == ("error: the reason\n" if line == '"$@"' else "")
 
 
+STOPPED = "stopped (SIGTERM) and saved in epoch 1: the same command continues\n"
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
         ("UserError('mend this')", 2, "error: mend this\n"),
         ("TrainingFailed('went wrong')", 1, "error: went wrong\n"),
-        ("Stopped('saved', 'SIGTERM')", os.EX_TEMPFAIL, "saved\n"),
+        ("Stopped('epoch 1', 'SIGTERM')", os.EX_TEMPFAIL, STOPPED),
         ("KeyboardInterrupt", 130, "error: interrupted\n"),
         ("KeyboardInterrupt('nothing is queued')", 130, "error: nothing is queued\n"),
         ("SystemExit(3)", 3, ""),

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A real SLURM on one Debian machine, for development and tests: two nodes, fake GPUs, accounting, preemption.
+"""Run a real SLURM on one Debian machine, for development and tests: two nodes, fake GPUs, accounting, preemption.
 
     slurm/cluster/cluster.py up [--dir DIR] [--no-accounting]     as root; prints the line to set SLURM_CONF with
     slurm/cluster/cluster.py down [--dir DIR]                     stops all of it and removes DIR
 
-Nothing outside DIR is touched but a line of /etc/hosts, which `down` takes out again: programs look nodes up by
-name. Partitions: `low` (the default, jobs there are requeued for `high`), `grace` (as low, with 20 s of grace), `high`.
-Needs the packages slurmctld slurmd slurm-client slurmdbd munge mariadb-server (22.05 was used).
+Outside of DIR only /etc/hosts changes: programs look nodes up by name; `down` removes the line. Partitions: `low`
+(the default; `high` preempts and requeues its jobs), `grace` (as low, with 20 s of grace), `high`. Needs the packages
+slurmctld slurmd slurm-client slurmdbd munge mariadb-server (22.05 was used).
 """
 
 import argparse
@@ -89,8 +89,8 @@ StorageLoc=slurm_acct_db
 """
 
 
-def lacking(accounting: bool = True) -> str:
-    """Why no cluster can be made here; empty where one can."""
+def why_impossible(accounting: bool = True) -> str:
+    """Return why no cluster can run here, or "" where one can."""
     missing = [p for p in (*PROGRAMS, *(ACCOUNTING if accounting else ())) if shutil.which(p) is None]
     if missing:
         return f"these programs are missing: {', '.join(missing)} (apt-get install {PACKAGES})"
@@ -104,8 +104,8 @@ class Cluster:
         self.mark = f"# fashion_ddp {self.dir}"
 
     def up(self, accounting: bool = True, kill_wait: int = 20) -> None:
-        if why := lacking(accounting):
-            sys.exit(f"error: no cluster can be made here: {why}")
+        if why := why_impossible(accounting):
+            sys.exit(f"error: no cluster can run here: {why}")
         if self.dir.exists() and any(self.dir.iterdir()):
             sys.exit(f"error: {self.dir} is not empty: `cluster.py down --dir {self.dir}` first, or another --dir")
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class Cluster:
         nodes = [NODE.format(name=n, host=values["host"], port=p) for n, p in zip(NODES, _free_ports(2), strict=True)]
         with_accounting = WITH_ACCOUNTING.format(**values) if accounting else ""
         self.conf.write_text(SLURM_CONF.format(**values, nodes="\n".join(nodes), accounting=with_accounting))
-        # Slurm wants a device per GPU; terminals are there on any machine, and nothing opens them.
+        # SLURM wants a device per GPU. Every machine has these terminals, and nothing opens them.
         (self.dir / "gres.conf").write_text("Name=gpu File=/dev/tty[10-13]\n")
         (self.dir / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.dir / "state").mkdir()
@@ -141,10 +141,10 @@ class Cluster:
             self._run("slurmd", "-f", str(self.conf), "-N", name)
         _wait("both nodes are idle", lambda: self._output("sinfo", "-h", "-p", "low", "-o", "%T %D") == "idle 2")
 
-    def name_nodes(self, known: bool) -> None:
-        """Let programs find the nodes by name, or no longer."""
+    def name_nodes(self, resolvable: bool) -> None:
+        """Add the nodes' names to /etc/hosts, or remove them."""
         lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(self.mark)]
-        HOSTS.write_text("\n".join([*lines, *[f"127.0.0.1 {' '.join(NODES)} {self.mark}"] * known, ""]))
+        HOSTS.write_text("\n".join([*lines, *[f"127.0.0.1 {' '.join(NODES)} {self.mark}"] * resolvable, ""]))
 
     def _munge(self) -> None:
         folder = self.dir / "munge"
@@ -182,10 +182,10 @@ class Cluster:
         # slurmdbd and sacctmgr read slurmdbd.conf beside slurm.conf.
         self.conf.write_text(SLURM_CONF.format(**values, nodes="", accounting=WITH_ACCOUNTING.format(**values)))
         self._run("slurmdbd")
-        _wait("slurmdbd answers", lambda: _listens(int(str(values["dbd_port"]))))
+        _wait("slurmdbd answers", lambda: _is_listening(int(str(values["dbd_port"]))))
 
     def down(self) -> None:
-        """Stop what was started, jobs first, and leave nothing behind."""
+        """Stop the jobs and the daemons, and remove all files."""
         if self.conf.exists():
             self._succeeds("scancel", "--full", "--user=root", "--signal=KILL")
             self._succeeds("scancel", "--user=root")
@@ -194,10 +194,10 @@ class Cluster:
             with contextlib.suppress(OSError, ValueError):
                 pid = int((self.dir / name).read_text())
                 os.kill(pid, signal.SIGTERM)
-                _wait(f"{name} ends", lambda pid=pid: not _lives(pid), patience=30, give_up=False)
-                if _lives(pid):
+                _wait(f"{name} ends", lambda pid=pid: not _is_alive(pid), patience=30, give_up=False)
+                if _is_alive(pid):
                     os.kill(pid, signal.SIGKILL)
-        for pid in _of_steps(self.dir):
+        for pid in _leftover_processes(self.dir):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         self.name_nodes(False)
@@ -227,20 +227,20 @@ def _wait(what: str, holds: Callable[[], bool], patience: float = 60, give_up: b
     while not holds():
         if time.monotonic() > limit:
             if give_up:
-                sys.exit(f"error: waited {patience:.0f} s in vain: {what}")
+                sys.exit(f"error: waited {patience:.0f} s until {what}: it did not happen")
             return
         time.sleep(0.1)
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def _of_steps(folder: Path) -> list[int]:
-    """Processes that were started for this cluster's jobs and outlived its daemons."""
+def _leftover_processes(folder: Path) -> list[int]:
+    """Return the processes of this cluster's jobs that outlived its daemons."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -256,7 +256,7 @@ def _environ(pid: int) -> bytes:
         return b""
 
 
-def _listens(port: int) -> bool:
+def _is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

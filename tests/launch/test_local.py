@@ -78,7 +78,7 @@ def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_
         (("--models", "linaer"), "did you mean 'linear'?"),
         (("--ranks", "-1"), "ranks must be at least 0"),
         (("--jobs", "0"), "jobs must be at least 1, got 0"),
-        (("--seeds", "1", "1"), "two of the runs would be one, runs/linear-blog-seed1"),
+        (("--seeds", "1", "1"), "two of the runs would have the same folder, runs/linear-blog-seed1"),
         (("--lr", "-1"), "lr must be greater than 0"),
     ],
 )

@@ -22,8 +22,8 @@ from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed import machine
 from fashion_ddp.errors import UserError
 from launch.pool import train
-from launch.processes import Job, Running
-from launch.share import Share, announce, deal, visible_cards
+from launch.processes import LocalRanks, LocalRun
+from launch.share import MachineShare, assign_cards, divide, visible_cards
 from launch.submission import Submission
 
 TWO_AT_ONCE = [*LOCAL, *SMALL, "--jobs", "2"]
@@ -68,7 +68,7 @@ def of(folder: Path, model: str, name: str) -> Any:
     ],
 )
 def test_each_run_has_cards_of_its_own(cards: list[str], jobs: int, ranks: int, dealt: list[str]) -> None:
-    assert deal(cards, jobs, ranks) == dealt
+    assert assign_cards(cards, jobs, ranks) == dealt
 
 
 @pytest.mark.quick
@@ -87,7 +87,7 @@ def test_each_run_has_cards_of_its_own(cards: list[str], jobs: int, ranks: int, 
 )
 def test_more_runs_than_cards_are_refused_with_both_numbers(cards: int, jobs: int, ranks: int, said: str) -> None:
     with pytest.raises(UserError) as refused:
-        deal(visible_cards(cards, {}), jobs, ranks)
+        assign_cards(visible_cards(cards, {}), jobs, ranks)
     assert str(refused.value).startswith(said)
 
 
@@ -110,7 +110,7 @@ def test_visible_cards_keep_the_names_that_the_user_gave(named: str | None, coun
 def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = make_config({"device": "cpu"})
     monkeypatch.setattr(machine, "usable_cores", lambda: 12)
-    shares = {(j, r): announce(j, r, cfg, [], SYNTHETIC) for j, r in [(1, 0), (3, 0), (3, 2), (5, 0), (16, 0), (8, 4)]}
+    shares = {(j, r): divide(j, r, cfg, [], SYNTHETIC) for j, r in [(1, 0), (3, 0), (3, 2), (5, 0), (16, 0), (8, 4)]}
     assert {at: (share.ranks, share.threads) for at, share in shares.items()} == {
         (1, 0): (4, 3),  # as ever: on all that there is
         (3, 0): (1, 4),
@@ -120,7 +120,7 @@ def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(monkeyp
         (8, 4): (4, 1),
     }
     assert shares[3, 2].cards == (None, None, None)
-    own = announce(3, 0, make_config({"device": "cpu", "threads": 7}), [], SYNTHETIC)
+    own = divide(3, 0, make_config({"device": "cpu", "threads": 7}), [], SYNTHETIC)
     assert own.threads == 7
 
 
@@ -151,8 +151,8 @@ def test_runs_at_once_see_cards_of_their_own_and_how_many_they_are(
     surroundings: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = ("--no-such-flag",)
-    jobs = [Job(make_config({"seed": seed}), refused) for seed in (1, 2)]
-    assert train(jobs, Share(2, 1, ("1,3", "GPU-b,0", "2,4"))) == 1
+    jobs = [LocalRun(make_config({"seed": seed}), refused) for seed in (1, 2)]
+    assert train(jobs, MachineShare(2, 1, ("1,3", "GPU-b,0", "2,4"))) == 1
     assert surroundings() == [*(("1,3", "2", rank) for rank in "01"), *(("GPU-b,0", "2", rank) for rank in "01")]
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(";")[0] for line in said if "begins" in line] == [
@@ -160,13 +160,13 @@ def test_runs_at_once_see_cards_of_their_own_and_how_many_they_are(
         "[2/2] cnn-blog-seed2 begins on card GPU-b,0",
     ]
     assert said[-1] == "2 of 2 runs failed: cnn-blog-seed1, cnn-blog-seed2"
-    assert train([*jobs, Job(make_config({"seed": 3}), refused)], Share(1, 1, ("3",))) == 1
+    assert train([*jobs, LocalRun(make_config({"seed": 3}), refused)], MachineShare(1, 1, ("3",))) == 1
     assert surroundings() == [("3", "1", None)] * 3
 
 
 @pytest.mark.quick
 def test_a_run_that_is_alone_sees_what_its_launcher_sees(surroundings: Any) -> None:
-    running = Running(("--no-such-flag",), 1)
+    running = LocalRanks(("--no-such-flag",), 1)
     while (code := running.poll()) is None:
         time.sleep(0.01)
     assert code == 2 and surroundings() == [("1,3,GPU-b,0", "1", None)]
@@ -176,10 +176,10 @@ def test_a_run_that_is_alone_sees_what_its_launcher_sees(surroundings: Any) -> N
 def test_a_log_that_cannot_be_written_fails_its_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     jobs = [
-        Job(make_config({"runs_dir": tmp_path / "file"}), ("--no-such-flag",)),
-        Job(make_config({"runs_dir": tmp_path / "runs"}), ("--no-such-flag",)),
+        LocalRun(make_config({"runs_dir": tmp_path / "file"}), ("--no-such-flag",)),
+        LocalRun(make_config({"runs_dir": tmp_path / "runs"}), ("--no-such-flag",)),
     ]
-    assert train(jobs, Share(1, 1, (None,))) == 1
+    assert train(jobs, MachineShare(1, 1, (None,))) == 1
     said = capsys.readouterr().out
     assert "[1/2] cnn-blog-seed42 FAILED: it could not be begun: " in said and f"{tmp_path / 'file'}" in said
     assert "2 of 2 runs failed" in said

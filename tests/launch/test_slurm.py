@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_submit import SLOW_MODEL, ranks_of
 
 sys.path.insert(0, str(CHECKOUT / "slurm" / "cluster"))
-from cluster import Cluster, lacking
+from cluster import Cluster, why_impossible
 
 pytestmark = pytest.mark.slurm
 
@@ -34,7 +34,7 @@ NAME = "slow_Net-blog-seed42-epochs40-batch_size1000-datasetsynthetic"
 
 
 def make_cluster(accounting: bool) -> Iterator[Cluster]:
-    if why := lacking(accounting):
+    if why := why_impossible(accounting):
         (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"no SLURM can be made: {why}")
     # Not pytest's own folder, which the users of munge and of the database may not enter.
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="fashion_ddp_slurm_", dir="/var/tmp")))

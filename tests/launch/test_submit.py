@@ -199,8 +199,8 @@ BAD = {
     "--time 0": "time must be at least 1",
     "--max-restarts -1": "max_restarts must be at least 0",
     "--gpus-per-node 4 --ranks-per-node 2": "a rank has one card",
-    "--nodes 2 --executor local": "this machine alone",
-    "--ranks-per-node 2 --executor debug": "one rank, and not 2",
+    "--nodes 2 --executor local": "uses this machine only",
+    "--ranks-per-node 2 --executor debug": "trains one rank, in this process, not 2",
     "--model cnn": "--models",
     "--seed 3": "--seeds",
     "--config x.yaml": "--recipe mine.yaml",
@@ -212,7 +212,7 @@ BAD = {
     "cnn": "'cnn' is no flag",
     "--recipe nope": "recipe: unknown 'nope'",
     "--models linear lenear": "did you mean 'linear'?",
-    "--seeds 1 1": "two of the runs would be one",
+    "--seeds 1 1": "two of the runs would have the same folder",
     "--seeds 1 2 --run-dir x": "--run-dir names one folder, and these are 2 runs",
     "--device cuda": "give --gpus-per-node",
     "--device cpu --gpus-per-node 2": "leave one out",
@@ -221,16 +221,16 @@ BAD = {
     "--sweep lr": "expected name=value,value",
     "--sweep lr=1,,2": "expected name=value,value",
     "--sweep lt=1,2": "did you mean 'lr'?",
-    "--sweep threads=1,2": "no setting that changes a result",
+    "--sweep threads=1,2": "not a setting that changes a result",
     "--sweep lr=0.1,0.2 lr=0.3 --validation 5": "given twice",
     "--sweep lr=0.1,0.2 --lr 0.3 --validation 5": "given twice",
     "--sweep lr=0.1,x --validation 5": "lr must be a number, got 'x'",
     "--sweep shuffle=yes,no --validation 5": "must be true or false, got 'yes'",
-    "--sweep lr=0.1,1e-1 --validation 5": "two of the runs would be one",
+    "--sweep lr=0.1,1e-1 --validation 5": "two of the runs would have the same folder",
     "--sweep lr=0.1,0.2": "--validation 5000",
     "--slurm nodes=2": "give --nodes",
     "--slurm time=5": "give --time",
-    "--slurm output=x": "the log's place is known to launch.status",
+    "--slurm output=x": "launch.status must know where the log is",
     "--slurm gpus-per-task=1": "use --gpus-per-node",
     "--slurm parsable": "sbatch is called for you",
     "--slurm =3": "expected an option of sbatch",
@@ -277,7 +277,7 @@ def test_a_users_package_with_data_in_it_is_not_copied(here: Path, monkeypatch: 
     assert not any("__pycache__" in name for name in copied)
     monkeypatch.setattr(snapshot, "LARGEST", 300)
     with pytest.raises(UserError, match="holds no data"):
-        snapshot.users_code(["big.sub.net:Net"])
+        snapshot.user_packages(["big.sub.net:Net"])
 
 
 # --- The site file ----------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_the_site_file_that_is_shown_is_valid(said: Said, monkeypatch: pytest.Mo
     Path("site.yaml").write_text(text)
     assert yaml.safe_load(text).keys() == {field.name for field in dataclasses.fields(site.Site)}
     monkeypatch.setenv("USER", "me")
-    assert site.read(Path("site.yaml")).runs_dir == "/scratch/me/runs"
+    assert site.read_site(Path("site.yaml")).runs_dir == "/scratch/me/runs"
 
 
 @quick
@@ -343,16 +343,22 @@ def test_the_site_file_that_is_shown_is_valid(said: Said, monkeypatch: pytest.Mo
         ("\nsetup: module load x", "site.yaml:2: setup must be a list of lines of shell"),
         ("setup: [module: load]", "site.yaml:1: setup must be a list of lines of shell"),
         ("python: 3", "site.yaml:1: python must be text, got 3"),
-        ("runs_dir: runs", "site.yaml:1: runs_dir must be a path from / on"),
-        ("runs_dir: /a/$NOT_SET_ANYWHERE", "site.yaml:1: runs_dir must be a path from / on, of variables that are set"),
+        ("runs_dir: runs", "site.yaml:1: runs_dir must be an absolute path"),
+        (
+            "runs_dir: /a/$NOT_SET_ANYWHERE",
+            "site.yaml:1: runs_dir must be an absolute path, with variables that are set",
+        ),
         ("environment: [A=1]", "site.yaml:1: environment must hold `name: value` lines"),
         ("environment:\n  A: true", "site.yaml:2: environment.A must be text or a number, got True: put it in quotes"),
-        ("environment:\n  A-B: 1", "site.yaml:2: environment.A-B is no name of a variable"),
+        ("environment:\n  A-B: 1", "site.yaml:2: environment.A-B is not a valid name of a variable"),
         ("environment:\n  WANDB_API_KEY: abc", "site.yaml:2: environment.WANDB_API_KEY would be written"),
         ("slurm:\n  mem: [1]", "site.yaml:2: slurm.mem must be text or a number, got [1]"),
-        ("slurm:\n  qos: a\n  ntasks: 4", "site.yaml:3: slurm.ntasks is the command's own: give --ranks-per-node"),
+        (
+            "slurm:\n  qos: a\n  ntasks: 4",
+            "site.yaml:3: slurm.ntasks is set by launch.submit itself: give --ranks-per-node",
+        ),
         ("slurm: {error: x}", "site.yaml:1: slurm.error cannot be chosen"),
-        ("report:\n  array: 1", "site.yaml:2: report.array is the command's own"),
+        ("report:\n  array: 1", "site.yaml:2: report.array is set by launch.submit itself"),
         ("slurm: {", "not valid YAML"),
         ("- a", "expected `name: value` lines"),
     ],
@@ -367,7 +373,7 @@ def test_a_mistake_in_a_site_file_is_told_with_its_line(here: Path, said: Said, 
 @quick
 def test_a_key_of_a_site_file_without_a_value_is_left_out(here: Path) -> None:
     (here / "site.yaml").write_text("setup:\n  # - module load x\nslurm:\n")
-    assert site.read(here / "site.yaml") == site.Site()
+    assert site.read_site(here / "site.yaml") == site.Site()
 
 
 # --- What is there already --------------------------------------------------------------------------------------------
@@ -443,10 +449,10 @@ def test_a_folder_of_another_run_is_refused(here: Path, said: Said) -> None:
 def test_a_run_whose_job_cannot_be_asked_for_is_not_submitted_twice(here: Path, said: Said) -> None:
     folder = make_run(here, status="stopped", executor="slurm")
     code, _, err = said(submit.main, *LINEAR)
-    assert code == 2 and "whether its job 12_3 is still queued cannot be told: squeue is not here" in err
+    assert code == 2 and "it is not clear whether its job 12_3 is still queued: squeue is not here" in err
     for verb in ("cancel", "resubmit"):
         code, _, err = said(status.main, verb, "runs")
-        assert code == 2 and "which of these runs are queued cannot be told: squeue is not here" in err
+        assert code == 2 and "it is not clear which of these runs are queued: squeue is not here" in err
     code, out, _ = said(status.main, str(folder))
     assert code == 0 and "stopped, or queued" in out and "squeue is not here" in out
 
@@ -495,18 +501,18 @@ def test_folders_that_other_machines_do_not_see_are_named(here: Path) -> None:
     entries += [f"server:/y {here}/shared/deep lustre rw 0 0", "none /empty xfs rw 0 0", "s:/z /empty nfs rw 0 0"]
     table.write_text("\n".join(entries) + "\n")
     folders = [here / name for name in ("a", "shared/runs", "sha red/runs", "shared/deep")] + [Path("/empty/x")]
-    assert sbatch.not_shared(folders, table) == [f"{here}/a (ext4)", f"{here}/sha red/runs (tmpfs)"]
-    assert sbatch.not_shared(folders, here / "none") == []
+    assert sbatch.local_folders(folders, table) == [f"{here}/a (ext4)", f"{here}/sha red/runs (tmpfs)"]
+    assert sbatch.local_folders(folders, here / "none") == []
 
 
 @quick
 def test_what_slurm_told_a_job_is_not_told_to_those_it_submits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CONF", "/conf")
     monkeypatch.setenv("SLURM_NTASKS", "7")
-    with slurm.outside_of_a_job():
+    with slurm.hide_own_job():
         assert os.environ["SLURM_NTASKS"] == "7"  # someone's own: this is no job
     monkeypatch.setenv("SLURM_JOB_ID", "3")
-    with slurm.outside_of_a_job():
+    with slurm.hide_own_job():
         assert "SLURM_NTASKS" not in os.environ and "SLURM_JOB_ID" not in os.environ
         assert os.environ["SLURM_CONF"] == "/conf"
     assert os.environ["SLURM_NTASKS"] == "7"
@@ -594,7 +600,7 @@ def test_a_job_whose_starts_lead_nowhere_is_given_up_and_a_new_one_begins_anew(
         monkeypatch.setenv("SLURM_JOB_ID", of)
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / f"step-{step:08}.pt").touch()
-        job._count_start(tmp_path, most)
+        job._record_start(tmp_path, most)
 
     for step in (0, 10, 10, 10):
         start("7", step)
@@ -629,7 +635,7 @@ def controller(folder: Path, what: str, seconds: int) -> tuple[subprocess.Popen[
     variables = {"NTASKS": 2, "COMMAND": f"{sys.executable} rank.py {what}", "TIMEOUT_S": seconds, "WITH_SHELL": ""}
     env = {f"SUBMITIT_LOCAL_{name}": str(value) for name, value in variables.items()}
     env |= {"SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0", "SUBMITIT_STDERR_TO_STDOUT": "1"}
-    words = [sys.executable, "-m", "launch.controller", str(folder / "logs")]
+    words = [sys.executable, "-m", "launch.submitit_local", str(folder / "logs")]
     process = subprocess.Popen(words, cwd=folder, env=os.environ | env)
     logs = [folder / "logs" / f"{process.pid}_{rank}_log.out" for rank in (0, 1)]
     return process, lambda: [log.read_text() if log.exists() else "" for log in logs]
@@ -761,7 +767,7 @@ def test_a_submission_here_is_seen_refused_twice_cancelled_and_resubmitted_from_
     elsewhere.mkdir()
     runs = str(tmp_path / "runs")
     told = command("python", "-m", "launch.status", "cancel", runs, cwd=elsewhere)
-    assert f"process {first.process.pid} is told to end, with 2 runs" in told.stdout
+    assert f"process {first.process.pid}, with 2 runs, was asked to end" in told.stdout
     assert first.end() == 75 and not ranks_of(tmp_path)
     (tmp_path / "fast").touch()
     (tmp_path / "slow.py").write_text("raise SyntaxError")  # the copy of it is what counts
@@ -774,7 +780,7 @@ def test_a_submission_here_is_seen_refused_twice_cancelled_and_resubmitted_from_
 
 @pytest.mark.slow
 def test_a_job_that_reaches_its_time_goes_on_in_a_next_one(tmp_path: Path) -> None:
-    minutes = "import sys; from launch import here, submit; here.MINUTE = 20; sys.exit(submit.main())"
+    minutes = "from launch import submit, submitit_local\nsubmitit_local.MINUTE = 20\nraise SystemExit(submit.main())"
     first = Foreground(tmp_path, "python", "-c", minutes, *SLOW[3:], "--time", "1")
     first.until(lambda: (tmp_path / RUN / "starts.jsonl").exists() and len(starts(tmp_path)) > 1)
     (tmp_path / "fast").touch()

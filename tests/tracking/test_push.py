@@ -20,7 +20,7 @@ from fashion_ddp.config import cli
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.runs import lock
 from fashion_ddp.runs.reading import Run, evenly_spaced, load_run
-from launch.submission import shared_group
+from launch.submission import common_wandb_group
 
 
 @pytest.fixture
@@ -162,13 +162,13 @@ def test_runs_of_a_comparison_share_a_group(monkeypatch: pytest.MonkeyPatch) -> 
             make_config({"model": model, "seed": seed} | settings) for model in ("linear", "cnn") for seed in (0, 1)
         ]
 
-    assert shared_group(configs()) == "blog"
-    assert shared_group(configs(recipe="lab", epochs=7)) == "lab-epochs7"
+    assert common_wandb_group(configs()) == "blog"
+    assert common_wandb_group(configs(recipe="lab", epochs=7)) == "lab-epochs7"
     swept = [make_config({"model": "cnn", "lr": lr, "validation": 5000}) for lr in (0.1, 0.2)]
-    assert shared_group(swept) == "blog-validation5000"
-    assert shared_group(configs(wandb_group="mine")) is None
+    assert common_wandb_group(swept) == "blog-validation5000"
+    assert common_wandb_group(configs(wandb_group="mine")) is None
     monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
-    assert shared_group(configs()) is None
+    assert common_wandb_group(configs()) is None
 
 
 @pytest.mark.quick
