@@ -3,28 +3,23 @@
 import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command
 from gates import LOCAL, Started, gate, living
+from reports import make_run
+
+from fashion_ddp.config.layers import make_config
+from launch import local, processes
 
 EX_TEMPFAIL = 75
-SMALL = [
-    "--dataset",
-    "synthetic",
-    "--device",
-    "cpu",
-    "--tracker",
-    "none",
-    "--epochs",
-    "2",
-    "--checkpoint-every",
-    "1000",
-]
+SMALL = ["--dataset", "synthetic", "--device", "cpu", "--tracker", "none", "--epochs", "2"]
+SMALL += ["--checkpoint-every", "1000"]
 ONE = [*LOCAL, "--models", "mlp", *SMALL, "--ranks", "2"]
 TWO = [*LOCAL, "--models", "linear", "mlp", *SMALL, "--ranks", "2"]
 
@@ -70,6 +65,7 @@ def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_
     assert len(list((tmp_path / "runs").iterdir())) == 2  # nothing was kept aside
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -82,52 +78,87 @@ def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_
         (("--lr", "-1"), "lr must be greater than 0"),
     ],
 )
-def test_local_refuses_a_mistake_before_any_run(flags: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = command("python", "-m", "launch.local", "--dataset", "synthetic", *flags, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+def test_local_refuses_a_mistake_before_any_run(
+    flags: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        local.main(["--dataset", "synthetic", *flags])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_local_ends_the_other_ranks_when_one_fails(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "import os\nfrom torch import nn\n\n"
-        "class Net(nn.Sequential):\n"
-        "    def __init__(self, image_shape, classes):\n"
-        "        super().__init__(nn.Flatten(), nn.Linear(784, classes))\n"
-        "    def forward(self, x):\n"
-        "        if self.training and os.environ.get('RANK') == '1':\n"
-        "            raise RuntimeError('rank 1 broke')\n"
-        "        return super().forward(x)\n"
-    )
-    words = ("python", "-m", "launch.local", "--models", "mine:Net", "linear", "--ranks", "2", "--dataset", "synthetic")
-    done = command(*words, "--tracker", "none", "--epochs", "1", cwd=tmp_path)
-    assert done.returncode == 1 and "rank 1 broke" in done.stderr
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    statuses = {run["model"]: run["status"] for run in report["runs"]}
-    assert statuses["linear"] == "finished" and statuses.get("mine:Net") != "finished"
+@pytest.mark.quick
+def test_a_login_node_of_a_cluster_is_refused_with_the_command_for_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(SystemExit) as end:
+        local.main(["--models", "linear", "--jobs", "3", "--dataset", "synthetic"])
+    [line] = re.findall(r"`python -m launch.submit (.*?)`", capsys.readouterr().err)
+    assert end.value.code == 2
+    assert line == "--models linear --recipe blog --seeds 42 --at-once 3 --dataset synthetic"
+
+
+@pytest.mark.quick
+def test_a_rank_that_fails_ends_the_others_and_kills_those_that_do_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.3)
+    deaf = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; exec sleep 60"], stdout=subprocess.PIPE)
+    assert deaf.stdout and deaf.stdout.readline()
+    ranks = processes.FailTogether([subprocess.Popen(["sleep", "60"]), deaf, subprocess.Popen(["sh", "-c", "exit 3"])])
+    while None in (codes := ranks.poll()):
+        time.sleep(0.01)
+    assert codes == [-signal.SIGTERM, -signal.SIGKILL, 3] and ranks.failed == 3
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("status", "code", "flags", "reused", "fresh"),
+    [
+        ("finished", "this", (), True, False),
+        ("finished", "other", (), False, True),  # kept aside, and trained anew
+        ("finished", "other", ("--reuse",), True, False),
+        ("finished", "this", ("--fresh",), False, True),
+        ("stopped", "this", (), False, False),
+    ],
+)
+def test_a_run_that_is_there_is_taken_trained_anew_or_continued(
+    status: str, code: str, flags: tuple[str, ...], reused: bool, fresh: bool, tmp_path: Path
+) -> None:
+    cfg = make_config({"run_dir": tmp_path / "run"})
+    make_run(cfg.run_dir, status=status, data={}, run_dir=cfg.run_dir)
+    [start] = json.loads((tmp_path / "run" / "environment.json").read_text())
+    made_by = start["made_by"] | ({"code": "other"} if code == "other" else {})
+    run = local._reuse_or_retrain(processes.LocalRun(cfg, flags), made_by)
+    assert (run.reused, "--fresh" in run.argv) == (reused, fresh)
 
 
 def until_gone(run: Started, pids: list[int]) -> None:
     run.until(lambda: not any(living(pid) for pid in pids))
 
 
-def ranks_of(launcher: int) -> list[int]:
-    """The ranks that a launcher has, as soon as they are what they are to be."""
+def started_ranks(launcher: int) -> list[int]:
+    """The ranks that a launcher has started, once they run fashion_ddp.train."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [int(pid) for pid in children if b"fashion_ddp.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow
 def test_ranks_save_and_end_when_local_is_killed_and_the_same_command_continues(tmp_path: Path) -> None:
-    for ranks in (1, 2):
-        with Started(tmp_path, [*ONE, "--ranks", str(ranks)], gate("sync point")) as run:
-            pids = run.at_gate(ranks)
-            run.process.kill()
-            run.process.wait()
-            run.let_through()
-            until_gone(run, pids)
-        assert summary(tmp_path, "mlp")["error"].startswith("stopped (the launcher died)")
-        assert max(saved(tmp_path, "mlp")) == ranks  # one more step than the time before
+    with Started(tmp_path, ONE, gate("sync point")) as run:
+        pids = run.at_gate(2)
+        run.process.kill()
+        run.process.wait()
+        run.let_through()
+        until_gone(run, pids)
+    assert summary(tmp_path, "mlp")["error"].startswith("stopped (the launcher died)") and saved(tmp_path, "mlp") == [1]
     with Started(tmp_path, ONE) as run:
         assert run.wait() == 0
     assert steps(tmp_path, "mlp") == list(range(1, 2 * 94 + 1))
@@ -169,29 +200,6 @@ def test_ctrl_c_stops_local_wherever_it_is(where: list[Any], tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_local_though_the_reader_of_its_words_is_gone(tmp_path: Path) -> None:
-    line = f"trap : INT; {' '.join(ONE)} 2>&1 | tee log; exit ${{PIPESTATUS[0]}}"
-    with Started(tmp_path, ["bash", "-c", line], gate("load", program="launch.local"), terminal=True) as run:
-        run.at_gate()
-        run.type(b"\x03")
-        run.told()
-        assert run.wait() == EX_TEMPFAIL, run.printed()
-    assert run.printed().split() == ["^C"] and (tmp_path / "log").read_text() == ""
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_local_at_once_with_all_its_ranks(tmp_path: Path) -> None:
-    with Started(tmp_path, ONE, gate("sync point"), terminal=True) as run:
-        pids = run.at_gate(2)
-        os.kill(pids[1], signal.SIGSTOP)
-        run.interrupt_until_it_ends()
-        until_gone(run, pids)
-        assert run.process.returncode == 128 + signal.SIGINT
-    assert "Traceback" not in run.printed()
-    assert run.printed().count("interrupt again") == run.printed().count("interrupted twice") == 1
-
-
-@pytest.mark.slow
 def test_local_told_between_two_runs_begins_no_other_and_told_in_the_report_finishes_it(tmp_path: Path) -> None:
     with Started(tmp_path, TWO, gate("end", word="linear")) as run:  # on rank 0, when all is done but for the summary
         run.at_gate()
@@ -214,7 +222,7 @@ def test_ranks_under_a_storm_of_signals_from_their_first_moment_to_their_last_st
     with Started(tmp_path, ONE) as run:
         while run.process.poll() is None:
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                for pid in ranks_of(run.process.pid):
+                for pid in started_ranks(run.process.pid):
                     for number in storm:
                         os.kill(pid, number)
             time.sleep(0.001)

@@ -35,7 +35,7 @@ NAME = "slow_Net-blog-seed42-epochs40-batch_size1000-datasetsynthetic"
 
 def make_cluster(accounting: bool) -> Iterator[Cluster]:
     if why := why_impossible(accounting):
-        (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"no SLURM can be made: {why}")
+        (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"no SLURM can run here: {why}")
     # Not pytest's own folder, which the users of munge and of the database may not enter.
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="fashion_ddp_slurm_", dir="/var/tmp")))
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ class Submitted:
         return "".join(path.read_text() for path in sorted(self.cwd.glob(f"runs/.submissions/*/{self.job}_*_log.out")))
 
     def until(self, holds: Callable[[], Any], patience: float = 120) -> Any:
-        """Wait for something to be so; its value."""
+        """Wait until `holds` returns something true, and return that."""
         limit = time.monotonic() + patience
         while not (value := holds()):
             assert time.monotonic() < limit, f"{slurm('squeue')}\n{self.log()}"
@@ -121,7 +121,7 @@ class Submitted:
         return slurm("sacct", "-n", "-X", "-P", "-o", "State", "-j", job).strip()
 
     def reported(self) -> bool:
-        """Wait for the comparison. Whether it was of all runs."""
+        """Wait for the comparison. Return whether it was of all runs."""
         self.until(lambda: not slurm("squeue", "-h", "-j", f"{self.job},{self.report}").strip())
         assert (self.cwd / "report" / "report.html").exists()
         self.until(lambda: self.state(self.report) in ("COMPLETED", "FAILED"))
@@ -204,8 +204,6 @@ def set_down(run: Submitted) -> None:
 DISTURBED: dict[str, tuple[Callable[[Submitted], Any], str, bool]] = {
     "preempted": (preempt, "low", False),
     "preempted with grace": (preempt, "grace", True),
-    "requeued": (lambda run: slurm("scontrol", "requeue", run.job), "low", False),
-    "told that its time is nearly over": (lambda run: slurm("scancel", "--signal=USR2", run.job), "low", True),
     "node set down": (set_down, "low", False),
 }
 
@@ -301,8 +299,8 @@ def test_what_slurm_would_not_take_is_told_before_anything_is_written(
 def test_a_login_node_is_not_trained_on_unless_that_is_meant(cluster: Cluster, tmp_path: Path) -> None:
     line = ("python", "-m", "launch.local", "--models", "linear", *TRAIN, "--check-only")
     done = command(*line, cwd=tmp_path)
-    told = "submit these runs with `python -m launch.submit --models linear --recipe blog --seeds 42 --batch-size 1000"
-    assert done.returncode == 2 and told in done.stderr and "--force (FORCE=1)" in done.stderr
+    said = "submit these runs with `python -m launch.submit --models linear --recipe blog --seeds 42 --batch-size 1000"
+    assert done.returncode == 2 and said in done.stderr and "--force (FORCE=1)" in done.stderr
     assert command(*line, "--force", cwd=tmp_path).returncode == 0
     assert command(*line, cwd=tmp_path, SLURM_JOB_ID="1").returncode == 0  # a job's own machine
     assert command(*line, cwd=tmp_path, SLURM_CONF="/nowhere").returncode == 0  # installed, and no cluster

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reports
 import yaml
 from conftest import CHECKOUT, command, need
+from gates import Started
 
 from fashion_ddp import data
 from fashion_ddp.config import cli
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
-from launch import job, sbatch, site, slurm, snapshot, status, submit, sweep
+from launch import job, sbatch, site, slurm, snapshot, status, submission, submit, sweep
 
 quick = pytest.mark.quick
 SMALL = ["--dataset", "synthetic", "--epochs", "1", "--tracker", "none"]
@@ -165,38 +167,23 @@ def test_paths_with_spaces_and_relative_ones_are_the_jobs_own(
 
 
 @quick
-def test_a_sweep_is_every_combination_of_its_values(said: Said) -> None:
-    words = ["--sweep", "lr=0.1,0.2", "batch-norm=true,false", "--validation", "500", "--models", "cnn", *SMALL]
-    _, out, _ = said(submit.main, *words, "--dry-run")
-    shown = [yaml.safe_load(text.partition("\n")[2]) for text in out.split("--- sbatch")[0].split("--- ")[1:]]
-    assert [(one["lr"], one["batch_norm"], one["validation"]) for one in shown] == [
-        (0.1, True, 500),
-        (0.1, False, 500),
-        (0.2, True, 500),
-        (0.2, False, 500),
+def test_a_sweep_is_every_combination_of_its_values_a_user_s_model_s_arguments_too() -> None:
+    sweep_ = ("lr=0.1,0.2", "batch-norm=true,false", "model-args=depth=1,depth=2")
+    asked = submission.Submission(models=("mine:net",), sweep=sweep_, executor="local")
+    runs = [one.run for one in submission.commands(asked, ["--validation", "500", *SMALL], [])]
+    assert [(one.lr, one.batch_norm, one.model_args) for one in runs] == [
+        (lr, batch_norm, (depth,))
+        for lr in (0.1, 0.2)
+        for batch_norm in (True, False)
+        for depth in ("depth=1", "depth=2")
     ]
-
-
-@quick
-def test_a_sweep_may_be_over_a_model_s_own_arguments(here: Path, said: Said) -> None:
-    (here / "swept.py").write_text(
-        "from torch import nn\n\n"
-        "def net(image_shape, classes, depth: int = 1):\n"
-        "    layers = [nn.Linear(784, 784) for _ in range(depth)]\n"
-        "    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(784, classes))\n"
-    )
-    words = ["--sweep", "model-args=depth=1,depth=2", "--validation", "500", "--models", "swept:net", *SMALL]
-    code, out, err = said(submit.main, *words, "--dry-run")
-    assert code == 0, err
-    shown = [yaml.safe_load(text.partition("\n")[2]) for text in out.split("--- sbatch")[0].split("--- ")[1:]]
-    assert [one["model_args"] for one in shown] == [["depth=1"], ["depth=2"]]
+    assert {one.validation for one in runs} == {500}
 
 
 # --- What is refused, before anything is queued or written ------------------------------------------------------------
 
 BAD = {
     "--nodes 0": "nodes must be at least 1",
-    "--time 0": "time must be at least 1",
     "--max-restarts -1": "max_restarts must be at least 0",
     "--gpus-per-node 4 --ranks-per-node 2": "a rank has one card",
     "--nodes 2 --executor local": "uses this machine only",
@@ -206,20 +193,13 @@ BAD = {
     "--config x.yaml": "--recipe mine.yaml",
     "--check-only": "--dry-run",
     "--epoch 3": "did you mean --epochs?",
-    "--no-such-thing": "unknown flag --no-such-thing",
     "--epochs 0": "epochs must be greater than 0",
-    "--lr -1": "lr must be greater than 0",
-    "cnn": "'cnn' is no flag",
-    "--recipe nope": "recipe: unknown 'nope'",
-    "--models linear lenear": "did you mean 'linear'?",
     "--seeds 1 1": "two of the runs would have the same folder",
     "--seeds 1 2 --run-dir x": "--run-dir names one folder, and these are 2 runs",
     "--device cuda": "give --gpus-per-node",
     "--device cpu --gpus-per-node 2": "leave one out",
     "--ranks-per-node 2 --reduction-shards 3": "must be a multiple of the 2 ranks",
-    "--precision fp16": "needs an NVIDIA card",
     "--sweep lr": "expected name=value,value",
-    "--sweep lr=1,,2": "expected name=value,value",
     "--sweep lt=1,2": "did you mean 'lr'?",
     "--sweep threads=1,2": "not a setting that changes a result",
     "--sweep lr=0.1,0.2 lr=0.3 --validation 5": "given twice",
@@ -229,10 +209,8 @@ BAD = {
     "--sweep lr=0.1,1e-1 --validation 5": "two of the runs would have the same folder",
     "--sweep lr=0.1,0.2": "--validation 5000",
     "--slurm nodes=2": "give --nodes",
-    "--slurm time=5": "give --time",
     "--slurm output=x": "launch.status must know where the log is",
     "--slurm gpus-per-task=1": "use --gpus-per-node",
-    "--slurm parsable": "sbatch is called for you",
     "--slurm =3": "expected an option of sbatch",
     "--site nope.yaml": "nope.yaml: cannot be read",
     "--out file/report": "file is no folder that can be written",
@@ -439,13 +417,6 @@ def test_a_folder_in_which_a_launcher_noted_a_start_and_no_more_is_free(here: Pa
 
 
 @quick
-def test_a_folder_of_another_run_is_refused(here: Path, said: Said) -> None:
-    folder = make_run(here, status="stopped")
-    code, _, err = said(submit.main, *LINEAR, "--lr", "0.5", "--run-dir", str(folder))
-    assert code == 2 and "belongs to another run (lr: 0.1 -> 0.5)" in err
-
-
-@quick
 def test_a_run_whose_job_cannot_be_asked_for_is_not_submitted_twice(here: Path, said: Said) -> None:
     folder = make_run(here, status="stopped", executor="slurm")
     code, _, err = said(submit.main, *LINEAR)
@@ -521,74 +492,65 @@ def test_what_slurm_told_a_job_is_not_told_to_those_it_submits(monkeypatch: pyte
 # --- On this machine, for real ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A sweep of two runs on two ranks each, through Submitit's local executor, to the report."""
-    folder = tmp_path_factory.mktemp("swept runs")
-    done = command(*SWEEP, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done
-
-
-SUBMIT = ("python", "-m", "launch.submit", "--executor", "local", "--threads", "1")
+SUBMIT = (sys.executable, "-m", "launch.submit", "--executor", "local", "--threads", "1")
 TWO_RANKS = ("--ranks-per-node", "2")
-SWEEP = (*SUBMIT, *TWO_RANKS, *LINEAR, "--sweep", "lr=0.001,0.1", "--validation", "1000")
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/summary.json"))]
 
 
-def test_a_sweep_runs_here_to_its_ranked_report(swept: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = swept
+@pytest.mark.slow
+def test_a_sweep_runs_here_to_its_ranked_report(tmp_path: Path) -> None:
+    folder = tmp_path / "swept runs"
+    folder.mkdir()
+    words = (*SUBMIT, *TWO_RANKS, *LINEAR, "--sweep", "lr=0.001,0.1", "--validation", "1000")
+    done = command(*words, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert [(one["status"], one["world_size"], one["threads"]) for one in summaries(folder)] == [("finished", 2, 1)] * 2
     assert len(json.loads((folder / "report" / "report.json").read_text())["runs"]) == 2
     table = done.stdout.partition("The sweep, by val/accuracy")[2].splitlines()
     assert [("lr=0.001" in line) for line in table[2:]] == [False, True]
     assert (folder / "report" / "sweep.md").read_text().count("lr=0.001") == 1
-    [base] = (folder / "runs" / ".submissions").iterdir()
-    assert (base / "code" / "fashion_ddp" / "train.py").exists() and not list(base.glob(".lock*"))
-    told = command("python", "-m", "launch.status", cwd=folder)
-    assert told.stdout.count("finished") == 2 and "resubmit" not in told.stdout
+    [made] = (folder / "runs" / ".submissions").iterdir()
+    assert (made / "code" / "fashion_ddp" / "train.py").exists() and not list(made.glob(".lock*"))
+    table = command("python", "-m", "launch.status", cwd=folder).stdout
+    assert table.count("finished") == 2 and "resubmit" not in table
     # Nothing is left to do, and the comparison is made again.
-    again = command(*SWEEP, cwd=folder)
+    again = command(*words, cwd=folder)
     assert again.returncode == 0 and again.stdout.count("taken as it is") == 2 and "The sweep" in again.stdout
     assert "--- run " not in again.stdout
 
 
+@quick
 def test_a_comparison_with_a_run_that_failed_is_made_and_says_so(
-    swept: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(swept[0] / "runs", tmp_path / "runs")
-    folders = sorted(str(path) for path in (tmp_path / "runs").glob("linear*"))
-    path = Path(folders[0]) / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "failed"}))
+    runs = [reports.make_run(tmp_path / status, status=status, model="linear") for status in ("finished", "failed")]
     with pytest.raises(SystemExit) as end:
-        job.Report((*folders, str(tmp_path / "runs" / "gone")), str(tmp_path / "out"))()
+        job.Report((*map(str, runs), str(tmp_path / "gone")), str(tmp_path / "out"))()
     assert end.value.code == 1
     said = capsys.readouterr().out
-    assert f"PARTIAL: of 3 runs 2 are not finished: {Path(folders[0]).name} (failed), gone (removed)" in said
-    kept = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
-    assert [run["status"] for run in kept] == ["finished", "failed"]
+    assert "PARTIAL: of 3 runs 2 are not finished: failed (failed), gone (removed)" in said
+    compared = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
+    assert [run["status"] for run in compared] == ["finished", "failed"]
 
 
-def test_a_sweep_is_ranked_by_the_validation_set_over_all_seeds(
-    swept: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    first, second = sorted((swept[0] / "runs").glob("linear*"))  # lr 0.001, 0.1
-    folders = []
-    for seed, run, accuracy in ((1, first, 0.75), (2, first, 0.95), (1, second, 0.8), (2, second, 0.8)):
-        folders.append(tmp_path / f"{run.name}-{seed}")
-        shutil.copytree(run, folders[-1])
-        for name, new in (("config.yaml", {"seed": seed}), ("summary.json", {"val/accuracy": accuracy, "seed": seed})):
-            path = folders[-1] / name
-            path.write_text(json.dumps(yaml.safe_load(path.read_text()) | new))
+@quick
+def test_a_sweep_is_ranked_by_the_validation_set_over_all_seeds(tmp_path: Path) -> None:
+    points = [(0.001, 1, 0.75), (0.001, 2, 0.95), (0.1, 1, 0.8), (0.1, 2, 0.8)]
+    folders = [
+        reports.make_run(
+            tmp_path / f"{lr}-{seed}", summary={"val/accuracy": accuracy}, model="linear", lr=lr, seed=seed
+        )
+        for lr, seed, accuracy in points
+    ]
     table = sweep.ranking(sweep.read_results(folders))
     assert table is not None
     assert table.titles == ["", "what", "n", "val/accuracy %", "std", "val/loss", "test/accuracy %"]
     assert [row[:5] for row in table.rows] == [
-        ["1", "SYNTHETIC linear lr=0.001", "2", "85.00", "14.14"],
-        ["2", "SYNTHETIC linear", "2", "80.00", "0.00"],
+        ["1", "linear lr=0.001", "2", "85.00", "14.14"],
+        ["2", "linear", "2", "80.00", "0.00"],
     ]
 
 
@@ -685,31 +647,16 @@ SLOW = (*SUBMIT, "--models", "slow:Net", *SMALL, "--batch-size", "1000", "--epoc
 RUN = "runs/slow_Net-blog-seed42-epochs40-batch_size1000-datasetsynthetic"
 
 
-class Foreground:
-    """A command in a process group of its own, as a terminal starts it."""
+class Submitted(Started):
+    """A submission of the slow model that runs here."""
 
     def __init__(self, folder: Path, *words: str):
-        self.folder, self.printed = folder, folder / "printed"
         (folder / "slow.py").write_text(SLOW_MODEL)
-        with open(self.printed, "a") as out:
-            # A shell shuts SIGINT off for tests in its background.
-            program = ["env", "--default-signal=INT", str(Path(sys.executable).parent / words[0]), *words[1:]]
-            self.process = subprocess.Popen(program, cwd=folder, stdout=out, stderr=out, start_new_session=True)
+        super().__init__(folder, [*SLOW, *words])
 
-    def until(self, holds: Callable[[], Any]) -> Any:
-        """Wait for something to be so; its value."""
-        limit = time.monotonic() + 120
-        while not (value := holds()):
-            assert self.process.poll() is None and time.monotonic() < limit, self.printed.read_text()
-            time.sleep(0.05)
-        return value
-
-    def trained(self, epochs: int = 1) -> None:
+    def wait_for_an_epoch(self) -> None:
         path = self.folder / RUN / "metrics.jsonl"
-        self.until(lambda: path.exists() and path.read_text().count("\n") >= epochs)
-
-    def end(self) -> int:
-        return self.process.wait(timeout=200)
+        self.until(lambda: path.exists() and "\n" in path.read_text())
 
 
 def ranks_of(folder: Path, variable: str = "SUBMITIT_LOCAL_GLOBALID") -> list[int]:
@@ -738,80 +685,75 @@ def starts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / RUN / "starts.jsonl").read_text().splitlines()]
 
 
+def finished_after_two_starts(folder: Path) -> None:
+    """The run is finished, each of its epochs recorded once, and its second start continued the first."""
+    epochs = [json.loads(line)["epoch"] for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    assert summaries(folder)[0]["status"] == "finished" and epochs == list(range(1, 41))
+    steps = [json.loads(line)["step"] for line in (folder / RUN / "starts.jsonl").read_text().splitlines()]
+    assert len(steps) == 2 and steps[0] == 0 < steps[1]
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
-    first = Foreground(tmp_path, *SLOW, *TWO_RANKS)
-    first.trained()
-    os.killpg(first.process.pid, signal.SIGINT)  # as the terminal does: to every process that was started
-    assert first.end() == 75, first.printed.read_text()
+    with Submitted(tmp_path, *TWO_RANKS) as run:
+        run.wait_for_an_epoch()
+        os.killpg(run.process.pid, signal.SIGINT)  # as the terminal does: to every process that was started
+        assert run.wait() == 75, run.printed()
     assert summaries(tmp_path)[0]["status"] == "stopped" and not ranks_of(tmp_path)
-    assert "the same command continues" in first.printed.read_text() and not (tmp_path / "report").exists()
+    assert "the same command continues" in run.printed() and not (tmp_path / "report").exists()
     (tmp_path / "fast").touch()
-    second = Foreground(tmp_path, *SLOW, *TWO_RANKS)
-    assert second.end() == 0, second.printed.read_text()
-    whole(tmp_path)
-    assert [start["step"] > 0 for start in starts(tmp_path)] == [False, True]
+    with Submitted(tmp_path, *TWO_RANKS) as run:
+        assert run.wait() == 0, run.printed()
+    finished_after_two_starts(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_that_reaches_its_time_continues_in_a_next_one(tmp_path: Path) -> None:
+    shorter = "from launch import submit, submitit_local\nsubmitit_local.MINUTE = 30\nraise SystemExit(submit.main())"
+    (tmp_path / "slow.py").write_text(SLOW_MODEL)
+    starts = tmp_path / RUN / "starts.jsonl"
+    with Started(tmp_path, [sys.executable, "-c", shorter, *SLOW[3:], "--time", "1"]) as run:
+        run.until(lambda: starts.exists() and starts.read_text().count("\n") == 2)
+        (tmp_path / "fast").touch()
+        assert run.wait() == 0, run.printed()
+    finished_after_two_starts(tmp_path)
+    assert len({json.loads(line)["job"] for line in starts.read_text().splitlines()}) == 1
 
 
 @pytest.mark.slow
 def test_a_submission_here_is_seen_refused_twice_cancelled_and_resubmitted_from_another_shell(tmp_path: Path) -> None:
-    first = Foreground(tmp_path, *SLOW, "--seeds", "42", "43")
-    first.trained()
-    told = command("python", "-m", "launch.status", cwd=tmp_path)
-    assert [line.split()[2] for line in told.stdout.splitlines()[1:3]] == ["running", "waiting"], told.stdout
-    assert f"follow {Path(RUN).name}: tail -n +1 -F {tmp_path}/runs/.submissions/" in told.stdout
-    for run, state in ((RUN, "running"), (RUN.replace("seed42", "seed43"), "waiting")):
-        refused = command(*SLOW, "--seeds", run.partition("seed")[2][:2], cwd=tmp_path)
-        assert refused.returncode == 2 and f"{run} is {state} (process " in refused.stderr, refused.stderr
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    runs = str(tmp_path / "runs")
-    told = command("python", "-m", "launch.status", "cancel", runs, cwd=elsewhere)
-    assert f"process {first.process.pid}, with 2 runs, was asked to end" in told.stdout
-    assert first.end() == 75 and not ranks_of(tmp_path)
+    with Submitted(tmp_path, "--seeds", "42", "43") as run:
+        run.wait_for_an_epoch()
+        shown = command("python", "-m", "launch.status", cwd=tmp_path).stdout
+        assert [line.split()[2] for line in shown.splitlines()[1:3]] == ["running", "waiting"], shown
+        assert f"follow {Path(RUN).name}: tail -n +1 -F {tmp_path}/runs/.submissions/" in shown
+        for name, state in ((RUN, "running"), (RUN.replace("seed42", "seed43"), "waiting")):
+            refused = command(*SLOW, "--seeds", name.partition("seed")[2][:2], cwd=tmp_path)
+            assert refused.returncode == 2 and f"{name} is {state} (process " in refused.stderr, refused.stderr
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        runs = str(tmp_path / "runs")
+        cancelled = command("python", "-m", "launch.status", "cancel", runs, cwd=elsewhere)
+        assert f"process {run.process.pid}, with 2 runs, was asked to end" in cancelled.stdout
+        assert run.wait() == 75 and not ranks_of(tmp_path)
     (tmp_path / "fast").touch()
     (tmp_path / "slow.py").write_text("raise SyntaxError")  # the copy of it is what counts
     done = command("python", "-m", "launch.status", "resubmit", runs, cwd=elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [one["status"] for one in summaries(tmp_path)] == ["finished"] * 2
-    assert [start["step"] > 0 for start in starts(tmp_path)] == [False, True]
+    finished_after_two_starts(tmp_path)
     assert len(json.loads((tmp_path / "report" / "report.json").read_text())["runs"]) == 2
-
-
-@pytest.mark.slow
-def test_a_job_that_reaches_its_time_goes_on_in_a_next_one(tmp_path: Path) -> None:
-    minutes = "from launch import submit, submitit_local\nsubmitit_local.MINUTE = 20\nraise SystemExit(submit.main())"
-    first = Foreground(tmp_path, "python", "-c", minutes, *SLOW[3:], "--time", "1")
-    first.until(lambda: (tmp_path / RUN / "starts.jsonl").exists() and len(starts(tmp_path)) > 1)
-    (tmp_path / "fast").touch()
-    assert first.end() == 0, first.printed.read_text()
-    whole(tmp_path)
-    one, two, *_ = starts(tmp_path)
-    assert one["job"] == two["job"] and one["step"] == 0 < two["step"]
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_killed_ends_its_run_and_the_others_are_compared(tmp_path: Path) -> None:
-    first = Foreground(tmp_path, *SLOW, *TWO_RANKS)
-    first.trained()
-    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
-    assert first.end() == 1, first.printed.read_text()
-    assert summaries(tmp_path)[0]["status"] == "failed" and not ranks_of(tmp_path)
-    assert f"PARTIAL: of 1 runs 1 are not finished: {Path(RUN).name} (failed)" in first.printed.read_text()
-    assert (tmp_path / "report" / "report.html").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["the command", "the controller"])
 def test_ranks_save_and_end_when_what_started_them_is_killed(tmp_path: Path, killed: str) -> None:
-    first = Foreground(tmp_path, *SLOW)
-    first.trained()
-    controller = int(Path(f"/proc/{ranks_of(tmp_path)[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(first.process.pid if killed == "the command" else controller, signal.SIGKILL)
-    limit = time.monotonic() + 60
-    while ranks_of(tmp_path) and time.monotonic() < limit:
-        time.sleep(0.1)
-    assert not ranks_of(tmp_path) and summaries(tmp_path)[0]["status"] == "stopped"
+    with Submitted(tmp_path) as run:
+        run.wait_for_an_epoch()
+        controller = int(Path(f"/proc/{ranks_of(tmp_path)[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(run.process.pid if killed == "the command" else controller, signal.SIGKILL)
+        run.until(lambda: not ranks_of(tmp_path))
+        assert summaries(tmp_path)[0]["status"] == "stopped"
 
 
 @pytest.mark.slow
@@ -820,12 +762,12 @@ def test_what_is_edited_after_the_submission_changes_nothing(tmp_path: Path) -> 
         shutil.copytree(CHECKOUT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "fast").touch()
     (tmp_path / "mine.yaml").write_text("all: {lr: 0.1}\n")
-    first = Foreground(tmp_path, *SLOW, "--recipe", "mine.yaml")
-    first.until(lambda: list(tmp_path.glob("runs/.submissions/*/submission.json")))
-    for name in ("slow.py", "fashion_ddp/training/step.py", "fashion_ddp/train.py", "launch/job.py"):
-        (tmp_path / name).write_text("raise RuntimeError('edited')\n")
-    (tmp_path / "mine.yaml").write_text("all: {lr: 0.5}\n")
-    first.end()
+    with Submitted(tmp_path, "--recipe", "mine.yaml") as run:
+        run.until(lambda: list(tmp_path.glob("runs/.submissions/*/submission.json")))
+        for name in ("slow.py", "fashion_ddp/training/step.py", "fashion_ddp/train.py", "launch/job.py"):
+            (tmp_path / name).write_text("raise RuntimeError('edited')\n")
+        (tmp_path / "mine.yaml").write_text("all: {lr: 0.5}\n")
+        run.wait()
     [folder] = tmp_path.glob("runs/slow*")
     [start] = json.loads((folder / "environment.json").read_text())
     assert start["made_by"]["code"] == provenance.code_hash()
