@@ -1,9 +1,13 @@
 """What every test stands on: the real data, a home that means harm, and ranks that start in a fifth of a second."""
 
+import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import traceback
@@ -13,15 +17,18 @@ from typing import Any
 
 import pytest
 
-from fashion_ddp.distributed.rendezvous import free_port
+# Tests compute little and run two at once: threads would wait for each other. Ranks are told their number themselves.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CHECKOUT = Path(__file__).parent.parent
 
 # One pool for all tests: a process forked from this server has torch and Accelerate loaded, where a fresh one, and
 # above all a launcher's, spends seconds on them.
 _server = multiprocessing.get_context("forkserver")
+# What test files import is among it: a rank imports the file that its function is in.
 _server.set_forkserver_preload(
     ["torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint", "fashion_ddp.train"]
+    + ["pytest", "torchmetrics.functional.classification", "safetensors.torch", "torch.profiler"]
 )
 
 
@@ -57,6 +64,32 @@ def need(program: str) -> None:
     """Skip a test whose program is not installed; fail it where everything must run."""
     if shutil.which(program) is None:
         (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"{program} is not installed")
+
+
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Ports that no other process of any tests gets: this one owns a hundred of them while it listens at the first.
+    They lie below those that launchers draw (from 20,000) and those that Linux gives to connections (from 32,768)."""
+    for first in range(10_000, 20_000, 100):
+        guard = socket.socket()
+        try:
+            guard.bind(("", first))
+            guard.listen()
+        except OSError:
+            guard.close()
+            continue
+        _ports.guard = guard  # type: ignore[attr-defined]
+        return itertools.cycle(range(first + 1, first + 100))
+    raise AssertionError("every port from 10000 to 20000 is taken")
+
+
+def free_port() -> int:
+    """A port of this process's own where nobody listens."""
+    for port in _ports():
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError
 
 
 def _rank(env: dict[str, str], work: bytes, answer: Any) -> None:
