@@ -1,15 +1,18 @@
 """What every test stands on: the real data, a home that means harm, and ranks that start in a fifth of a second."""
 
+import atexit
 import contextlib
 import functools
 import itertools
 import multiprocessing
 import os
 import pickle
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,3 +140,33 @@ def command(*words: str, cwd: Path, timeout: float = 240, **env: str) -> subproc
     line = [str(program) if program.exists() else words[0], *words[1:]]
     surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
     return subprocess.run(line, check=False, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=timeout)
+
+
+def _as_main(module: str, words: tuple[str, ...], cwd: Path, env: dict[str, str], files: list[str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for stream, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    sys.path.insert(0, str(cwd))
+    sys.modules.pop(module, None)
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # as a Python of its own would, and not one that multiprocessing started
+
+
+def forked(module: str, *words: str, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m module words` does, in a process of its own that has torch loaded: it starts seconds sooner."""
+    surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{folder}/out", f"{folder}/err"]
+        process = _server.Process(target=_as_main, args=(module, words, cwd, surroundings, files), daemon=True)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        out, err = (Path(file).read_text() if os.path.exists(file) else "" for file in files)
+    return subprocess.CompletedProcess([module, *words], process.exitcode, out, err)
