@@ -162,7 +162,7 @@ def forked(module: str, *words: str, cwd: Path, timeout: float = 240, **env: str
     surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
     with tempfile.TemporaryDirectory() as folder:
         files = [f"{folder}/out", f"{folder}/err"]
-        process = _server.Process(target=_as_main, args=(module, words, cwd, surroundings, files), daemon=True)
+        process = _server.Process(target=_as_main, args=(module, words, cwd, surroundings, files))
         process.start()
         process.join(timeout)
         if process.exitcode is None:

@@ -154,6 +154,7 @@ def until_gone(run: Started, pids: list[int]) -> None:
     run.until(lambda: not any(living(pid) for pid in pids))
 
 
+@pytest.mark.slow
 def test_a_plain_process_is_stopped_from_its_first_import_to_its_last_moment(tmp_path: Path) -> None:
     with Started(tmp_path, [*PYTHON, *SMALL, *FEW], gate("torch")) as run:
         [pid] = run.at_gate()
@@ -177,6 +178,7 @@ def test_a_plain_process_is_stopped_from_its_first_import_to_its_last_moment(tmp
     assert_stopped(tmp_path, "SIGTERM", times=2)
 
 
+@pytest.mark.slow
 def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
     with Started(tmp_path, [*TORCHRUN, *SMALL, *FEW], gate("sync point")) as run:
         ranks = run.at_gate(2)

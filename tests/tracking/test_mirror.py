@@ -244,6 +244,7 @@ def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
     assert weights(tmp_path) in [path.read_bytes() for path in staged.iterdir()]
 
 
+@pytest.mark.slow
 def test_the_id_that_a_sweep_gave_is_read_back(tmp_path: Path) -> None:
     run, _ = whole(tmp_path, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="of-agent")
     assert run.summary["wandb_id"] == "of-agent"
@@ -251,6 +252,7 @@ def test_the_id_that_a_sweep_gave_is_read_back(tmp_path: Path) -> None:
     check_whole(run, fragment)
 
 
+@pytest.mark.slow
 def test_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
     (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
     whole(tmp_path, ["--wandb-group", "of the flag"], WANDB_CONFIG_DIR=str(tmp_path))
@@ -276,6 +278,7 @@ def stands(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
 def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untracked: bytes) -> None:
     def names(folder: str) -> set[str]:
@@ -500,10 +503,11 @@ WORST = {
     "finish never ends": GOES_WRONG + "Run.finish = never",
     "its teardown never ends": GOES_WRONG + "teardown = never",
 }
+FIRST = ("missing", "every call raises", "log never ends", "init never ends")  # the others are slow tests
 SOON = {"START": 1.0, "FINISH": 1.0, "FINISH_EARLY": 1.0, "INIT": 1.0}
 
 
-@pytest.mark.parametrize("worst", WORST)
+@pytest.mark.parametrize("worst", [w if w in FIRST else pytest.param(w, marks=pytest.mark.slow) for w in WORST])
 def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path, untracked: bytes) -> None:
     ranks = start(tmp_path, packages=package(tmp_path, WORST[worst]), limits=SOON)
     assert ranks.wait() == [0] and "Traceback" not in ranks.printed(), ranks.printed()
@@ -552,7 +556,7 @@ def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) 
     ("number", "at", "said"),
     [
         (signal.SIGKILL, "step", "W&B: stopped (log: "),
-        (signal.SIGSTOP, "step", "W&B: did not finish in time"),
+        pytest.param(signal.SIGSTOP, "step", "W&B: did not finish in time", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, "end", "W&B: did not finish in time", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "end", "W&B: stopped (", marks=pytest.mark.slow),
     ],
@@ -611,6 +615,7 @@ def test_no_network_and_no_key_stop_nothing(
 # --- The program as users start it ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_question_is_asked_on_a_terminal(tmp_path: Path) -> None:
     words = ["--dataset", "synthetic", "--model", "linear", "--epochs", "1", "--device", "cpu", "--run-dir", "run"]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"WANDB_MODE": "online"}
