@@ -7,12 +7,15 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import pty
 import runpy
+import select
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +64,16 @@ def hostile_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 patch.delenv(name)
         patch.setenv("HOME", str(home))
         yield home
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run on 2 ranks that nothing struck."""
+    from faults import start_tiny
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert start_tiny(2, folder).wait() == [0, 0]
+    return folder
 
 
 def need(program: str) -> None:
@@ -170,3 +183,21 @@ def forked(module: str, *words: str, cwd: Path, timeout: float = 240, **env: str
             process.join()
         out, err = (Path(file).read_text() if os.path.exists(file) else "" for file in files)
     return subprocess.CompletedProcess([module, *words], process.exitcode, out, err)
+
+
+def on_a_terminal(*line: str, cwd: Path, stdout: int | None = None, **env: str) -> tuple[int, bytes]:
+    """The exit code of a program on a terminal on which nothing is ever typed, and what it shows there. `stdout`: where
+    that goes instead."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 80))
+    streams: dict[str, Any] = {"stdin": its, "stdout": stdout or its, "stderr": its}
+    surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
+    shown = b""
+    with subprocess.Popen(line, cwd=cwd, env=surroundings | {"PYTHONPATH": str(CHECKOUT)}, **streams) as process:
+        os.close(its)
+        with contextlib.suppress(OSError):  # the program has closed its end
+            while select.select([ours], [], [], 60)[0]:  # a question would leave the terminal silent
+                shown += os.read(ours, 65536)
+            process.kill()
+    os.close(ours)
+    return process.returncode, shown

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from test_lock import as_nobody, eight, locks, working_in
 
+from fashion_ddp.config import Config
+from fashion_ddp.config.layers import make_config
+from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim as claim_
 from fashion_ddp.runs import lock, provenance
 from fashion_ddp.runs.claim import Outdated, check, claim, folder_of
-from fashion_ddp.config import Config
-from fashion_ddp.errors import UserError
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import read_run
-from fashion_ddp.config.layers import make_config
 
 pytestmark = pytest.mark.quick
 
@@ -508,20 +508,6 @@ def test_what_another_process_did_since_the_first_look_counts(
     with pytest.raises(UserError, match=then):
         claim(cfg, MADE_BY, fresh=fresh)
     assert locks(path) == [] and read_run(path).settings() == dataclasses.replace(cfg, **meanwhile)
-
-
-def test_a_folder_is_put_aside_by_who_holds_it(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = leave(cfg, FINISHED)
-    rename, seen = Path.rename, []
-
-    def renamed(source: Path, target: Path) -> Path:
-        seen.append((source, lock.holder(source)))
-        return rename(source, target)
-
-    monkeypatch.setattr(Path, "rename", renamed)
-    claim(cfg, MADE_BY, fresh=True)
-    [(source, name)] = seen
-    assert source == path and name is not None and f"process {os.getpid()} " in name
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, cfg: Config) -> None:

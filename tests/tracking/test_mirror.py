@@ -8,11 +8,8 @@ import atexit
 import json
 import math
 import os
-import pty
-import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +21,7 @@ from typing import Any
 
 import faults
 import pytest
-from conftest import CHECKOUT, _server, command
+from conftest import _server, command, on_a_terminal
 from faults import Fault, Ranks
 from wandb_server import WandbServer
 
@@ -245,18 +242,13 @@ def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_id_that_a_sweep_gave_is_read_back(tmp_path: Path) -> None:
-    run, _ = whole(tmp_path, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="of-agent")
+def test_a_sweep_s_id_is_read_back_and_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
+    told_by = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "of-agent", "WANDB_CONFIG_DIR": str(tmp_path)}
+    run, _ = whole(tmp_path, ["--wandb-group", "of the flag"], **told_by)
     assert run.summary["wandb_id"] == "of-agent"
     [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*-of-agent")
     check_whole(run, fragment)
-
-
-@pytest.mark.slow
-def test_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
-    (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
-    whole(tmp_path, ["--wandb-group", "of the flag"], WANDB_CONFIG_DIR=str(tmp_path))
-    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
     [told] = records_of(fragment)["run"]
     assert (told["project"], told["run_group"]) == ("of the file", "of the flag")
 
@@ -618,21 +610,8 @@ def test_no_network_and_no_key_stop_nothing(
 @pytest.mark.slow
 def test_no_question_is_asked_on_a_terminal(tmp_path: Path) -> None:
     words = ["--dataset", "synthetic", "--model", "linear", "--epochs", "1", "--device", "cpu", "--run-dir", "run"]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"WANDB_MODE": "online"}
     line = [sys.executable, "-m", "fashion_ddp.train", *words]
-    ours, its = pty.openpty()
-    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), its)
-    with subprocess.Popen(line, cwd=tmp_path, env=env | {"PYTHONPATH": str(CHECKOUT)}, **streams) as process:
-        os.close(its)
-        shown = b""
-        try:
-            # Nothing is ever typed: a question would leave the terminal silent.
-            while select.select([ours], [], [], 60)[0]:
-                shown += os.read(ours, 65536)
-            process.kill()
-        except OSError:  # the program has closed its end
-            pass
-        assert process.wait(timeout=60) == 0, shown.decode()
-    os.close(ours)
+    code, shown = on_a_terminal(*line, cwd=tmp_path, WANDB_MODE="online")
+    assert code == 0, shown.decode()
     assert read_run(tmp_path / "run").summary["status"] == "finished"
     assert shown.count(b"W&B: offline") == shown.count(b"W&B: online failed") == 1

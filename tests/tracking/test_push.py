@@ -23,9 +23,9 @@ from launch.submission import shared_group
 
 
 @pytest.fixture
-def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path: Path, uninterrupted: Path) -> Path:
     """A folder with a finished run that W&B knows nothing of."""
-    shutil.copytree(faults.uninterrupted_run(tmp_path_factory) / "run", tmp_path / "runs" / "one")
+    shutil.copytree(uninterrupted / "run", tmp_path / "runs" / "one")
     return tmp_path / "runs"
 
 
