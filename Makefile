@@ -1,9 +1,9 @@
 ## make setup         make the environment in VENV, or bring it up to date; says what it downloads first
 ## make compare       train MODELS, one after another or JOBS at once, and compare them
-## make test          every test but the slow ones
+## make test          each promise proven once, with real ranks
 ## make test-quick    the tests of a minute
-## make test-slow     the slow tests: real launches, real installations
-## make test-slurm    the tests on a real SLURM, which they bring up here (Debian, root)
+## make test-all      all: every launcher, fault, installation and page too, and a real SLURM brought up here (Debian, root)
+## make test-slurm    of these, the tests on SLURM
 ## make soak          N=100 faults drawn by SEED=1 strike real runs, which must end as if nothing had happened
 ## make bench         how much faster than the tutorials' loop, and where a step's time goes (hours; ARGS=, PARTS= shorten)
 ## make bench-scaling what 2 and 4 ranks bring on this machine
@@ -46,7 +46,7 @@ FASHION_DDP_DATA_DIR ?= $(abspath $(DATA))
 export FASHION_DDP_DATA_DIR
 endif
 
-.PHONY: help setup compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock clean
+.PHONY: help setup compare test test-quick test-all test-slurm soak bench bench-scaling lint lock clean
 
 .DEFAULT:
 	@echo "error: there is no target '$@': make alone lists them" >&2; exit 2
@@ -55,7 +55,7 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 # The other targets need setup, and silence from it when there is nothing to do.
-compare test test-quick test-slow test-slurm soak bench bench-scaling lint lock: quiet = --quiet
+compare test test-quick test-all test-slurm soak bench bench-scaling lint lock: quiet = --quiet
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
@@ -65,17 +65,18 @@ FLAGS = $(if $(GPUS),--device cuda) $(if $(JOBS),--jobs $(JOBS)) $(if $(RANKS),-
 compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 
-# Tests wait for processes to start more than they compute, so two run at once, each file in one process. No more: they
-# start up to four ranks, of a gigabyte each. SLURM's have one cluster.
-AT_ONCE := -n 2 --dist loadfile
+# Tests wait for processes more than they compute, so two run at once. No more: they start up to four ranks, of a
+# gigabyte each. Each process begins at its end of the list, and takes of the other's when it is done. SLURM's tests have
+# one cluster; they come first, so that the end is the count of all others.
+AT_ONCE := -n 2 --dist worksteal
 test: setup
 	$(RUN) pytest $(AT_ONCE) -m "not slow and not slurm"
 
 test-quick: setup
 	$(RUN) pytest $(AT_ONCE) -m quick
 
-test-slow: setup
-	$(RUN) pytest $(AT_ONCE) -m slow
+test-all: test-slurm
+	$(RUN) pytest $(AT_ONCE) -m "not slurm"
 
 test-slurm: setup
 	$(RUN) pytest -m slurm

@@ -1,11 +1,21 @@
 """What every test stands on: the real data, a home that means harm, and ranks that start in a fifth of a second."""
 
+import atexit
+import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
+import pty
+import runpy
+import select
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import termios
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +23,18 @@ from typing import Any
 
 import pytest
 
-from fashion_ddp.distributed.rendezvous import free_port
+# Tests compute little and run two at once: threads would wait for each other. Ranks are told their number themselves.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CHECKOUT = Path(__file__).parent.parent
 
 # One pool for all tests: a process forked from this server has torch and Accelerate loaded, where a fresh one, and
 # above all a launcher's, spends seconds on them.
 _server = multiprocessing.get_context("forkserver")
+# What test files import is among it: a rank imports the file that its function is in.
 _server.set_forkserver_preload(
     ["torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint", "fashion_ddp.train"]
+    + ["pytest", "torchmetrics.functional.classification", "safetensors.torch", "torch.profiler"]
 )
 
 
@@ -53,10 +66,46 @@ def hostile_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run on 2 ranks that nothing struck."""
+    from faults import start_tiny
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert start_tiny(2, folder).wait() == [0, 0]
+    return folder
+
+
 def need(program: str) -> None:
     """Skip a test whose program is not installed; fail it where everything must run."""
     if shutil.which(program) is None:
         (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"{program} is not installed")
+
+
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Ports that no other process of any tests gets: this one owns a hundred of them while it listens at the first.
+    They lie below those that launchers draw (from 20,000) and those that Linux gives to connections (from 32,768)."""
+    for first in range(10_000, 20_000, 100):
+        guard = socket.socket()
+        try:
+            guard.bind(("", first))
+            guard.listen()
+        except OSError:
+            guard.close()
+            continue
+        _ports.guard = guard  # type: ignore[attr-defined]
+        return itertools.cycle(range(first + 1, first + 100))
+    raise AssertionError("every port from 10000 to 20000 is taken")
+
+
+def free_port() -> int:
+    """A port of this process's own where nobody listens."""
+    for port in _ports():
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError
 
 
 def _rank(env: dict[str, str], work: bytes, answer: Any) -> None:
@@ -104,3 +153,51 @@ def command(*words: str, cwd: Path, timeout: float = 240, **env: str) -> subproc
     line = [str(program) if program.exists() else words[0], *words[1:]]
     surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
     return subprocess.run(line, check=False, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=timeout)
+
+
+def _as_main(module: str, words: tuple[str, ...], cwd: Path, env: dict[str, str], files: list[str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for stream, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    sys.path.insert(0, str(cwd))
+    sys.modules.pop(module, None)
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # as a Python of its own would, and not one that multiprocessing started
+
+
+def forked(module: str, *words: str, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m module words` does, in a process of its own that has torch loaded: it starts seconds sooner."""
+    surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{folder}/out", f"{folder}/err"]
+        process = _server.Process(target=_as_main, args=(module, words, cwd, surroundings, files))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        out, err = (Path(file).read_text() if os.path.exists(file) else "" for file in files)
+    return subprocess.CompletedProcess([module, *words], process.exitcode, out, err)
+
+
+def on_a_terminal(*line: str, cwd: Path, stdout: int | None = None, **env: str) -> tuple[int, bytes]:
+    """The exit code of a program on a terminal on which nothing is ever typed, and what it shows there. `stdout`: where
+    that goes instead."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 80))
+    streams: dict[str, Any] = {"stdin": its, "stdout": stdout or its, "stderr": its}
+    surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
+    shown = b""
+    with subprocess.Popen(line, cwd=cwd, env=surroundings | {"PYTHONPATH": str(CHECKOUT)}, **streams) as process:
+        os.close(its)
+        with contextlib.suppress(OSError):  # the program has closed its end
+            while select.select([ours], [], [], 60)[0]:  # a question would leave the terminal silent
+                shown += os.read(ours, 65536)
+            process.kill()
+    os.close(ours)
+    return process.returncode, shown

@@ -264,6 +264,10 @@ class Ranks:
         """What all ranks printed, in all starts of this folder."""
         return "".join(path.read_text() for path in sorted(self.folder.glob("printed*")))
 
+    def errors(self) -> list[str]:
+        """The lines on the screen that tell of something wrong."""
+        return [line for line in self.printed().splitlines() if line.startswith(("error: ", "warning: ", "Traceback"))]
+
     def noted(self, what: str) -> list[str]:
         """Of all starts in this folder: the faults that "struck"; of rank 0 the "steps" it took, the "renames" that
         it made."""
@@ -364,16 +368,9 @@ def eventually(what: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-_uninterrupted: list[Path] = []
-
-
-def uninterrupted_run(factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run on 2 ranks that nothing struck, made once for all tests."""
-    if not _uninterrupted:
-        folder = factory.mktemp("uninterrupted")
-        assert start_tiny(2, folder).wait() == [0, 0]
-        _uninterrupted.append(folder)
-    return _uninterrupted[0]
+def summary(folder: Path) -> dict[str, Any]:
+    """The record of the run that `start` made in a folder."""
+    return json.loads((folder / "run" / "summary.json").read_text())
 
 
 def wrong(folder: Path, reference: Path) -> list[str]:

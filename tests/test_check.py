@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command
+from conftest import command, forked
 
 from fashion_ddp import check
 from fashion_ddp.distributed import machine, probe
@@ -28,7 +28,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
 
 @quick
 def test_a_machine_without_cards_can_train(data_dir: Path, hostile_home: Path, tmp_path: Path) -> None:
-    done = command("python", "-m", "fashion_ddp.check", cwd=tmp_path, FASHION_DDP_DATA_DIR=str(data_dir))
+    done = forked("fashion_ddp.check", cwd=tmp_path, FASHION_DDP_DATA_DIR=str(data_dir))
     found = {line[:12].strip(): line[12:] for line in done.stdout.splitlines()}
     assert done.returncode == 0 and done.stdout.endswith("training can start here\n") and not list(tmp_path.iterdir())
     assert found["device"] == "a run takes the CPU: there is no NVIDIA card"
@@ -69,6 +69,7 @@ def test_what_is_missing_or_in_the_way_is_told(
     assert ", online (" in told(capsys)[1]["W&B"]
 
 
+@pytest.mark.slow
 def test_ranks_that_can_talk_say_how_fast(tmp_path: Path) -> None:
     done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fashion_ddp.check", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

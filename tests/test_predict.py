@@ -1,20 +1,16 @@
 """Pictures of a user's through a trained model, and a run's weights against its record."""
 
-import os
-import pty
 import re
-import select
 import shutil
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
 import faults
 import numpy as np
 import pytest
-from conftest import CHECKOUT
+from conftest import on_a_terminal
 from faults import Fault
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -34,8 +30,8 @@ def shoes(data_dir: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return load_run(faults.uninterrupted_run(tmp_path_factory) / "run")
+def run(uninterrupted: Path) -> Run:
+    return load_run(uninterrupted / "run")
 
 
 @pytest.fixture
@@ -196,19 +192,8 @@ def test_what_cannot_be_done_is_said_in_one_message(
 def test_many_pictures_show_how_far_it_is(run: Run, tmp_path: Path) -> None:
     paths = [saved(np.zeros((30, 30), np.uint8), tmp_path / f"{number}.png") for number in range(3)]
     line = [sys.executable, "-m", "fashion_ddp.predict", str(run.path), *map(str, paths)]
-    ours, its = pty.openpty()
-    termios.tcsetwinsize(its, (24, 80))
-    env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    with subprocess.Popen(line, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=its) as process:
-        os.close(its)
-        shown = b""
-        try:
-            while select.select([ours], [], [], 60)[0]:
-                shown += os.read(ours, 65536)
-        except OSError:  # the program has closed its end
-            pass
-        assert process.wait(timeout=60) == 0, shown
-    os.close(ours)
+    code, shown = on_a_terminal(*line, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    assert code == 0, shown
     assert all(re.search(rf"{word}: +\d+%.*/3 ".encode(), shown) for word in ("reading", "saving")), shown
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import CHECKOUT, command
+from conftest import CHECKOUT, forked
 
 from fashion_ddp import compare, redact
 
 SOURCES = [path for folder in ("fashion_ddp", "launch", "benchmarks") for path in (CHECKOUT / folder).rglob("*.py")]
-TRAIN = ("python", "-m", "fashion_ddp.train", "--model", "linear", "--dataset", "synthetic", "--epochs", "1")
-TRAIN = (*TRAIN, "--device", "cpu", "--threads", "1", "--run-dir", "runs/run")
+TRAIN = ["fashion_ddp.train", "--model", "linear", "--dataset", "synthetic", "--epochs", "1", "--device", "cpu"]
+TRAIN += ["--threads", "1", "--run-dir", "runs/run"]
 
 
 # --- What is read back ------------------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     before = os.umask(0)
     try:
-        done = command(*TRAIN, cwd=folder, **SECRETS)
-        report = command("python", "-m", "fashion_ddp.compare", "runs", cwd=folder, **SECRETS)
+        done = forked(*TRAIN, cwd=folder, **SECRETS)
+        report = forked("fashion_ddp.compare", "runs", cwd=folder, **SECRETS)
     finally:
         os.umask(before)
     assert done.returncode == report.returncode == 0, done.stderr + report.stderr
@@ -94,7 +94,7 @@ def test_a_run_folder_of_somebody_else_runs_nothing(finished: Path, tmp_path: Pa
     with pytest.raises(FileExistsError):  # the attack works, where it is let
         pickle.loads(pickle.dumps(Harmful(tmp_path)))
     run = hostile(finished, tmp_path, mark)
-    done = command(*TRAIN, "--tracker", "none", cwd=tmp_path)
+    done = forked(*TRAIN, "--tracker", "none", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("cannot be used") == 2, done.stdout + done.stderr
     assert (run / "model.safetensors").read_bytes() == (finished / "runs/run/model.safetensors").read_bytes()
     assert not mark.exists()
@@ -105,18 +105,12 @@ def test_a_report_of_somebody_elses_run_runs_nothing(status: str, finished: Path
     mark = tmp_path / "harmed"
     run = hostile(finished, tmp_path, mark)
     (run / "summary.json").write_text((finished / "runs/run/summary.json").read_text().replace("finished", status))
-    done = command("python", "-m", "fashion_ddp.compare", "runs", cwd=tmp_path)
+    done = forked("fashion_ddp.compare", "runs", cwd=tmp_path)
     assert done.returncode == (2 if status == "finished" else 0) and "Traceback" not in done.stderr
     (run / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{mark}']\n")
-    for words in (
-        ("-m", "fashion_ddp.compare", "runs"),
-        (*TRAIN[1:],),
-        (*TRAIN[1:3], "--config", str(run / "config.yaml")),
-    ):
-        done = command("python", *words, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, (
-            done.stderr
-        )
+    for words in (("fashion_ddp.compare", "runs"), TRAIN, (TRAIN[0], "--config", str(run / "config.yaml"))):
+        done = forked(*words, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert not mark.exists()
 
 
@@ -146,7 +140,7 @@ def test_no_secret_of_the_environment_is_written_or_shown(finished: Path) -> Non
 def test_a_secret_on_the_command_line_is_refused_and_not_repeated(tmp_path: Path) -> None:
     secret = SECRETS["HF_TOKEN"]
     for words in (("--runs-dir", secret), (f"--api-key={secret}",), ("--api-key", "never-in-the-environment")):
-        done = command(*TRAIN, *words, cwd=tmp_path, **SECRETS)
+        done = forked(*TRAIN, *words, cwd=tmp_path, **SECRETS)
         assert done.returncode == 2, done.stdout
         assert secret not in done.stdout + done.stderr and "never-in-the-environment" not in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
@@ -169,7 +163,7 @@ def test_a_secret_in_an_error_of_the_users_model_is_hidden(tmp_path: Path) -> No
         "        return super().forward(x) if Later.passes > 9 else nn.Sequential.forward(self, x)\n"
     )
     for model in ("mine:Net", "mine:Later"):  # before there is a folder, and in the middle of training
-        done = command(*TRAIN[:4], model, *TRAIN[5:], "--tracker", "none", cwd=tmp_path, **SECRETS)
+        done = forked(*TRAIN[:2], model, *TRAIN[3:], "--tracker", "none", cwd=tmp_path, **SECRETS)
         assert done.returncode != 0 and "refused for ***" in done.stderr, done.stderr
         (tmp_path / model.replace(":", "-")).write_text(done.stdout + done.stderr)
     assert (tmp_path / "runs/run/logs/rank0.log").read_text().count("refused for ***")

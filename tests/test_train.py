@@ -6,33 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import command
+from conftest import forked
 from safetensors.torch import load_file
 
 from fashion_ddp import data
 from fashion_ddp.models import architectures
 from fashion_ddp.runs.reading import load_run
 
-TRAIN = (
-    "python",
-    "-m",
-    "fashion_ddp.train",
-    "--model",
-    "linear",
-    "--epochs",
-    "1",
-    "--tracker",
-    "none",
-    "--threads",
-    "1",
-)
+MODULE = "fashion_ddp.train"
+TRAIN = (MODULE, *["--model", "linear", "--epochs", "1", "--tracker", "none", "--threads", "1", "--device", "cpu"])
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     """The folder that one real run was started in."""
     folder = tmp_path_factory.mktemp("finished")
-    done = command(*TRAIN, "--validation", "1000", "--data-dir", str(data_dir), cwd=folder)
+    done = forked(*TRAIN, "--validation", "1000", "--data-dir", str(data_dir), cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "screen").write_text(done.stdout)
     return folder
@@ -84,7 +73,7 @@ def test_the_screen_says_what_is_trained_on_what(finished: Path) -> None:
 
 def test_its_config_makes_the_same_run(finished: Path) -> None:
     run = load_run(finished / "runs" / "linear-blog-seed42-epochs1-validation1000")
-    again = command(*TRAIN[:3], "--config", str(run.path / "config.yaml"), "--run-dir", "again", cwd=finished)
+    again = forked(MODULE, "--config", str(run.path / "config.yaml"), "--run-dir", "again", cwd=finished)
     assert again.returncode == 0, again.stderr
     assert (finished / "again" / "model.safetensors").read_bytes() == (run.path / "model.safetensors").read_bytes()
 
@@ -93,13 +82,13 @@ def test_a_finished_run_is_left_alone(finished: Path, data_dir: Path) -> None:
     words = (*TRAIN, "--validation", "1000", "--data-dir", str(data_dir))
     folder = finished / "runs" / "linear-blog-seed42-epochs1-validation1000"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = command(*words, cwd=finished)
+    again = forked(*words, cwd=finished)
     assert again.returncode == 0 and "is finished: nothing to do" in again.stdout
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_a_check_starts_nothing(tmp_path: Path) -> None:
-    done = command(*TRAIN, "--dataset", "synthetic", "--check-only", cwd=tmp_path)
+    done = forked(*TRAIN, "--dataset", "synthetic", "--check-only", cwd=tmp_path)
     assert done.returncode == 0 and "this command would train in runs/linear" in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -125,7 +114,7 @@ def test_a_mistake_ends_with_one_message_before_any_work(mistake: str, tmp_path:
     )
     before = sorted(tmp_path.rglob("*"))
     flags, words = MISTAKES[mistake]
-    done = command(*TRAIN, *flags, cwd=tmp_path)
+    done = forked(*TRAIN, *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and words in done.stderr and "Traceback" not in done.stderr
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
@@ -136,7 +125,7 @@ def test_a_user_s_model_trains_and_what_it_breaks_is_recorded(tmp_path: Path) ->
         "from torch import nn\n"
         "def Net(shape, classes): return nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(784, classes))\n"
     )
-    done = command(*TRAIN, "--model", "mine:Net", "--dataset", "synthetic", "--run-dir", "run", cwd=tmp_path)
+    done = forked(*TRAIN, "--model", "mine:Net", "--dataset", "synthetic", "--run-dir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Dropout work on each rank's rows alone" in done.stdout
     summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())

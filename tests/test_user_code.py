@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import CHECKOUT, command
+from conftest import CHECKOUT, command, forked
 from torch import nn
 
 from fashion_ddp import user_code
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
-from fashion_ddp.runs.reading import load_run
+from fashion_ddp.runs.reading import Run, load_run
 
 quick = pytest.mark.quick
 SMALL = ("--dataset", "synthetic", "--tracker", "none", "--device", "cpu", "--epochs", "1", "--threads", "1")
@@ -149,32 +149,16 @@ def test_the_example_is_short() -> None:
     assert len((CHECKOUT / "examples" / "my_model.py").read_text().splitlines()) < 15
 
 
+TRAIN = "-m fashion_ddp.train --model"
 LAUNCHERS = {
-    "python": ("python", "-m", "fashion_ddp.train", "--model", EXAMPLE),
-    "torchrun": ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "fashion_ddp.train", "--model", EXAMPLE),
-    "accelerate": (
-        "accelerate",
-        "launch",
-        "--num_processes",
-        "1",
-        "--cpu",
-        "--dynamo_backend",
-        "no",
-        "--mixed_precision",
-    )
-    + ("no", "-m", "fashion_ddp.train", "--model", EXAMPLE),
-    "local": ("python", "-m", "launch.local", "--ranks", "2", "--models", EXAMPLE),
-    "submit": ("python", "-m", "launch.submit", "--executor", "local", "--models", EXAMPLE),
+    "torchrun": f"torchrun --standalone --nproc-per-node 2 {TRAIN}",
+    "accelerate": f"accelerate launch --num_processes 1 --cpu --dynamo_backend no --mixed_precision no {TRAIN}",
+    "local": "python -m launch.local --ranks 2 --models",
+    "submit": "python -m launch.submit --executor local --models",
 }
-SLOW = ("torchrun", "accelerate", "submit")  # theirs, which take long to start
 
 
-@pytest.mark.parametrize(
-    "launcher", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAUNCHERS]
-)
-def test_a_model_in_the_current_folder_trains_under_every_launcher(launcher: str, here: Path) -> None:
-    done = command(*LAUNCHERS[launcher], *SMALL, *ARGUMENTS, cwd=here, ACCELERATE_CONFIG_FILE="")
-    assert done.returncode == 0, done.stdout + done.stderr
+def check_run(here: Path) -> Run:
     run = load_run(here / "run")
     assert run.summary["status"] == "finished"
     assert {"depth": "3", "dropout": "0.2", "width": "4"}.items() <= run.summary["changed"].items()
@@ -182,20 +166,35 @@ def test_a_model_in_the_current_folder_trains_under_every_launcher(launcher: str
     assert run.summary["parameters"] == convolutions + 4 * 28 * 28 * 10 + 10 and run.summary["rank_invariant"] is False
     assert run.config["model_args"] == ["depth=3", "dropout=0.2", "width=4"]
     assert (run.path / "model.py").read_bytes() == (here / "examples" / "my_model.py").read_bytes()
-    if launcher == "python":
-        again = command(*LAUNCHERS[launcher], *SMALL, *ARGUMENTS, cwd=here)
-        assert again.returncode == 0 and "nothing to do" in again.stdout
-        with open(here / "examples" / "my_model.py", "a") as file:
-            file.write("\n# another\n")
-        changed = command(*LAUNCHERS[launcher], *SMALL, *ARGUMENTS, cwd=here)
-        assert changed.returncode == 2 and "another source of the model" in changed.stderr
-        kept = json.loads((run.path / "environment.json").read_text())
-        assert len(kept) == 1 and len(kept[0]["made_by"]["model source"]) == 64
+    return run
+
+
+def test_a_model_in_the_current_folder_trains_and_its_source_is_known(here: Path) -> None:
+    words = ("fashion_ddp.train", "--model", EXAMPLE, *SMALL, *ARGUMENTS)
+    done = forked(*words, cwd=here)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = check_run(here)
+    again = forked(*words, cwd=here)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    with open(here / "examples" / "my_model.py", "a") as file:
+        file.write("\n# another\n")
+    changed = forked(*words, cwd=here)
+    assert changed.returncode == 2 and "another source of the model" in changed.stderr
+    kept = json.loads((run.path / "environment.json").read_text())
+    assert len(kept) == 1 and len(kept[0]["made_by"]["model source"]) == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_model_in_the_current_folder_trains_under_every_launcher(launcher: str, here: Path) -> None:
+    done = command(*LAUNCHERS[launcher].split(), EXAMPLE, *SMALL, *ARGUMENTS, cwd=here, ACCELERATE_CONFIG_FILE="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_run(here)
 
 
 def test_a_wrong_argument_ends_a_launch_before_any_run(here: Path) -> None:
-    for launcher in ("python", "local"):
-        done = command(*LAUNCHERS[launcher], *SMALL, "--model-args", "detph=3", cwd=here)
+    for launcher in (("fashion_ddp.train", "--model"), ("launch.local", "--models")):
+        done = forked(*launcher, EXAMPLE, *SMALL, "--model-args", "detph=3", cwd=here)
         assert done.returncode == 2 and not (here / "run").exists(), done.stdout
         assert done.stderr == (
             "error: model_args: unknown 'detph'; did you mean 'depth'? choices: depth, width, dropout\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, command, ranks
+from conftest import CHECKOUT, command, forked, ranks
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -188,13 +188,8 @@ def test_the_hash_tells_sets_apart() -> None:
 
     images = np.zeros((4, 6, 4), np.uint8)
     first = md5(images)
-    assert first == md5(images) and set(first) == {
-        "train_images",
-        "train_labels",
-        "test_images",
-        "test_labels",
-        "classes",
-    }
+    assert first == md5(images)
+    assert set(first) == {"train_images", "train_labels", "test_images", "test_labels", "classes"}
     assert first["train_images"] != md5(images.reshape(4, 4, 6))["train_images"]
     assert first["classes"] != md5(images, classes=np.array(["a", "b"]))["classes"]
     images[3, 5, 3] = 1
@@ -345,13 +340,14 @@ def test_the_command_checks_a_set_of_ones_own(tmp_path: Path) -> None:
 
 # --- Whole runs -------------------------------------------------------------------------------------------------
 
-LOCAL = ("python", "-m", "launch.local", "--device", "cpu", "--tracker", "none", "--ranks", "2", "--threads", "1")
+TRAIN = ["fashion_ddp.train", "--device", "cpu", "--tracker", "none", "--threads", "1"]
 
 
-def compare(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
-    """Trains and compares as `make compare` does; the runs of the report by model."""
-    done = command(*LOCAL, *words, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+def compare(folder: Path, models: str, *words: str) -> dict[str, dict[str, Any]]:
+    """Trains and compares; the runs of the report by model."""
+    for line in [*((*TRAIN, *words, "--model", model) for model in models.split()), ("fashion_ddp.compare", "runs")]:
+        done = forked(*line, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "report" / "report.html").stat().st_size > 10_000
     return {run["model"]: run for run in json.loads((folder / "report" / "report.json").read_text())["runs"]}
 
@@ -359,8 +355,8 @@ def compare(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
 def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None:
     idx_folder(tmp_path / "letters")
     (tmp_path / "letters" / "classes.txt").write_text("\n".join(f"day {n}" for n in range(7)))
-    words = ("--dataset", "./letters", "--models", "mlp", "cnn", "--batch-size", "25", "--epochs", "4")
-    runs = compare(tmp_path, *words, "--lr", "0.05", "--optimizer", "momentum")
+    words = ["--dataset", "./letters", "--batch-size", "25", "--epochs", "4", "--lr", "0.05", "--optimizer", "momentum"]
+    runs = compare(tmp_path, "mlp cnn", *words)
     for model, run in runs.items():
         assert run["dataset"] == "letters" and run["classes"] == [f"day {n}" for n in range(7)]
         assert run["image_shape"] == [1, 12, 9] and (run["training_images"], run["test_images"]) == (350, 84)
@@ -369,31 +365,25 @@ def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None
         assert run["published"] is None
     folder = tmp_path / "runs" / "mlp-blog-seed42-epochs4-batch_size25-optimizermomentum-lr0.05-datasetletters"
     run = load_run(folder)
-    assert set(run.environment[0]["made_by"]["data"]) == {
-        *("train_images", "train_labels"),
-        "test_images",
-        "test_labels",
-        "classes",
-    }
+    known = {"train_images", "train_labels", "test_images", "test_labels", "classes"}
+    assert set(run.environment[0]["made_by"]["data"]) == known
     examples = load_file(folder / "examples.safetensors")
     assert examples["samples"].shape == (25, 1, 12, 9) and examples["image"].shape == (1, 12, 9)
     assert load_file(folder / "predictions.safetensors")["logits"].shape == (84, 7)
     # The same data is the same run, wherever it lies; other data under its name is not taken for it.
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "letters", tmp_path / "moved" / "letters")
-    again = ("python", "-m", "fashion_ddp.train", "--config", str(folder / "config.yaml"))
-    again += ("--dataset", "./moved/letters", "--device", "cpu", "--check-only")
-    assert "find its run finished" in command(*again, cwd=tmp_path).stdout
+    again = (TRAIN[0], "--config", str(folder / "config.yaml"), "--dataset", "./moved/letters", "--check-only")
+    assert "find its run finished" in forked(*again, cwd=tmp_path).stdout
     (tmp_path / "moved" / "letters" / "classes.txt").unlink()
-    assert "other data files" in command(*again, cwd=tmp_path).stderr
+    assert "other data files" in forked(*again, cwd=tmp_path).stderr
 
 
 def test_coloured_pictures_from_files_to_report(tmp_path: Path) -> None:
     picture_folder(tmp_path / "art")
-    runs = compare(
-        tmp_path, "--dataset", "./art", "--models", "linear", "cnn", "--batch-size", "30", "--lr", "0.005", "--epochs",
-        "2", "--optimizer", "adam", "--shift", "2", "--flip", "0.5",
-    )  # fmt: skip
+    words = ["--dataset", "./art", "--batch-size", "30", "--lr", "0.005", "--epochs", "2", "--optimizer", "adam"]
+    words += ["--shift", "2", "--flip", "0.5"]
+    runs = compare(tmp_path, "linear cnn", *words)
     for run in runs.values():
         assert run["image_shape"] == [3, 32, 32] and run["classes"] == ["blue", "green", "red"]
         assert run["test/accuracy"] > 0.9 and np.sum(run["confusion"]) == 72

@@ -7,15 +7,16 @@ rounding to order one within a hundred steps, in float32 even between one and tw
 import os
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ranks
 from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy
 from trainer import Trainer
 
 from fashion_ddp import data
@@ -28,22 +29,26 @@ from fashion_ddp.training.evaluate import Evaluation
 
 BATCH = 50  # divides by neither 3 nor 4
 IMAGES = 30 * BATCH + 2  # the last batch has 2 rows: fewer than 3 or 4 ranks
+STEPS = 2 * 31  # two epochs of them
 
 
-@cache
-def dataset(data_dir: Path, images: int | None) -> data.Dataset:
-    full = data.load("fashion_mnist", data_dir)
-    return replace(full, train_images=full.train_images[:images], train_labels=full.train_labels[:images])
+@pytest.fixture(scope="module")
+def full(data_dir: Path) -> data.Dataset:
+    """All of Fashion-MNIST, read once: reading it takes a rank longer than these tests."""
+    return data.load("fashion_mnist", data_dir)
 
 
-def train(cfg: Config, steps: int, images: int | None = IMAGES, weights: dict | None = None) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def small(full: data.Dataset) -> data.Dataset:
+    """Its first images, and of those every second row and column: [n, 1, 14, 14]."""
+    train, test = (np.ascontiguousarray(part[..., ::2, ::2]) for part in (full.train_images[:IMAGES], full.test_images))
+    return replace(full, train_images=train, train_labels=full.train_labels[:IMAGES], test_images=test)
+
+
+def train(cfg: Config, d: data.Dataset, steps: int) -> dict[str, Any]:
     """What one rank sees of some steps: losses, hits, weights, and logits on the test set's first thousand."""
-    assert cfg.data_dir is not None
-    d = dataset(cfg.data_dir, images)
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
-        if weights:
-            model.load_state_dict(weights)
         batches = Batches(cfg, world, d.train_images, d.train_labels)
         evaluation = Evaluation(cfg, world, d.test_images[:1001], d.test_labels[:1001], len(d.classes))
         step = Trainer(cfg, world, model, batches)
@@ -70,13 +75,12 @@ def train(cfg: Config, steps: int, images: int | None = IMAGES, weights: dict | 
         }
 
 
-def settings(data_dir: Path, **given: Any) -> Config:
+def settings(**given: Any) -> Config:
     proof = {"precision": "fp64", "device": "cpu", "threads": 1, "batch_size": BATCH, "epochs": 5}
-    return make_config(proof | {"data_dir": data_dir} | given)
+    return make_config(proof | given)
 
 
 CASES = {
-    "linear, sgd": {"model": "linear"},
     "linear, adam, augmented": {"model": "linear", "optimizer": "adam", "lr": 0.01, "shift": 2, "flip": 0.5},
     "cnn, adam": {"model": "cnn", "hidden_units": 6},
     "cnn, sgd, augmented": {
@@ -89,64 +93,64 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_number_of_ranks_changes_nothing_in_float64(case: str, data_dir: Path) -> None:
-    cfg = settings(data_dir, **CASES[case])
-    alone = ranks(1, train, cfg, 150)[0]
-    assert len(alone["loss"]) == 150 and 2 in alone["rows"]
+def test_the_number_of_ranks_changes_nothing_in_float64(case: str, small: data.Dataset) -> None:
+    cfg = settings(**CASES[case])
+    alone = ranks(1, train, cfg, small, STEPS)[0]
+    assert len(alone["loss"]) == STEPS and 2 in alone["rows"]
     for world_size in (2, 3, 4):
-        for seen in ranks(world_size, train, cfg, 150):
+        for seen in ranks(world_size, train, cfg, small, STEPS):
             torch.testing.assert_close(seen["loss"], alone["loss"], rtol=0, atol=1e-10)
             assert seen["hits"] == alone["hits"] and seen["rows"] == alone["rows"]
             assert torch.equal(seen["logits"].argmax(1), alone["logits"].argmax(1))
             torch.testing.assert_close(seen["scores"], alone["scores"], rtol=0, atol=1e-10)
 
 
-def test_linear_stays_equal_in_float32_for_three_epochs(data_dir: Path) -> None:
-    cfg = settings(data_dir, model="linear", precision="fp32", batch_size=128, epochs=3)
-    alone = ranks(1, train, cfg, 3 * 469, None)[0]
+def test_linear_stays_equal_in_float32_for_three_epochs(full: data.Dataset) -> None:
+    cfg = settings(model="linear", precision="fp32", batch_size=128, epochs=3)
+    alone = ranks(1, train, cfg, full, 3 * 469)[0]
     for world_size in (2, 3, 4):
-        seen = ranks(world_size, train, cfg, 3 * 469, None)[0]
+        seen = ranks(world_size, train, cfg, full, 3 * 469)[0]
         torch.testing.assert_close(seen["loss"], alone["loss"], rtol=0, atol=1e-6)
         assert torch.equal(seen["logits"].argmax(1), alone["logits"].argmax(1))
 
 
-def gradient(cfg: Config, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The gradient of the first batch's mean loss at some weights, as one vector."""
-    assert cfg.data_dir is not None
-    d = dataset(cfg.data_dir, IMAGES)
+def gradients(cfg: Config, d: data.Dataset, weights: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """The gradient of the first batch's mean loss at each of some weights, as one vector."""
+    found = []
     with open_world(cfg) as world:
-        model = architectures.build(cfg, d.image_shape, len(d.classes))
-        model.load_state_dict(weights)
-        step = Trainer(cfg, world, model, Batches(cfg, world, d.train_images, d.train_labels))
-        step.leave_gradient(0)
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+        for state in weights:
+            model = architectures.build(cfg, d.image_shape, len(d.classes))
+            model.load_state_dict(state)
+            step = Trainer(cfg, world, model, Batches(cfg, world, d.train_images, d.train_labels))
+            step.leave_gradient(0)
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
+    return found
 
 
-def test_a_cnn_has_the_same_gradient_in_float32(data_dir: Path) -> None:
-    cfg = settings(data_dir, model="cnn", precision="fp32")
-    start = architectures.build(cfg, (1, 28, 28), 10).state_dict()
-    saved = [start] + [ranks(1, train, cfg, steps)[0]["weights"] for steps in (20, 100)]
-    for weights in saved:
-        alone = ranks(1, gradient, cfg, weights)[0]
-        for world_size in (2, 3, 4):
-            for seen in ranks(world_size, gradient, cfg, weights):
-                assert (seen - alone).norm() <= 1e-5 * alone.norm()
-
-
-@pytest.mark.parametrize("model", ["linear", "cnn"])
-def test_reduction_shards_give_the_same_bits(model: str, data_dir: Path) -> None:
-    cfg = settings(data_dir, model=model, precision="fp32", reduction_shards=12, recipe="lab", flip=0.5)
-    alone = ranks(1, train, cfg, 60)[0]
+def test_a_cnn_has_the_same_gradient_in_float32(small: data.Dataset) -> None:
+    cfg = settings(model="cnn", precision="fp32")
+    start = architectures.build(cfg, small.image_shape, 10).state_dict()
+    weights = [start, ranks(1, train, cfg, small, 40)[0]["weights"]]
+    alone = ranks(1, gradients, cfg, small, weights)[0]
     for world_size in (2, 3, 4):
-        for seen in ranks(world_size, train, cfg, 60):
+        for seen in ranks(world_size, gradients, cfg, small, weights):
+            for ours, theirs in zip(seen, alone, strict=True):
+                assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_reduction_shards_give_the_same_bits(small: data.Dataset) -> None:
+    cfg = settings(model="cnn", precision="fp32", reduction_shards=12, recipe="lab", flip=0.5)
+    alone = ranks(1, train, cfg, small, STEPS)[0]
+    for world_size in (2, 3, 4):
+        for seen in ranks(world_size, train, cfg, small, STEPS):
             assert all(torch.equal(seen["weights"][name], alone["weights"][name]) for name in alone["weights"])
             assert torch.equal(seen["loss"], alone["loss"])
 
 
-def plain_loop(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+def plain_loop(
+    cfg: Config, d: data.Dataset, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+) -> list[float]:
     """What a tutorial would write: whole batches in the file's order, mean cross entropy, one process."""
-    assert cfg.data_dir is not None
-    d = dataset(cfg.data_dir, IMAGES)
     images, labels = torch.from_numpy(d.train_images).double() / 255, torch.from_numpy(d.train_labels)
     losses: list[float] = []
     while len(losses) < steps:
@@ -162,9 +166,9 @@ def plain_loop(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
 def tutorial_model(name: str, hidden: int) -> nn.Module:
     """The tutorials' networks, written again from their description."""
     if name == "linear":
-        return nn.Sequential(nn.Flatten(), nn.Linear(784, hidden), nn.Linear(hidden, 10))
+        return nn.Sequential(nn.Flatten(), nn.Linear(196, hidden), nn.Linear(hidden, 10))
     if name == "relu":
-        return nn.Sequential(nn.Flatten(), nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, 10), nn.ReLU())
+        return nn.Sequential(nn.Flatten(), nn.Linear(196, hidden), nn.ReLU(), nn.Linear(hidden, 10), nn.ReLU())
     layers: list[nn.Module] = []
     for into in (1, hidden):
         for channels in (into, hidden):
@@ -172,47 +176,45 @@ def tutorial_model(name: str, hidden: int) -> nn.Module:
             layers += [nn.BatchNorm2d(hidden)] if name == "cnn, batch norm" else []
             layers += [nn.ReLU()]
         layers += [nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(hidden * 49, 10))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(hidden * 9, 10))
 
 
 @pytest.mark.parametrize("name", ["linear", "relu", "cnn", "cnn, batch norm"])
-def test_one_process_equals_a_plain_loop(name: str, data_dir: Path) -> None:
+def test_one_process_equals_a_plain_loop(name: str, small: data.Dataset) -> None:
     model = name.split(",")[0]
     # Not Adam for batch norm: the biases before it have a gradient of 0, whose rounding Adam brings to full size.
     extra = {"batch_norm": True, "optimizer": "sgd", "lr": 0.05} if "norm" in name else {}
-    cfg = settings(data_dir, model=model, hidden_units=6, **extra)
+    cfg = settings(model=model, hidden_units=6, **extra)
     torch.manual_seed(cfg.seed)
     plain = tutorial_model(name, 6).double()
     optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[cfg.optimizer](plain.parameters(), lr=cfg.lr)
-    steps = 5 * 31  # whole epochs, so that the plain model's weights are those after the last step
-    losses = plain_loop(cfg, plain, optimizer, steps)
-    ours = ranks(1, train, cfg, steps)[0]
+    losses = plain_loop(cfg, small, plain, optimizer, STEPS)
+    ours = ranks(1, train, cfg, small, STEPS)[0]
     torch.testing.assert_close(ours["loss"].tolist(), losses, rtol=0, atol=1e-10)
     for mine, theirs in zip(ours["weights"].values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
-def evaluate(cfg: Config, count: int) -> tuple[float, float, torch.Tensor]:
-    assert cfg.data_dir is not None
-    d = dataset(cfg.data_dir, IMAGES)
+COUNTS = (3, 1001, 10_000)
+
+
+def evaluate(cfg: Config, d: data.Dataset) -> list[tuple[float, float, torch.Tensor]]:
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
-        scores = Evaluation(cfg, world, d.test_images[:count], d.test_labels[:count], len(d.classes))(model)
-        return scores.loss, scores.accuracy, scores.logits
+        classes = len(d.classes)
+        of = [Evaluation(cfg, world, d.test_images[:n], d.test_labels[:n], classes)(model) for n in COUNTS]
+        return [(scores.loss, scores.accuracy, scores.logits) for scores in of]
 
 
-@pytest.mark.parametrize("count", [3, 1001, 10_000])
-def test_evaluation_is_exact_on_any_number_of_ranks(count: int, data_dir: Path) -> None:
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    cfg = settings(data_dir, model="mlp", precision="fp32")
-    d = dataset(data_dir, IMAGES)
-    labels = torch.from_numpy(d.test_labels[:count])
+def test_evaluation_is_exact_on_any_number_of_ranks(small: data.Dataset) -> None:
+    cfg = settings(model="mlp", precision="fp32")
     for world_size in (1, 2, 4):
-        for loss, accuracy, logits in ranks(world_size, evaluate, cfg, count):
-            oracle = multiclass_accuracy(logits, labels, num_classes=10, average="micro").item()
-            assert accuracy == pytest.approx(oracle, abs=1e-7) and len(logits) == count
-            assert loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-12)
+        for seen in ranks(world_size, evaluate, cfg, small):
+            for count, (loss, accuracy, logits) in zip(COUNTS, seen, strict=True):
+                labels = torch.from_numpy(small.test_labels[:count])
+                oracle = multiclass_accuracy(logits, labels, num_classes=10, average="micro").item()
+                assert accuracy == pytest.approx(oracle, abs=1e-7) and len(logits) == count
+                assert loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-12)
 
 
 # --- Scheduling -------------------------------------------------------------------------------------------------------

@@ -1,18 +1,18 @@
 """Told to stop, by a signal or by the launcher's death: saved, ended together, and continued by the same command."""
 
-import json
+import functools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import CHECKOUT
-from faults import SMALL, STEPS, Fault, start
+from faults import SMALL, STEPS, Fault, start, summary, wrong
 from gates import ACCELERATE, PYTHON, TORCHRUN, Started, gate, living
 
 from fashion_ddp.distributed import signals
@@ -21,35 +21,22 @@ EX_TEMPFAIL = 75
 FEW = ["--checkpoint-every", "1000"]  # so that a checkpoint is one that a stop has saved
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run" / "summary.json").read_text())
-
-
 def saved(folder: Path) -> list[int]:
     """The steps at which the checkpoints of a run were saved."""
     return sorted(int(path.stem.removeprefix("step-")) for path in (folder / "run" / "checkpoints").iterdir())
 
 
-def record(folder: Path) -> list[Any]:
-    """What a run leaves, but for its timings."""
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
-    files = ("steps.jsonl", "model.safetensors", "predictions.safetensors")
-    return [metrics, *((folder / "run" / name).read_bytes() for name in files)]
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
-    """The record of the run that nothing stopped, by number of ranks; made when it is first asked for."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of the run that nothing stopped, by number of ranks; made when it is first asked for."""
 
-    class Records(dict[int, list[Any]]):
-        def __missing__(self, world_size: int) -> list[Any]:
-            folder = tmp_path_factory.mktemp("whole")
-            assert start(world_size, folder, every_step=False).wait() == [0] * world_size
-            self[world_size] = record(folder)
-            return self[world_size]
+    @functools.cache
+    def make(world_size: int) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        assert start(world_size, folder, every_step=False).wait() == [0] * world_size
+        return folder
 
-    return Records()
+    return make
 
 
 def assert_stopped(folder: Path, reason: str, times: int = 1) -> None:
@@ -65,7 +52,7 @@ def assert_stopped(folder: Path, reason: str, times: int = 1) -> None:
 
 
 def test_a_signal_to_any_rank_stops_all_at_one_step_and_the_same_command_continues(
-    tmp_path: Path, whole: dict[int, list[Any]]
+    tmp_path: Path, whole: Callable[[int], Path]
 ) -> None:
     stops = {  # the step, the ranks that are told, by what, and what they say was the reason
         3: ([1], ["USR2"], "SIGUSR2"),
@@ -80,12 +67,12 @@ def test_a_signal_to_any_rank_stops_all_at_one_step_and_the_same_command_continu
         assert saved(tmp_path) == sorted(stops)[:times][-2:]
         assert_stopped(tmp_path, reason, times)
     assert start(2, tmp_path, FEW).wait() == [0, 0]
-    assert record(tmp_path) == whole[2]
+    assert wrong(tmp_path, whole(2)) == []
     assert summary(tmp_path)["status"] == "finished" and "error" not in summary(tmp_path)
 
 
 @pytest.mark.slow
-def test_signals_are_remembered_wherever_they_come(tmp_path: Path, whole: dict[int, list[Any]]) -> None:
+def test_signals_are_remembered_wherever_they_come(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     # Counted so that what a start writes is over: it is a checkpoint that is being written.
     saving = [("save", 3), ("fsync", 15), ("before a rename", 9), ("after a rename", 9), ("saved", 2)]
     # The first forward passes are of the warm-up, while Step is built.
@@ -106,22 +93,22 @@ def test_signals_are_remembered_wherever_they_come(tmp_path: Path, whole: dict[i
             assert now >= before + 2 and now // STEPS == before // STEPS
         before = now
     assert start(2, tmp_path).wait() == [0, 0]
-    assert record(tmp_path) == whole[2]
+    assert wrong(tmp_path, whole(2)) == []
 
 
 @pytest.mark.slow
-def test_a_run_that_is_all_but_done_when_told_finishes(tmp_path: Path, whole: dict[int, list[Any]]) -> None:
+def test_a_run_that_is_all_but_done_when_told_finishes(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     faults = [Fault("evaluation", "TERM", 1, count=3), Fault("evaluated", "INT", 0, count=3)]
     faults += [Fault("results", "USR1", 0), Fault("end", "USR2", 0), Fault("end", "TERM", 0)]
     run = start(2, tmp_path, FEW, faults)
     assert run.wait() == [0, 0], run.printed()
-    assert summary(tmp_path)["status"] == "finished" and record(tmp_path) == whole[2]
+    assert summary(tmp_path)["status"] == "finished" and wrong(tmp_path, whole(2)) == []
     # Told in time for the last sync point, it stops there, and has the last evaluation still to do.
     (tmp_path / "other").mkdir()
     stopped = start(2, tmp_path / "other", FEW, [Fault("step", "TERM", 1, count=3 * STEPS)])
     assert stopped.wait() == [EX_TEMPFAIL, EX_TEMPFAIL] and saved(tmp_path / "other") == [3 * STEPS]
     assert start(2, tmp_path / "other", FEW).wait() == [0, 0]
-    assert record(tmp_path / "other") == whole[2]
+    assert wrong(tmp_path / "other", whole(2)) == []
 
 
 def test_a_second_interrupt_ends_a_rank_at_once_even_where_it_waits_for_one_that_stands_still(tmp_path: Path) -> None:
@@ -154,6 +141,7 @@ def until_gone(run: Started, pids: list[int]) -> None:
     run.until(lambda: not any(living(pid) for pid in pids))
 
 
+@pytest.mark.slow
 def test_a_plain_process_is_stopped_from_its_first_import_to_its_last_moment(tmp_path: Path) -> None:
     with Started(tmp_path, [*PYTHON, *SMALL, *FEW], gate("torch")) as run:
         [pid] = run.at_gate()
@@ -177,6 +165,7 @@ def test_a_plain_process_is_stopped_from_its_first_import_to_its_last_moment(tmp
     assert_stopped(tmp_path, "SIGTERM", times=2)
 
 
+@pytest.mark.slow
 def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
     with Started(tmp_path, [*TORCHRUN, *SMALL, *FEW], gate("sync point")) as run:
         ranks = run.at_gate(2)
@@ -190,7 +179,7 @@ def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_torchrun_command_continues_however_it_was_stopped(
-    tmp_path: Path, whole: dict[int, list[Any]]
+    tmp_path: Path, whole: Callable[[int], Path]
 ) -> None:
     words, said = [*TORCHRUN, *SMALL, *FEW], []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -206,12 +195,12 @@ def test_the_same_torchrun_command_continues_however_it_was_stopped(
     assert printed.count("stopped (") == 3 and "fashion_ddp/" not in printed  # in no traceback
     with Started(tmp_path, words) as run:
         assert run.wait() == 0
-    assert record(tmp_path) == whole[2]
+    assert wrong(tmp_path, whole(2)) == []
 
 
 @pytest.mark.slow
 def test_the_same_accelerate_command_continues_however_it_was_stopped(
-    tmp_path: Path, whole: dict[int, list[Any]]
+    tmp_path: Path, whole: Callable[[int], Path]
 ) -> None:
     words, said = [*ACCELERATE, *SMALL, *FEW], []
     # It does not hand signals on: its rank notices that it is gone. Where the rank is told, its launcher says 1.
@@ -229,7 +218,7 @@ def test_the_same_accelerate_command_continues_however_it_was_stopped(
     assert said == ["stopped (the launcher died", "stopped (SIGUSR2"]
     with Started(tmp_path, words) as run:
         assert run.wait() == 0
-    assert record(tmp_path) == whole[1]
+    assert wrong(tmp_path, whole(1)) == []
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import command, ranks
+from conftest import ranks
 from faults import Fault, start
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -247,20 +247,6 @@ def test_a_last_batch_of_one_image_leaves_batch_norm_finite() -> None:
     assert torch.isfinite(out).all() and all(torch.isfinite(b).all() for b in norm.buffers())
 
 
-def test_only_who_asks_for_it_imports_torchvision() -> None:
-    code = (
-        "import sys; from fashion_ddp.training import checkpoint, artifacts, startup\n"
-        "from fashion_ddp.models import architectures, describe, transfer; from fashion_ddp import train\n"
-        "from fashion_ddp.config.layers import make_config\n"
-        "architectures.build(make_config({'model': 'cnn'}), (1, 28, 28), 10)\n"
-        "assert 'torchvision' not in sys.modules\n"
-        "architectures.build(make_config({'model': 'resnet18'}), (1, 28, 28), 10)\n"
-        "assert 'torchvision' in sys.modules\n"
-    )
-    done = command("python", "-c", code, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr
-
-
 # --- On several ranks, and ended in between ---------------------------------------------------------------------
 
 
@@ -296,6 +282,7 @@ def small_set(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_run_from_another_s_weights_continues_to_the_same_bits(tmp_path: Path, weights: Path) -> None:
     words = ["--model", "resnet18", "--hidden-units", "None", "--dataset", small_set(tmp_path), "--batch-size", "40"]
     words += ["--init-from", str(weights), "--freeze", "conv1", "bn1", "layer1", "layer2", "--epochs", "2"]

@@ -13,15 +13,10 @@ from typing import Any
 
 import pytest
 import soak
-from faults import TINY_STEPS, Disk, Fault, Ranks, eventually, start_tiny, uninterrupted_run, wrong
+from faults import TINY_STEPS, Disk, Fault, Ranks, eventually, start_tiny, summary, wrong
 
 ALL_STEPS = 3 * TINY_STEPS
 HOST = os.uname().nodename
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return uninterrupted_run(tmp_path_factory)
 
 
 @pytest.fixture
@@ -30,18 +25,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         yield disk
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run" / "summary.json").read_text())
-
-
 def checkpoints(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "run" / "checkpoints").glob("step-*"))}
-
-
-def errors(run: Ranks) -> list[str]:
-    """The lines on the screen that tell of something wrong."""
-    lines = run.printed().splitlines()
-    return [line for line in lines if line.startswith(("error: ", "warning: ", "Traceback"))]
 
 
 # --- Killed ------------------------------------------------------------------------------------------------------
@@ -113,7 +98,7 @@ def test_a_killed_run_continues_to_the_result_of_one_that_was_not(
     run = start_tiny(2, tmp_path, [], [fault])
     assert run.wait(patience=1)[fault.rank] == -signal.SIGKILL
     assert run.noted("struck") == [str(fault)]
-    assert not [line for line in errors(run) if line.startswith("Traceback")]
+    assert not [line for line in run.errors() if line.startswith("Traceback")]
     assert start_tiny(2, tmp_path).wait() == [0, 0]
     if fault == LAST:  # the folder of a finished run is left as it is, with what tells that a process was there
         for trace in [*(tmp_path / "run").glob(".lock.*"), *(tmp_path / "run" / "logs").glob(".rank*")]:
@@ -163,8 +148,8 @@ def test_a_checkpoint_that_does_not_fit_is_tried_again(disk: Disk, tmp_path: Pat
     faults = [Fault("save", "fill", 0, 5), Fault("save", "make room", 0, 7)]
     run = start_tiny(2, tmp_path, [], faults, disk=disk)
     assert run.wait() == [0, 0]
-    assert len(errors(run)) == 2 and all("No space left on device" in line for line in errors(run))
-    assert errors(run)[0].startswith("warning: no checkpoint at step 5, to be tried again: run/checkpoints/step-0000")
+    assert len(run.errors()) == 2 and all("No space left on device" in line for line in run.errors())
+    assert run.errors()[0].startswith("warning: no checkpoint at step 5, to be tried again: run/checkpoints/step-0000")
     assert wrong(disk.seen, uninterrupted) == []
 
 
@@ -179,7 +164,7 @@ def test_a_run_whose_last_checkpoint_does_not_fit_fails_and_continues_when_there
     assert list(before) == ["step-000000010.pt"]
     run = start_tiny(2, tmp_path, words, [Fault("step", "fill", 0, 1)], disk=disk)
     assert run.wait() == [1, 1]
-    [error] = errors(run)
+    [error] = run.errors()
     assert error.startswith(
         f"error: {HOST}: run/checkpoints/step-000000024.pt cannot be written (No space left on device)"
     )
@@ -210,7 +195,7 @@ def test_a_run_whose_disk_is_full_fails_with_one_message_and_continues_when_ther
     assert start_tiny(2, tmp_path / "whole", words).wait() == [0, 0]
     run = start_tiny(2, tmp_path, words, [Fault(point, "fill to the last byte", 0, count)], disk=disk)
     assert run.wait() == [1, 1]
-    [error] = errors(run)
+    [error] = run.errors()
     assert f"run/{file} cannot be written (No space left on device): mend that" in error
     (disk.seen / "run" / "ballast").unlink()
     assert start_tiny(2, tmp_path, words, disk=disk).wait() == [0, 0]
@@ -224,14 +209,14 @@ def test_a_folder_that_is_read_only_at_the_start_is_refused_at_once(
     disk.remount("ro")
     run = start_tiny(2, tmp_path, disk=disk)
     assert run.wait() == [2, 2]
-    assert errors(run) == [f"error: {HOST}: run: cannot be written (Read-only file system): choose another --runs-dir"]
+    assert run.errors() == [f"error: {HOST}: run: cannot be written (Read-only file system): choose another --runs-dir"]
     assert not run.noted("steps")
     disk.remount("rw")
     stopped = start_tiny(2, tmp_path, [], [Fault("step", "TERM", 1, 10)], disk=disk)
     assert stopped.wait() == [75, 75]
     disk.remount("ro")
     again = start_tiny(2, tmp_path, disk=disk)
-    assert again.wait() == [2, 2] and len(errors(again)) == 2
+    assert again.wait() == [2, 2] and len(again.errors()) == 2
     disk.remount("rw")
     assert start_tiny(2, tmp_path, disk=disk).wait() == [0, 0]
     assert wrong(disk.seen, uninterrupted) == []
@@ -245,7 +230,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_which_continues_when_it_is
     run = start_tiny(2, tmp_path, [], [fault], disk=disk)
     assert run.wait() == [1, 1]
     assert run.noted("struck") == [str(fault)]
-    [error] = errors(run)
+    [error] = run.errors()
     assert "cannot be written (Read-only file system): mend that, and give the same command again" in error
     disk.remount("rw")
     assert start_tiny(2, tmp_path, disk=disk).wait() == [0, 0]
@@ -275,7 +260,7 @@ def test_an_error_on_one_rank_is_told_once_and_ends_all(
     assert run.wait() == [1] * ranks
     assert run.printed().count("RuntimeError: an injected error") == 1
     assert run.printed().count("Traceback") == 1
-    assert errors(run)[1:] == [] or errors(run)[:1][0].startswith("error: another rank ended before its time")
+    assert run.errors()[1:] == [] or run.errors()[:1][0].startswith("error: another rank ended before its time")
     log = (tmp_path / "run" / "logs" / f"rank{fault.rank}.log").read_text()
     assert log.count("RuntimeError: an injected error") == 1 and "in _raise" in log
     assert summary(tmp_path)["status"] == "failed"
@@ -290,7 +275,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_step_named(every_step
     words = ["--model", "linear", "--lr", "1e9", "--optimizer", "sgd", "--precision", "fp64"]
     run = start_tiny(2, tmp_path, words, [], every_step)
     assert run.wait() == [1, 1]
-    [error] = errors(run)
+    [error] = run.errors()
     told = re.match(r"error: the loss is (?:nan|inf) at step (\d+), where lr is 1e\+09: .*--lr", error)
     assert told and "Traceback" not in run.printed()
     step = int(told[1])
@@ -310,7 +295,7 @@ def test_a_second_command_on_a_run_folder_is_told_who_holds_it(tmp_path: Path, u
     held = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     second = start_tiny(1, tmp_path)
     assert second.wait() == [2]
-    [error] = errors(second)
+    [error] = second.errors()
     assert error.startswith(f"error: run is in use by process {first.processes[0].pid} on {HOST} since")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == held
     (tmp_path / "go").touch()
@@ -338,7 +323,7 @@ def test_a_command_that_stood_still_too_long_leaves_the_folder_to_another(
     assert first.wait() == [1, 1]
     after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.parent.name != "logs"}
     assert after == before
-    [error] = errors(first)
+    [error] = first.errors()
     who = f"was taken by process {second.processes[0].pid}" if at_work else "was taken away, moved or removed"
     assert error.startswith(f"error: run {who}") and "nothing more is written" in error
     (tmp_path / "go").touch()

@@ -4,7 +4,6 @@ Real runs on real ranks, ended by kills and stops in the middle of everything. W
 is not taken for one: tests/training/test_checkpoint.py.
 """
 
-import errno
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import ACTIONS, Fault, Ranks, start, wrap
+from faults import ACTIONS, Fault, Ranks, start, summary, wrap
 from safetensors.torch import load_file
 
 # 3 epochs of 12 steps on 3,000 images; rows are dealt unevenly to 2, 3 and 4 ranks.
@@ -38,26 +37,7 @@ def _kill_in_write() -> None:
     wrap("os", "replace", lambda function, *args: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def _disk_full(calls: float) -> Callable[[], None]:
-    """From here on so many of the files that are written find the disk full."""
-
-    def fill() -> None:
-        left = [calls]
-
-        def full(function: Callable[..., Any], *args: Any) -> Any:
-            left[0] -= 1
-            if left[0] >= 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return function(*args)
-
-        wrap("os", "fsync", full)
-
-    return fill
-
-
 ACTIONS["kill in the write"] = _kill_in_write
-ACTIONS["disk full once"] = _disk_full(1)
-ACTIONS["disk full"] = _disk_full(float("inf"))
 
 
 @dataclass(frozen=True)
@@ -115,10 +95,6 @@ def positions(ranks: Ranks) -> list[int]:
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run" / "summary.json").read_text())
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
@@ -406,49 +382,4 @@ def test_an_older_checkpoint_serves_where_the_newest_is_broken(tmp_path: Path, w
     ranks = interrupted(2, tmp_path, RICH, ends)
     assert positions(ranks) == [6, 14] and ranks.printed().count("warning") == 1
     assert checkpoints(tmp_path) == ["step-000000007.pt.broken", "step-000000035.pt", "step-000000036.pt"]
-    check_equal(tmp_path, whole)
-
-
-@pytest.mark.slow
-def test_without_a_checkpoint_that_can_be_used_it_begins_again(tmp_path: Path, whole: Path) -> None:
-    def break_both(folder: Path) -> None:
-        flip_a_bit(folder, 13)
-        flip_a_bit(folder, 14)
-
-    ends = [Cut(Fault("step", "kill", count=15)), Cut(Fault("step", "kill", count=3), before=break_both)]
-    ranks = interrupted(2, tmp_path, RICH, ends)
-    assert positions(ranks) == [2] and "starts again from nothing" in ranks.printed()
-    assert [name for name in checkpoints(tmp_path) if "broken" in name] == [
-        f"step-0000000{n}.pt.broken" for n in (13, 14)
-    ]
-    check_equal(tmp_path, whole)
-
-
-# --- Saves that fail ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_save_that_fails_is_a_warning_and_is_tried_again(tmp_path: Path, whole: Path) -> None:
-    ranks = start(2, tmp_path, RICH, [Local("save", "disk full once", count=5), Fault("step", "kill", 1, count=6)])
-    assert ranks.wait()[1] == -9
-    assert checkpoints(tmp_path) == ["step-000000003.pt", "step-000000004.pt"]
-    [warning] = [line for line in ranks.printed().splitlines() if "warning" in line]
-    assert "no checkpoint at step 5" in warning and "No space left on device" in warning
-    ranks = start(2, tmp_path, RICH, [Local("save", "disk full once", count=3)])
-    end(ranks)
-    assert positions(ranks) == [4] and ranks.printed().count("warning") == 2
-    check_equal(tmp_path, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("last", ["a stop", "the end"])
-def test_a_last_save_that_fails_ends_every_rank_with_one_message(last: str, tmp_path: Path, whole: Path) -> None:
-    faults = [Local("save", "disk full", count=1)]
-    faults += [Fault("step", "TERM", rank=1, count=5)] if last == "a stop" else []
-    ranks = start(2, tmp_path, (*RICH, *NEVER), faults)
-    assert ranks.wait() == [1, 1]
-    [error] = [line for line in ranks.printed().splitlines() if line.startswith("error")]
-    assert "cannot be written (No space left on device)" in error and "the same command" in error
-    assert "Traceback" not in ranks.printed() and "finished" not in ranks.printed()
-    end(start(2, tmp_path, RICH))
     check_equal(tmp_path, whole)

@@ -510,20 +510,6 @@ def test_what_another_process_did_since_the_first_look_counts(
     assert locks(path) == [] and load_run(path).settings() == dataclasses.replace(cfg, **meanwhile)
 
 
-def test_a_folder_is_put_aside_by_who_holds_it(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = leave(cfg, FINISHED)
-    rename, seen = Path.rename, []
-
-    def renamed(source: Path, target: Path) -> Path:
-        seen.append((source, lock.holder(source)))
-        return rename(source, target)
-
-    monkeypatch.setattr(Path, "rename", renamed)
-    claim(cfg, MADE_BY, fresh=True)
-    [(source, name)] = seen
-    assert source == path and name is not None and f"process {os.getpid()} " in name
-
-
 def test_a_folder_that_cannot_be_written(tmp_path: Path, cfg: Config) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(

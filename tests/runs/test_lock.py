@@ -186,16 +186,6 @@ def test_a_lock_of_another_machine_holds_for_a_minute(
     assert locks(folder) == [path]
 
 
-@pytest.mark.usefixtures("at_once")
-def test_a_lock_of_another_machine_is_respected_and_then_cleared_away(folder: Path) -> None:
-    leave(folder, 45, **ELSEWHERE)
-    with pytest.raises(UserError, match="in use by process 1 on node7 since 2"):
-        lock.acquire(folder)
-    grow_old(folder, 61)
-    taken = lock.acquire(folder)
-    assert locks(folder) == [taken.path]
-
-
 def test_a_touch_keeps_it(folder: Path) -> None:
     with working_in(folder) as first:
         grow_old(folder, 1000)
@@ -332,14 +322,6 @@ def test_a_lock_of_another_user_holds_though_it_may_not_be_read_or_asked_for(tmp
 
 def refused(handle: int, how: int) -> None:
     raise OSError(95, "Operation not supported")
-
-
-@pytest.mark.usefixtures("at_once")
-def test_where_flock_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "flock", refused)
-    lock.acquire(folder)
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-        lock.acquire(folder)
 
 
 @pytest.mark.usefixtures("at_once")

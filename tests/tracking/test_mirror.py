@@ -8,11 +8,8 @@ import atexit
 import json
 import math
 import os
-import pty
-import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +21,7 @@ from typing import Any
 
 import faults
 import pytest
-from conftest import CHECKOUT, _server, command
+from conftest import _server, command, on_a_terminal
 from faults import Fault, Ranks
 from wandb_server import WandbServer
 
@@ -244,17 +241,14 @@ def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
     assert weights(tmp_path) in [path.read_bytes() for path in staged.iterdir()]
 
 
-def test_the_id_that_a_sweep_gave_is_read_back(tmp_path: Path) -> None:
-    run, _ = whole(tmp_path, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID="of-agent")
+@pytest.mark.slow
+def test_a_sweep_s_id_is_read_back_and_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
+    told_by = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "of-agent", "WANDB_CONFIG_DIR": str(tmp_path)}
+    run, _ = whole(tmp_path, ["--wandb-group", "of the flag"], **told_by)
     assert run.summary["wandb_id"] == "of-agent"
     [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*-of-agent")
     check_whole(run, fragment)
-
-
-def test_wandbs_own_settings_hold_where_nobody_says_more(tmp_path: Path) -> None:
-    (tmp_path / "settings").write_text("[default]\nproject = of the file\nrun_group = of the file\n")
-    whole(tmp_path, ["--wandb-group", "of the flag"], WANDB_CONFIG_DIR=str(tmp_path))
-    [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
     [told] = records_of(fragment)["run"]
     assert (told["project"], told["run_group"]) == ("of the file", "of the flag")
 
@@ -276,6 +270,7 @@ def stands(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
 def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untracked: bytes) -> None:
     def names(folder: str) -> set[str]:
@@ -500,10 +495,11 @@ WORST = {
     "finish never ends": GOES_WRONG + "Run.finish = never",
     "its teardown never ends": GOES_WRONG + "teardown = never",
 }
+FIRST = ("missing", "every call raises", "log never ends", "init never ends")  # the others are slow tests
 SOON = {"START_TIMEOUT": 1.0, "FINISH_TIMEOUT": 1.0, "EARLY_FINISH_TIMEOUT": 1.0, "INIT_TIMEOUT": 1.0}
 
 
-@pytest.mark.parametrize("worst", WORST)
+@pytest.mark.parametrize("worst", [w if w in FIRST else pytest.param(w, marks=pytest.mark.slow) for w in WORST])
 def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path, untracked: bytes) -> None:
     ranks = start(tmp_path, packages=package(tmp_path, WORST[worst]), limits=SOON)
     assert ranks.wait() == [0] and "Traceback" not in ranks.printed(), ranks.printed()
@@ -552,7 +548,7 @@ def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) 
     ("number", "at", "said"),
     [
         (signal.SIGKILL, "step", "W&B: stopped (log: "),
-        (signal.SIGSTOP, "step", "W&B: did not finish in time"),
+        pytest.param(signal.SIGSTOP, "step", "W&B: did not finish in time", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, "end", "W&B: did not finish in time", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "end", "W&B: stopped (", marks=pytest.mark.slow),
     ],
@@ -613,23 +609,11 @@ def test_no_network_and_no_key_stop_nothing(
 # --- The program as users start it ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_question_is_asked_on_a_terminal(tmp_path: Path) -> None:
     words = ["--dataset", "synthetic", "--model", "linear", "--epochs", "1", "--device", "cpu", "--run-dir", "run"]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"WANDB_MODE": "online"}
     line = [sys.executable, "-m", "fashion_ddp.train", *words]
-    ours, its = pty.openpty()
-    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), its)
-    with subprocess.Popen(line, cwd=tmp_path, env=env | {"PYTHONPATH": str(CHECKOUT)}, **streams) as process:
-        os.close(its)
-        shown = b""
-        try:
-            # Nothing is ever typed: a question would leave the terminal silent.
-            while select.select([ours], [], [], 60)[0]:
-                shown += os.read(ours, 65536)
-            process.kill()
-        except OSError:  # the program has closed its end
-            pass
-        assert process.wait(timeout=60) == 0, shown.decode()
-    os.close(ours)
+    code, shown = on_a_terminal(*line, cwd=tmp_path, WANDB_MODE="online")
+    assert code == 0, shown.decode()
     assert load_run(tmp_path / "run").summary["status"] == "finished"
     assert shown.count(b"W&B: offline") == shown.count(b"W&B: online failed") == 1

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import faults
 import pytest
 import yaml
-from conftest import CHECKOUT, command
+from conftest import CHECKOUT, forked
 from faults import Fault
 from test_mirror import inspected, records_of, sorted_out, told_of
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
@@ -24,16 +23,15 @@ from launch.submission import common_wandb_group
 
 
 @pytest.fixture
-def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path: Path, uninterrupted: Path) -> Path:
     """A folder with a finished run that W&B knows nothing of."""
-    shutil.copytree(faults.uninterrupted_run(tmp_path_factory) / "run", tmp_path / "runs" / "one")
+    shutil.copytree(uninterrupted / "run", tmp_path / "runs" / "one")
     return tmp_path / "runs"
 
 
 def push(*words: Any, cwd: Path, code: int = 0, **env: str) -> str:
     """What the command said, which ended with this exit code."""
-    path = os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
-    done = command("python", "-m", "fashion_ddp.push", *map(str, words), cwd=cwd, PYTHONPATH=path, **env)
+    done = forked("fashion_ddp.push", *map(str, words), cwd=cwd, **env)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -47,7 +45,7 @@ def whole(server: WandbServer, run: Run) -> None:
 
 def test_a_push_may_be_repeated(runs: Path, tmp_path: Path) -> None:
     """A run made without W&B, and a report; a second push tells nothing again."""
-    compared = command("python", "-m", "fashion_ddp.compare", "runs", cwd=tmp_path, PYTHONPATH=str(CHECKOUT))
+    compared = forked("fashion_ddp.compare", "runs", cwd=tmp_path)
     assert compared.returncode == 0, compared.stderr
     before = files(runs / "one")
     with WandbServer() as server:
@@ -82,6 +80,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_goes_into_a_file_for_wandb_sync(tmp_path: Path) -> None:
     ranks = faults.start_tiny(1, tmp_path, [], [Fault("step", "TERM", count=10)])
     assert ranks.wait() == [75], ranks.printed()
@@ -96,6 +95,7 @@ def test_an_unfinished_run_goes_into_a_file_for_wandb_sync(tmp_path: Path) -> No
     assert run.status == "stopped"
 
 
+@pytest.mark.slow
 def test_without_an_account_it_says_so_and_loses_nothing(runs: Path, tmp_path: Path) -> None:
     said = push("runs", cwd=tmp_path, code=1)
     assert "W&B: online failed (" in said and "wandb login" in said
@@ -112,7 +112,7 @@ def test_without_an_account_it_says_so_and_loses_nothing(runs: Path, tmp_path: P
 @pytest.mark.slow
 def test_a_report_of_wandbs_own_is_saved_and_replaced(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb_workspaces")
-    command("python", "-m", "fashion_ddp.compare", "runs", cwd=tmp_path, PYTHONPATH=str(CHECKOUT))
+    forked("fashion_ddp.compare", "runs", cwd=tmp_path)
     words = ["runs", "--report", "report", "--group", "it's", "--saved-report"]
     with WandbServer() as server:
         for _ in range(2):

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from faults import Fault, start
 
 from fashion_ddp.training.trace import SKIPPED, STEPS
 
 
+@pytest.mark.slow
 def test_each_rank_writes_one_and_a_start_that_continues_another(tmp_path: Path) -> None:
     run = start(2, tmp_path, ["--trace"], [Fault("step", "TERM", count=30)])
     assert set(run.wait()) == {75}

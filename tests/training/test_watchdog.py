@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ranks
-from faults import Fault, Ranks, eventually, start_tiny, uninterrupted_run, wrap, wrong
+from faults import Fault, eventually, start_tiny, wrap, wrong
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed import world as between_ranks
@@ -25,17 +25,8 @@ WORDS = ["--timeout", str(TIMEOUT)]
 CONTINUES = "the same command continues from the last checkpoint"
 
 
-@pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return uninterrupted_run(tmp_path_factory)
-
-
 def log(folder: Path, rank: int) -> str:
     return (folder / "run" / "logs" / f"rank{rank}.log").read_text()
-
-
-def errors(run: Ranks) -> list[str]:
-    return [line for line in run.printed().splitlines() if line.startswith(("error: ", "warning: ", "Traceback"))]
 
 
 def _slow(*values: Any) -> Any:
@@ -64,7 +55,7 @@ def test_a_rank_that_does_not_come_is_named_and_ends_the_run(
     name = f"rank {fault.rank} on {HOST}" + (" (which does not answer)" if still else "")
     message = f"nothing happened for {TIMEOUT} s (--timeout): all wait for {name}"
     where = f"stacks are in run/logs; {CONTINUES}"
-    assert errors(run) == [f"error: {message}; {where}"]
+    assert run.errors() == [f"error: {message}; {where}"]
     for rank in range(size):
         if not (still and rank == fault.rank):
             assert message in log(tmp_path, rank) and "(most recent call first)" in log(tmp_path, rank)
@@ -82,7 +73,7 @@ def test_a_rank_that_does_not_come_is_named_and_ends_the_run(
 def test_a_rank_that_hangs_when_the_others_have_ended_is_named(tmp_path: Path, uninterrupted: Path) -> None:
     run = start_tiny(2, tmp_path, WORDS, [Fault("end", "hang", 0, 1)])
     assert run.wait() == [1, 0]
-    [error] = errors(run)
+    [error] = run.errors()
     assert f"(--timeout): all wait for rank 0 on {HOST};" in error and "in _hang" in log(tmp_path, 0)
     assert start_tiny(2, tmp_path, WORDS).wait() == [0, 0]
     assert wrong(tmp_path, uninterrupted) == []
@@ -92,7 +83,7 @@ def test_a_rank_that_hangs_when_the_others_have_ended_is_named(tmp_path: Path, u
 def test_a_rank_that_failed_is_named_where_the_others_do_not_notice(tmp_path: Path) -> None:
     run = start_tiny(2, tmp_path, WORDS, [Fault("step", "hang", 0, 10), Fault("step", "raise", 1, 10)])
     assert run.wait() == [1, 1]
-    told = [line for line in errors(run) if line.startswith("error: nothing happened")]
+    told = [line for line in run.errors() if line.startswith("error: nothing happened")]
     assert len(told) == 1 and f"all wait for rank 1 on {HOST} (which does not answer);" in told[0]
 
 
@@ -100,7 +91,7 @@ def test_a_rank_that_failed_is_named_where_the_others_do_not_notice(tmp_path: Pa
 def test_ranks_that_hang_within_one_operation_leave_their_stacks(tmp_path: Path) -> None:
     run = start_tiny(2, tmp_path, WORDS, [Fault("all-reduce", "hang", 1, 10)])
     assert run.wait() == [1, 1]
-    [error] = errors(run)
+    [error] = run.errors()
     assert "no rank is behind the others, so all wait within one operation; stacks are in run/logs" in error
     assert "in _hang" in log(tmp_path, 1) and "in all_reduce" in log(tmp_path, 0)
 
@@ -109,7 +100,7 @@ def test_ranks_that_hang_within_one_operation_leave_their_stacks(tmp_path: Path)
 def test_a_run_of_one_rank_is_watched_too(tmp_path: Path) -> None:
     run = start_tiny(1, tmp_path, WORDS, [Fault("step", "hang", 0, 10)])
     assert run.wait() == [1]
-    [error] = errors(run)
+    [error] = run.errors()
     assert f"all wait for rank 0 on {HOST};" in error and "in _hang" in log(tmp_path, 0)
     assert start_tiny(1, tmp_path, WORDS).wait() == [0]
 
@@ -124,7 +115,7 @@ def test_a_file_system_that_hangs_does_not_hold_the_ranks_for_ever(tmp_path: Pat
         (logs / name).unlink(missing_ok=True)
         os.mkfifo(logs / name)  # whose opening waits for a reader who never comes
     assert run.wait() == [1, 1]
-    assert errors(run) == [
+    assert run.errors() == [
         f"error: nothing happened for {TIMEOUT} s (--timeout), and run/logs does not answer; {CONTINUES}"
     ]
     for name in hanging:
@@ -146,7 +137,7 @@ def test_a_run_that_stood_still_longer_than_the_timeout_goes_on(tmp_path: Path, 
     run.send(signal.SIGCONT)
     (tmp_path / "go").touch()
     assert run.wait() == [0, 0]
-    assert errors(run) == [] and log(tmp_path, 0) == log(tmp_path, 1) == ""
+    assert run.errors() == [] and log(tmp_path, 0) == log(tmp_path, 1) == ""
     assert wrong(tmp_path, uninterrupted) == []
 
 
@@ -160,7 +151,7 @@ def test_a_slow_machine_raises_no_alarm(tmp_path: Path, uninterrupted: Path) -> 
         run.send(signal.SIGCONT)
         time.sleep(0.1)
     assert run.wait() == [0, 0]
-    assert errors(run) == [] and log(tmp_path, 0) == log(tmp_path, 1) == ""
+    assert run.errors() == [] and log(tmp_path, 0) == log(tmp_path, 1) == ""
     assert wrong(tmp_path, uninterrupted) == []
 
 
