@@ -30,18 +30,18 @@ _entered = 0
 
 
 def entering_collective() -> None:
-    """This rank comes to where it meets the others: before a collective, or a backward pass that holds one."""
+    """Count a collective that this rank is about to enter, or a backward pass that holds one."""
     global _entered
     _entered += 1
 
 
 def collectives_entered() -> int:
-    """How often it has; all ranks take the same way, so of two the one with fewer is behind. -1: it took leave."""
+    """Return the number of collectives entered; -1 after leaving. The rank with the lower number is behind."""
     return _entered
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Add a tensor up over the ranks, in place; one rank alone keeps it as it is."""
+    """Sum a tensor over the ranks, in place, and return it. A single rank keeps it as it is."""
     entering_collective()
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -71,11 +71,11 @@ class World:
 
     @property
     def device_name(self) -> str:
-        """The card's name, or "cpu"."""
+        """Return the card's name, or "cpu"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, one after another along a new first dimension: [W, *tensor.shape]."""
+        """Return every rank's tensor, by rank, along a new first dimension: [W, *tensor.shape]."""
         entering_collective()
         if self.size == 1:
             return tensor.unsqueeze(0)
@@ -84,7 +84,7 @@ class World:
         return every
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, by rank."""
+        """Return every rank's value, by rank."""
         entering_collective()
         values: list[Any] = [None] * self.size
         if self.size == 1:
@@ -93,8 +93,7 @@ class World:
         return values
 
     def raise_together(self, work: Callable[[], T]) -> T:
-        """Do work that may fail in a plain way on some ranks only: then every rank raises the same UserError, or
-        TrainingFailed."""
+        """Do work on every rank. Where it raises UserError or TrainingFailed on any rank, raise the same on all."""
         result: list[T] = []
         problem = None
         try:
@@ -110,7 +109,7 @@ class World:
         return result[0]
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Do work on rank 0 alone, while the others wait; all get its result or raise its error."""
+        """Do work on rank 0 while the others wait. All return its result, or raise its error."""
         result: list[Any] = self.raise_together(lambda: [work()] if self.rank == 0 else [None])
         if self.size > 1:
             entering_collective()
@@ -118,23 +117,24 @@ class World:
         return result[0]
 
     def on_first_rank_of_each_machine(self, work: Callable[[], object]) -> None:
-        """Do work on the first rank of each machine, for files that each machine has its own of."""
+        """Do work on the first rank of each machine, for files that each machine has for itself."""
         self.raise_together(lambda: work() if self.place.local_rank == 0 else None)
 
     def wrap(self, model: nn.Module, ddp: bool = True) -> nn.Module:
-        """The model on its device with the run's precision, and, with `ddp`, averaging gradients over the ranks."""
+        """Let Accelerate put the model on its device, in the run's precision, and, with `ddp`, wrap it in
+        DistributedDataParallel, which averages gradients over the ranks."""
         with warnings.catch_warnings():
             # Later torch has another name for it, which earlier torch does not know.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             return self.accelerator.prepare_model(model, evaluation_mode=not ddp)
 
     def release_graphs(self) -> None:
-        """Let recorded graphs go: NCCL waits for them when it ends, and would wait forever."""
+        """Release recorded CUDA graphs. NCCL waits for them when it ends, and would wait forever."""
         while self.graphs:
             self.graphs.pop().reset()
 
     def leave(self) -> None:
-        """Take leave of the other ranks: what follows cannot hold them up."""
+        """Disconnect from the other ranks, so that nothing after this can make them wait."""
         global _entered
         _entered = -1
         self.release_graphs()
@@ -147,7 +147,7 @@ LOST_RANK = "another rank ended before its time; its own words, or its launcher'
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error means that another rank is gone, whose own words tell why."""
+    """Return whether an error means that another rank is gone. That rank's own message says why."""
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

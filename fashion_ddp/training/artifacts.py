@@ -46,8 +46,8 @@ def figures(world: World, model: nn.Module, data: Dataset, batches: Batches, sta
 
 
 def _examples(model: nn.Module, data: Dataset, scores: Scores) -> dict[str, Tensor]:
-    """The first training samples with their labels; the first test image, and the model's feature maps of it; and the
-    test images that a report shows: `test_ids` [k] their places in the test set, `grid_ids` those of the grid."""
+    """Return what a report draws: the first training images and labels, the first test image with its feature maps, and
+    the test images to show, with their places in the test set (`test_ids` [k]; `grid_ids` are those of the grid)."""
     image = torch.from_numpy(data.test_images[0])
     parameter = next(model.parameters())
     model.eval()
@@ -55,7 +55,7 @@ def _examples(model: nn.Module, data: Dataset, scores: Scores) -> dict[str, Tens
     model.train()
     labels = torch.from_numpy(data.test_labels)
     grid = torch.from_numpy(evenly_spaced(GRID_SIZE, len(labels)))
-    shown = torch.cat([grid, *telling(scores.logits.cpu(), scores.predicted.cpu(), labels)]).unique()
+    shown = torch.cat([grid, *most_telling(scores.logits.cpu(), scores.predicted.cpu(), labels)]).unique()
     samples = {
         "samples": torch.from_numpy(data.train_images[:SAMPLES].copy()),
         "sample_labels": torch.from_numpy(data.train_labels[:SAMPLES].copy()),
@@ -68,8 +68,8 @@ def _examples(model: nn.Module, data: Dataset, scores: Scores) -> dict[str, Tens
     return samples | {f"maps.{name}": map_ for name, map_ in maps.items()}
 
 
-def telling(logits: Tensor, predicted: Tensor, labels: Tensor) -> list[Tensor]:
-    """Places of the most confidently wrong images, and of the first images of each of the most confused pairs."""
+def most_telling(logits: Tensor, predicted: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return the places of the most confidently wrong images, and of some images of each of the most confused pairs."""
     wrong = (predicted != labels).nonzero().flatten()
     confidence = logits[wrong].double().softmax(1).gather(1, predicted[wrong].unsqueeze(1)).flatten()
     chosen = [wrong[confidence.argsort(descending=True, stable=True)[:WRONG]]]

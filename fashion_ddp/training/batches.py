@@ -22,13 +22,13 @@ DTYPES = {"fp64": torch.float64}  # of the images; mixed precision casts inside 
 
 
 def generator(*seeds: int | str) -> torch.Generator:
-    """A CPU generator for one purpose: other words, unrelated numbers."""
+    """Return a CPU generator for one purpose. Different `seeds` give unrelated numbers."""
     digest = hashlib.sha256(" ".join(map(str, seeds)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def to_unit(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 pixels as numbers in [0, 1]."""
+    """Convert uint8 pixels to numbers in [0, 1]."""
     return images.to(dtype).div_(255)
 
 
@@ -52,7 +52,8 @@ def set_row(table: Tensor, k: Position, piece: int, values: Tensor) -> None:
 
 
 def split(cfg: Config, data: Dataset) -> tuple[Index, Index]:
-    """Indices into the training set: those trained on, and those held out for validation (drawn by seed)."""
+    """Return the indices of the training images that are trained on, and of those held out for validation, drawn by
+    seed. Raises UserError where none is left to train on."""
     count = len(data.train_labels)
     if cfg.validation >= count:
         raise UserError(f"validation must leave images to train on: {cfg.validation} of {count} were asked for")
@@ -104,7 +105,7 @@ class Batches:
         self.noise: Tensor | None = None
 
     def draw(self, epoch: int) -> None:
-        """Draw epoch `epoch` (from 1): fills the tables."""
+        """Draw the order and the augmentation of an epoch (from 1), and fill the tables."""
         draws = generator(self.cfg.seed, "epoch", epoch)
         order = torch.randperm(self.count, generator=draws) if self.cfg.shuffle else torch.arange(self.count)
         batches = _padded(order, self.steps * self.batch).view(self.steps, self.batch)
@@ -135,7 +136,7 @@ class Batches:
         return to_unit(images, self.dtype), labels, weights, row(self.loss_weights, k, piece)
 
     def _draw_noise(self, draws: torch.Generator) -> Tensor | None:
-        """An augmentation for each image of the set: [N, 7] int64, as `_augment` takes it; None for none."""
+        """Draw the augmentation of each image of the set: [N, 7] int64, as `_augment` takes it; None for none."""
         cfg, (height, width) = self.cfg, self.images.shape[2:]
         if not (cfg.shift or cfg.flip or cfg.erase):
             return None
@@ -154,13 +155,13 @@ class Batches:
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:
-    """The tensor with its last dimension brought to `length` by -1."""
+    """Extend the last dimension of a tensor to `length`, with -1."""
     return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=-1)
 
 
 def _augment(images: Tensor, noise: Tensor) -> Tensor:
-    """Images [n, C, H, W], each flipped, moved and blanked as its row of noise [n, 7] says: rows down, columns to the
-    right, flip (0 or 1), then the blank rectangle's top, bottom, left and right (the ends excluded)."""
+    """Flip, move and blank images [n, C, H, W], each as its row of noise [n, 7] says: rows down, columns to the right,
+    flip (0 or 1), then top, bottom, left and right of the blank rectangle (bottom and right excluded)."""
     n, channels, height, width = images.shape
     down, right, flip, top, bottom, left, far_right = noise[:, :, None].unbind(1)  # [n, 1] each
     y = torch.arange(height, device=images.device)[None]

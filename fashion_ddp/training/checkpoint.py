@@ -68,7 +68,7 @@ class Checkpoints:
                 old.unlink()
 
     def _secure_records(self) -> None:
-        """Lines that the checkpoint counts as written must outlive the machine, as the checkpoint does."""
+        """Force the records to the disk: a checkpoint that survives a power cut counts their lines as written."""
         for path in (self.folder.path / "steps.jsonl", self.folder.path / "metrics.jsonl"):
             try:
                 with open(path, "rb") as file:
@@ -82,7 +82,7 @@ class Checkpoints:
                 ) from error
 
     def _newest(self) -> bytes | None:
-        """The newest checkpoint that is whole and this run's; what is newer and is not, is put aside by name."""
+        """Return the newest checkpoint that is whole and belongs to this run. Newer ones that are not are renamed."""
         paths = sorted(self.path.glob("step-*.pt"), reverse=True)
         for path in paths:
             try:
@@ -110,7 +110,7 @@ class Checkpoints:
         say(f"warning: {path} cannot be used ({why}): kept as {aside.name}; an older one is looked for")
 
     def _refuse_misfit(self, saved: Any) -> None:
-        """Raise ValueError for what is no state of this run, so that a restore, once begun, is not given up."""
+        """Raise ValueError for a state that this run cannot have saved: no restore may fail halfway."""
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise ValueError("it is no checkpoint of this version")
         run = _identity(self.cfg)
@@ -120,13 +120,13 @@ class Checkpoints:
 
 
 def _identity(cfg: Config) -> dict[str, Any]:
-    """Of the run that a checkpoint belongs to. How long it trains may change, where no schedule depends on it."""
+    """Return what identifies the run of a checkpoint. The epochs do only where a schedule depends on them."""
     free = {"epochs"} if cfg.schedule == "constant" else set()
     return {name: value for name, value in to_jsonable(identity(cfg)).items() if name not in free}
 
 
 def _verified(content: bytes) -> bytes:
-    """The content of a checkpoint's file without its sha256. Raises ValueError where they do not agree."""
+    """Return the content of a checkpoint's file without its sha256. Raises ValueError where they do not agree."""
     body, digest = content[:-32], content[-32:]
     if hashlib.sha256(body).digest() != digest:
         raise ValueError("it is damaged or not a checkpoint: its content and its sha256 differ")
@@ -134,7 +134,7 @@ def _verified(content: bytes) -> bytes:
 
 
 def _load(content: bytes) -> Any:
-    """The state in a checkpoint. Raises ValueError for what is not data alone."""
+    """Read the state in a checkpoint. Raises ValueError where it is not plain data."""
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # its own words advise to run what is in the file

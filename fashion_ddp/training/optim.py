@@ -44,13 +44,13 @@ def state_like(cfg: Config, optimizer: torch.optim.Optimizer) -> dict[int, dict[
 
 
 def schedule(cfg: Config, steps_per_epoch: int) -> list[float]:
-    """The learning rate of every update of the run, in order."""
+    """Return the learning rate of every update of the run, in order."""
     peak, total, warmup = cfg.scaled_lr(), cfg.epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch
     return [peak * factor(cfg.schedule, step, total, warmup) for step in range(total)]
 
 
 def factor(schedule: str, step: int, total: int, warmup: float = 0.0) -> float:
-    """Learning rate of update `step` (from 0) of `total`, as a share of its peak.
+    """Return the learning rate of update `step` (from 0) of `total`, as a share of its peak.
 
     one_cycle is Smith and Topin's (arXiv 1708.07120) with the shape of torch.optim.lr_scheduler.OneCycleLR: a cosine
     from 1/25 up to 1 over 30 % of the steps, and down to 1/250,000.

@@ -128,7 +128,7 @@ class Recorder(NullRecorder):
         self.folder.write_json("summary.json", self.known)
 
     def end(self, error: BaseException | None) -> None:
-        """End the run's files; `error` ended the run before it was finished."""
+        """Write how the run ended. `error` ended it before it was finished."""
         self.bar.close()
         if error is None:
             return
@@ -149,7 +149,7 @@ class Recorder(NullRecorder):
 def open_recorder(
     folder: RunFolder, cfg: Config, world: World, known: dict[str, Any], recorded: Recorded
 ) -> Iterator[NullRecorder]:
-    """The run's recorder, closed whatever happens. It goes on from what was `recorded`."""
+    """Open the recorder of this rank, which goes on from what was `recorded`, and close it whatever happens."""
     if world.rank > 0:
         yield NullRecorder()
         return

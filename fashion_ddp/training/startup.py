@@ -27,7 +27,7 @@ from fashion_ddp.training.state import State
 
 
 def load_data(cfg: Config, world: World) -> data.Dataset:
-    """The run's data, on every rank; downloaded by one rank of each machine where it is missing."""
+    """Load the run's data on every rank. Where it is missing, one rank of each machine downloads it."""
     if cfg.dataset in data.PUBLISHED:
         # A rank that sees the files needs no other: only where all agree that something is missing do they wait.
         missing = any(world.all_gather_object(data.locate(cfg.dataset, cfg.data_dir) is None))
@@ -47,7 +47,7 @@ def load_data(cfg: Config, world: World) -> data.Dataset:
 
 
 def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder | None:
-    """The run's folder, taken by rank 0; None where nothing is to be trained: checked only, or finished before."""
+    """Claim the run's folder, on rank 0. Returns None where there is nothing to train: a check, or a finished run."""
     cfg = command.run
     if command.check_only:
         state = world.on_rank_zero(lambda: claims.check(cfg, made_by, command.fresh, command.reuse))
@@ -72,7 +72,7 @@ def _say(world: World, text: str) -> None:
 
 
 def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, Any]:
-    """This start's entry of environment.json: where, on what and from which code the run is made. A collective."""
+    """Return this start's entry of environment.json: machines, devices, versions and code. A collective."""
     here = {"host": socket.gethostname(), "device": world.device_name, "cpu": machine.cpu_name()}
     ranks = world.all_gather_object(here | {"threads": world.threads})
     return {
@@ -150,12 +150,12 @@ def announce(
 
 
 def _conditions(env: dict[str, Any]) -> tuple[Any, ...]:
-    """What the timings of a start stand for: each rank's device, processor and threads, and how many runs shared."""
+    """Return what times depend on: each rank's device, processor and threads, and how many runs shared the machine."""
     return sorted((rank["device"], rank.get("cpu"), rank["threads"]) for rank in env["ranks"]), _at_once(env)
 
 
 def _at_once(env: dict[str, Any]) -> int:
-    """Runs that were trained at once, at most, this one among them."""
+    """Return how many runs were trained at once, at most, including this one."""
     return env.get("side_by_side", 1)  # older folders do not say, and their runs were alone
 
 

@@ -38,7 +38,7 @@ class Sums:
 
 @dataclass
 class Recorded:
-    """How far the run's record has come: what the recorder goes on from."""
+    """How far the run's files have been written: what the recorder continues from."""
 
     step: int = 0  # updates since the run began
     lr: float = 0.0  # of the last of them
@@ -119,7 +119,7 @@ class State:
         return {"step": step, "ranks": ranks} | parts
 
     def check(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError, or another error, for what `saved` cannot have returned in this run."""
+        """Raise ValueError, or another error, for a state that this run cannot have saved."""
         done, ranks = saved["step"]["done"], saved["ranks"]
         if not 0 < done <= self.total_steps:
             raise ValueError(f"its step {done} is none of this run's")
@@ -139,7 +139,7 @@ class State:
             torch.Generator().set_state(rank["generator"])  # raises where it is none
 
     def restore(self, saved: dict[str, Any], rank: int) -> None:
-        """Go on from what another process of the run saved, and `check` has found good, as this rank."""
+        """Continue, as this rank, from a state that another process of the run has saved and `check` has accepted."""
         step = saved["step"]
         self.done = step["done"]
         self.model.load_state_dict(step["model"])

@@ -115,5 +115,5 @@ def drop_gradient(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Within, random numbers may be drawn; what follows draws as if none had been."""
+    """Let random numbers be drawn within, without a trace: afterwards the generators are as they were."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

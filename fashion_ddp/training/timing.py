@@ -23,12 +23,12 @@ class StepClock:
         self.seconds: list[float] = []  # of the others, without the first of a process that continued the run
 
     def start(self) -> None:
-        """A step begins; within a window, where the one before ended."""
+        """Mark the beginning of a step. Within a window a step begins where the one before ended."""
         if not self.marks:
             self.stop()
 
     def stop(self) -> None:
-        """A step ends."""
+        """Mark the end of a step."""
         if self.on_card:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -37,7 +37,7 @@ class StepClock:
             self.marks.append(time.perf_counter())
 
     def read(self) -> None:
-        """At a sync point, where the device has finished: turn marks into seconds, and begin the next window."""
+        """Turn the marks into seconds, at a sync point, where the device has finished. The next window begins."""
         for start, end in zip(self.marks, self.marks[1:], strict=False):
             if isinstance(start, float) and isinstance(end, float):
                 self._add(end - start)
@@ -66,8 +66,8 @@ class StepClock:
 
 
 class Timings:
-    """The seconds of each phase: "train" and "eval", once per epoch. Those of earlier processes of the run count, as
-    far as what they did was saved."""
+    """The seconds of each phase, "train" and "eval", once per epoch. Those of earlier processes of the run count as far
+    as their work was saved."""
 
     def __init__(self, started: float):
         self.started = started  # time.time() when the process began
@@ -89,7 +89,7 @@ class Timings:
         return self.earlier["total"] + time.time() - self.started
 
     def state(self) -> dict[str, Any]:
-        """To be taken within a phase."""
+        """Return the state, within a phase."""
         current = time.perf_counter() - self.since
         return {"seconds": dict(self.seconds), "startup": self.startup, "total": self.total(), "current": current}
 
@@ -105,12 +105,12 @@ class Timings:
         self.seconds |= state["seconds"]
 
     def of_epoch(self, images: int) -> dict[str, float]:
-        """The last epoch's figures: seconds, and training images per second over all ranks."""
+        """Return the last epoch's figures: seconds, and training images per second over all ranks."""
         train, evaluation = self.seconds["train"][-1], self.seconds["eval"][-1]
         return {"time/train_s": train, "time/eval_s": evaluation, "throughput/images_per_s": images / train}
 
     def of_run(self, images: int, ranks: int, steps: StepClock) -> dict[str, float | None]:
-        """The run's figures. `images`: trained on in all."""
+        """Return the figures of the whole run. `images`: how many were trained on in all epochs."""
         train = sum(self.seconds["train"])
         few = len(steps.seconds) < 2
         cuts = [float("nan")] * 19 if few else statistics.quantiles(steps.seconds, n=20, method="inclusive")
@@ -128,7 +128,7 @@ class Timings:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank took: of the card by torch, or of the machine by the process."""
+    """Return the most memory that this rank took, in bytes: of the card by torch, or of the machine by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

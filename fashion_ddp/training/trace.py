@@ -16,7 +16,7 @@ SKIPPED, STEPS = 10, 5  # the first steps of a process are not like the others
 
 
 class Trace:
-    """Within `with`: `trace.step()` after each step. Does nothing where no trace is asked for.
+    """A recorder of a few steps, within `with`: call `step` after each step. Does nothing where no trace is asked for.
 
     The file is logs/trace-step<its first step>-rank<rank>.json: a start that continues the run writes another one.
     """
@@ -38,7 +38,7 @@ class Trace:
         return self
 
     def step(self) -> None:
-        """A step has ended."""
+        """Note that a step has ended."""
         if self.profiler is not None:
             self.profiler.step()
 

@@ -1,4 +1,4 @@
-"""What each rank does beside training: say that it lives, notice that another does not come, keep a log.
+"""Run a thread beside training on each rank: it shows that the rank lives, notices a rank that hangs, and keeps a log.
 
 Without it a rank that hangs would hold the others until a collective's time-out, whose message names nobody.
 """
@@ -23,12 +23,12 @@ from fashion_ddp.redact import redact
 from fashion_ddp.runs.folder import RunFolder
 
 BEAT = 5.0  # seconds between two signs of life
-TOLD = ".told"  # in the folder of logs, where a rank gave up and told of it
+GAVE_UP = ".told"  # in the folder of logs: some rank gave up and has printed the message
 
 
 class Watchdog(threading.Thread):
-    """A thread beside a rank's training, within `with`. It reads and writes no file itself until it gives up, because
-    a file system that hangs would hold it, too."""
+    """A thread beside a rank's training, within `with`. Until it gives up it touches no file itself: a file system that
+    hangs would stop it, too."""
 
     def __init__(self, world: World, folder: RunFolder, timeout: float):
         super().__init__(daemon=True)
@@ -44,8 +44,8 @@ class Watchdog(threading.Thread):
             self.logs.mkdir(exist_ok=True)
             self._log().touch()
             if self.world.rank == 0:
-                (self.logs / TOLD).unlink(missing_ok=True)
-        self._say_that_it_lives()
+                (self.logs / GAVE_UP).unlink(missing_ok=True)
+        self._show_life()
         self.start()
         return self
 
@@ -60,7 +60,7 @@ class Watchdog(threading.Thread):
         if error is not None and not isinstance(error, UserError | Stopped):
             self._note("".join(traceback.format_exception(error)))
         with contextlib.suppress(OSError):
-            if self.world.rank == 0 and self._holds():
+            if self.world.rank == 0 and self._folder_is_ours():
                 self._sweep()
             elif self.world.rank > 0:
                 self._write_sign(ended=error is None or isinstance(error, Stopped))
@@ -73,7 +73,7 @@ class Watchdog(threading.Thread):
         seen, waited = -1, 0.0
         while not self.ended.wait(self.beat):
             if not self.signing.is_alive():
-                self.signing = threading.Thread(target=self._say_that_it_lives, daemon=True)
+                self.signing = threading.Thread(target=self._show_life, daemon=True)
                 self.signing.start()
             now = world.collectives_entered()
             # Counted by beats and not by a clock: a machine that slept, or Ctrl-Z, is no rank that hangs. A rank that
@@ -86,10 +86,10 @@ class Watchdog(threading.Thread):
 
     # --- Signs of life ---------------------------------------------------------------------------------------------
 
-    def _say_that_it_lives(self) -> None:
+    def _show_life(self) -> None:
         if self.folder.lock is not None and self.world.rank == 0:
             self.folder.lock.touch()
-            if not self._holds():  # what is there now belongs to another
+            if not self._folder_is_ours():  # what is there now belongs to another
                 return
         with contextlib.suppress(OSError):
             self._write_sign()
@@ -102,7 +102,7 @@ class Watchdog(threading.Thread):
         os.replace(new, sign)
 
     def _read_sign(self, rank: int) -> dict[str, Any]:
-        """A rank's sign, and how much older it is than this rank's own; empty where there is none."""
+        """Read a rank's sign of life, with how much older it is than this rank's own. Empty where there is none."""
         try:
             sign = json.loads(self._sign(rank).read_text())
             return sign | {"age": self._sign(self.world.rank).stat().st_mtime - self._sign(rank).stat().st_mtime}
@@ -113,12 +113,12 @@ class Watchdog(threading.Thread):
         return self.logs / f".rank{rank}"
 
     def _sweep(self) -> None:
-        """Remove what ranks said of themselves; rank 0's first, see __exit__."""
+        """Remove the signs of life, rank 0's first (see __exit__)."""
         for path in [self._sign(0), *self.logs.glob(".*")]:
             path.unlink(missing_ok=True)
 
-    def _holds(self) -> bool:
-        """Whether the folder is still this run's."""
+    def _folder_is_ours(self) -> bool:
+        """Return whether the folder still belongs to this run."""
         try:
             if self.folder.lock is not None:
                 self.folder.lock.check()
@@ -131,7 +131,7 @@ class Watchdog(threading.Thread):
     # --- Giving up -------------------------------------------------------------------------------------------------
 
     def _give_up(self, entered: int) -> None:
-        """Say who is behind, leave the stack, and end this rank; unless it goes on after all."""
+        """Name the ranks that are behind, log the stack, and end this rank; unless it goes on after all."""
         last = threading.Timer(6 * self.beat, self._leave_without_files)
         last.daemon = True
         last.start()
@@ -141,9 +141,9 @@ class Watchdog(threading.Thread):
             last.cancel()
             self._note("it went on")
             return
-        message = f"nothing happened for {self.timeout:g} s (--timeout): {self._who()}"
+        message = f"nothing happened for {self.timeout:g} s (--timeout): {self._describe_late_ranks()}"
         self._note(message)
-        if self._speaks():
+        if self._is_first_to_give_up():
             where = f"stacks are in {self.logs}; the same command continues from the last checkpoint"
             print(f"error: {message}; {where}", file=sys.stderr, flush=True)
         if self.world.rank == 0:
@@ -156,8 +156,8 @@ class Watchdog(threading.Thread):
         time.sleep((1 if self.world.rank == 0 else 3) * self.beat)
         os._exit(1)
 
-    def _who(self) -> str:
-        """Which ranks hold up the others, in words."""
+    def _describe_late_ranks(self) -> str:
+        """Say in words which ranks the others wait for."""
         signs = [self._read_sign(rank) for rank in range(self.world.size)]
         if not signs[self.world.rank]:
             return f"it is not known where, as {self.logs} cannot be read"
@@ -171,10 +171,10 @@ class Watchdog(threading.Thread):
         silent = [" (which does not answer)" if rank not in alive else "" for rank in behind or there]
         return "all wait for " + ", ".join(map("".join, zip(names, silent, strict=True)))
 
-    def _speaks(self) -> bool:
-        """Whether this rank is the first to give up: it speaks for all."""
+    def _is_first_to_give_up(self) -> bool:
+        """Return whether this rank is the first to give up: that one prints the message."""
         try:
-            os.close(os.open(self.logs / TOLD, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self.logs / GAVE_UP, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         except OSError:
@@ -190,7 +190,7 @@ class Watchdog(threading.Thread):
     # --- The log ---------------------------------------------------------------------------------------------------
 
     def _log(self) -> Path:
-        """Opened for each word, so that the file system can be made read-only, or taken away, between two."""
+        """Return the path of the log. It is opened for each entry, so that its file system may go away in between."""
         return self.logs / f"rank{self.world.rank}.log"
 
     def _note(self, text: str) -> None:
@@ -198,7 +198,7 @@ class Watchdog(threading.Thread):
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.world.rank}: {redact(text)}", file=file)
 
     def _dump(self, text: str) -> None:
-        """Every thread's stack, below a text."""
+        """Write a text and the stack of every thread to the log."""
         self._note(text)
         try:
             with open(self._log(), "a") as file:
