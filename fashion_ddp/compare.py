@@ -23,7 +23,7 @@ from fashion_ddp.runs.reading import find_runs
 
 
 @dataclass(frozen=True)
-class Command:
+class Arguments:
     """Compare training runs in one report."""
 
     runs: flags.Positional[tuple[Path, ...]] = field(default_factory=lambda: (default_runs_dir(),))
@@ -87,11 +87,11 @@ def write(comparison: Comparison, out: Path) -> None:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    command = flags.parse(Command, "fashion_ddp.compare", argv)
-    comparison = compare(read_results(find_runs(list(command.runs))))
-    write(comparison, command.out)
+    arguments = flags.parse(Arguments, "fashion_ddp.compare", argv)
+    comparison = compare(read_results(find_runs(list(arguments.runs))))
+    write(comparison, arguments.out)
     say(terminal_text(comparison))
-    say(f"\nreport: {command.out / 'report.html'}")
+    say(f"\nreport: {arguments.out / 'report.html'}")
 
 
 if __name__ == "__main__":

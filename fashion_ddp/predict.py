@@ -38,7 +38,7 @@ class Mismatch(CommandFailed):
 
 
 @dataclass(frozen=True)
-class Command:
+class Arguments:
     """Classify pictures with a trained model, or check that its weights give what its run recorded."""
 
     run: flags.Positional[Path]
@@ -59,27 +59,27 @@ class Command:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    command = flags.parse(Command, "fashion_ddp.predict", argv)
-    if not command.images and not command.verify:
+    arguments = flags.parse(Arguments, "fashion_ddp.predict", argv)
+    if not arguments.images and not arguments.verify:
         raise UserError("nothing to do: name pictures, or give --verify")
-    run = load_run(command.run)
+    run = load_run(arguments.run)
     kept = run.path / "model.py"
-    if command.model and kept.is_file() and user_code.source_differs(command.model, kept):
-        say(f"note: the source of {command.model} is not that of the run, which {kept} keeps")
-    if command.verify:
-        say(verify(run, command.model, command.data_dir, command.dataset))
-    if command.images:
-        classify(run, command)
+    if arguments.model and kept.is_file() and user_code.source_differs(arguments.model, kept):
+        say(f"note: the source of {arguments.model} is not that of the run, which {kept} keeps")
+    if arguments.verify:
+        say(verify(run, arguments.model, arguments.data_dir, arguments.dataset))
+    if arguments.images:
+        classify(run, arguments)
 
 
-def classify(run: Run, command: Command) -> None:
+def classify(run: Run, arguments: Arguments) -> None:
     """Print what each picture is taken for, and save what the model saw.
 
     Raises UserError where a picture cannot be read; then nothing is printed or saved.
     """
     light_on_dark = is_light_on_dark(run.arrays("examples.safetensors")["samples"])
     photos, unreadable = list[Photo](), list[str]()
-    for path in _progress(command.images, "reading"):
+    for path in _progress(arguments.images, "reading"):
         try:
             photos.append(prepare_photo(path, run.image_shape, light_on_dark))
         except UserError as error:
@@ -87,17 +87,19 @@ def classify(run: Run, command: Command) -> None:
     if unreadable:
         more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
         raise UserError("; ".join(unreadable[:5]) + more)
-    logits = compute_logits(run, np.stack([photo.pixels for photo in photos]), command.model)
+    logits = compute_logits(run, np.stack([photo.pixels for photo in photos]), arguments.model)
     classes = run.summary["classes"]
     try:
-        command.out.mkdir(parents=True, exist_ok=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
         for photo, row in _progress(list(zip(photos, softmax(logits), strict=True)), "saving"):
             top = [(classes[c], float(row[c])) for c in np.argsort(-row, kind="stable")[:TOP]]
-            saved = save_without_replacing(draw_card(photo, top), command.out / photo.path.name)
+            saved = save_without_replacing(draw_card(photo, top), arguments.out / photo.path.name)
             likeliest = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in top)
             say(f"{photo.path}: {likeliest}  ({saved})")
     except OSError as error:
-        raise UserError(f"{command.out}: cannot be written ({error.strerror or error}): choose another --out") from None
+        raise UserError(
+            f"{arguments.out}: cannot be written ({error.strerror or error}): choose another --out"
+        ) from None
 
 
 def _progress(each: "Sequence[T]", doing: str) -> "tqdm[T]":

@@ -37,7 +37,7 @@ IDS_FILE = "wandb.json"  # in a report's folder: its ids at W&B
 
 
 @dataclass(frozen=True)
-class Command:
+class Arguments:
     """Bring run folders, and their report, to Weights & Biases."""
 
     runs: flags.Positional[tuple[Path, ...]] = field(default_factory=lambda: (default_runs_dir(),))
@@ -72,25 +72,25 @@ class NotPushed(CommandFailed):
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    command = flags.parse(Command, "fashion_ddp.push", argv)
-    refuse_secrets(dataclasses.asdict(command))
+    arguments = flags.parse(Arguments, "fashion_ddp.push", argv)
+    refuse_secrets(dataclasses.asdict(arguments))
     done = 0
     try:
-        runs = [run for folder in find_runs(list(command.runs)) if _can_be_pushed(run := load_run(folder))]
-        configs = [command.over(run.settings()) for run in runs]
-        report = command.report and read_report(command.report)
-        _check_saved_report(command, _common(configs))
+        runs = [run for folder in find_runs(list(arguments.runs)) if _can_be_pushed(run := load_run(folder))]
+        configs = [arguments.over(run.settings()) for run in runs]
+        report = arguments.report and read_report(arguments.report)
+        _check_saved_report(arguments, _common(configs))
         for run, cfg in zip(runs, configs, strict=True):
             push(run, cfg)
             done += 1
-        if command.report and report:
-            push_report(command.report, report, command.over(_common(configs)), command.saved_report)
+        if arguments.report and report:
+            push_report(arguments.report, report, arguments.over(_common(configs)), arguments.saved_report)
     except TrainingFailed as error:  # a run folder cannot be written
         raise UserError(str(error)) from None
     except NotPushed as error:
         so_far = f"{done} of {pluralize(len(runs), 'run')} done"
         raise NotPushed(f"{error}; {so_far}, and the same command goes on") from None
-    say(f"pushed: {pluralize(done, 'run')}" + (f", and {command.report}" if command.report else ""))
+    say(f"pushed: {pluralize(done, 'run')}" + (f", and {arguments.report}" if arguments.report else ""))
 
 
 def _can_be_pushed(run: Run) -> bool:
@@ -146,10 +146,10 @@ def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config, saved: bo
         say(f"W&B: report at {report.url}")
 
 
-def _check_saved_report(command: Command, cfg: Config) -> None:
-    if not command.saved_report:
+def _check_saved_report(arguments: Arguments, cfg: Config) -> None:
+    if not arguments.saved_report:
         return
-    if command.report is None:
+    if arguments.report is None:
         raise UserError("--saved-report goes with --report: name the report's folder, too")
     if not cfg.wandb_group:
         raise UserError("--saved-report shows the runs of one group, and these have none in common: give --group")

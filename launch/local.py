@@ -35,7 +35,7 @@ from launch.submission import check_flags, common_wandb_group, refuse_duplicates
 
 
 @dataclass(frozen=True)
-class RunsToCompare:
+class Arguments:
     """Train many runs on this machine, and compare them. Further flags are those of fashion_ddp.train, for all runs."""
 
     models: tuple[str, ...] = ("linear", "relu", "mlp", "cnn")
@@ -57,7 +57,7 @@ class RunsToCompare:
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
-    comparison, others = flags.parse_known(RunsToCompare, "launch.local", argv)
+    comparison, others = flags.parse_known(Arguments, "launch.local", argv)
     _check(comparison, others)
     first = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg
     others += _synthetic_if_there_is_no_data(first)
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _check(comparison: RunsToCompare, others: list[str]) -> None:
+def _check(comparison: Arguments, others: list[str]) -> None:
     """Raise UserError for numbers out of range, for unknown flags, and on a login node of a cluster."""
     if comparison.ranks < 0:
         raise UserError(f"ranks must be at least 0, got {comparison.ranks}")
@@ -96,7 +96,7 @@ def _check(comparison: RunsToCompare, others: list[str]) -> None:
         raise UserError(f"jobs must be at least 1, got {comparison.jobs}")
     if not comparison.models or not comparison.seeds:
         raise UserError("models and seeds need at least one value each")
-    check_flags(RunsToCompare, others, {})
+    check_flags(Arguments, others, {})
     if not comparison.force and slurm.on_login_node():
         words = ["--models", *comparison.models, "--recipe", comparison.recipe, "--seeds", *map(str, comparison.seeds)]
         words += ["--at-once", str(comparison.jobs)] if comparison.jobs > 1 else []
@@ -107,7 +107,7 @@ def _check(comparison: RunsToCompare, others: list[str]) -> None:
         )
 
 
-def _local_run(comparison: RunsToCompare, model: str, seed: int, others: list[str]) -> LocalRun:
+def _local_run(comparison: Arguments, model: str, seed: int, others: list[str]) -> LocalRun:
     argv = ["--model", model, "--recipe", comparison.recipe, "--seed", str(seed), *others]
     return LocalRun(cli.parse(argv).run, tuple(argv))
 

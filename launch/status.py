@@ -26,7 +26,7 @@ from launch.jobs import RunState
 
 
 @dataclass(frozen=True)
-class StatusArguments:
+class Arguments:
     """Show, cancel or resubmit submitted runs."""
 
     words: flags.Positional[tuple[str, ...]] = ()
@@ -102,7 +102,7 @@ def _refuse_unknown(states: list[RunState]) -> None:
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
-    words = flags.parse(StatusArguments, "launch.status", argv).words
+    words = flags.parse(Arguments, "launch.status", argv).words
     verb = {"cancel": cancel, "resubmit": resubmit}.get(words[0] if words else "", show)
     folders = [Path(word) for word in words[verb is not show :]]
     return verb(jobs.read_states(find_runs(folders or [default_runs_dir()])))

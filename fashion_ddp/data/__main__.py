@@ -14,7 +14,7 @@ from fashion_ddp.data import PUBLISHED, fetch, load, locate
 
 
 @dataclass(frozen=True)
-class Command:
+class Arguments:
     """Find a dataset or download it into the user's cache folder, and verify it."""
 
     dataset: str = "fashion_mnist"
@@ -26,15 +26,15 @@ class Command:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    command = flags.parse(Command, "fashion_ddp.data", argv)
-    if command.dataset in PUBLISHED and command.data_dir is None and locate(command.dataset, None) is None:
-        fetch(command.dataset)
-    data = load(command.dataset, command.data_dir)
+    arguments = flags.parse(Arguments, "fashion_ddp.data", argv)
+    if arguments.dataset in PUBLISHED and arguments.data_dir is None and locate(arguments.dataset, None) is None:
+        fetch(arguments.dataset)
+    data = load(arguments.dataset, arguments.data_dir)
     shape = "x".join(map(str, data.image_shape))
     say(f"{data.name}: {data.source}")
     say(f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images of {shape}")
     say(f"{len(data.classes)} classes: {', '.join(data.classes)}")
-    if command.dataset in PUBLISHED:
+    if arguments.dataset in PUBLISHED:
         say("md5 verified")
 
 

@@ -98,13 +98,13 @@ def test_words_for_another_reader_stay_in_their_order() -> None:
 
 COMMANDS = {
     "fashion_ddp.train": "fashion_ddp.config.cli:Command",
-    "fashion_ddp.compare": "fashion_ddp.compare:Command",
-    "fashion_ddp.predict": "fashion_ddp.predict:Command",
-    "fashion_ddp.push": "fashion_ddp.push:Command",
-    "fashion_ddp.data": "fashion_ddp.data.__main__:Command",
-    "launch.local": "launch.local:Comparison",
+    "fashion_ddp.compare": "fashion_ddp.compare:Arguments",
+    "fashion_ddp.predict": "fashion_ddp.predict:Arguments",
+    "fashion_ddp.push": "fashion_ddp.push:Arguments",
+    "fashion_ddp.data": "fashion_ddp.data.__main__:Arguments",
+    "launch.local": "launch.local:Arguments",
     "launch.submit": "launch.submission:Submission",
-    "launch.status": "launch.status:Command",
+    "launch.status": "launch.status:Arguments",
 }
 
 
