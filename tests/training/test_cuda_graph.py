@@ -249,7 +249,7 @@ def released(failing: bool) -> list[bool]:
         world.graphs.append(graph)  # type: ignore[arg-type]
         if failing:
             raise ZeroDivisionError
-    return cuda_graph.released
+    return graph.released
 
 
 @pytest.mark.parametrize("failing", [False, True])
