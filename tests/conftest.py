@@ -103,6 +103,7 @@ def free_port() -> int:
     """A port of this process's own where nobody listens."""
     for port in _ports():
         with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as who listens there
             probe.bind(("", port))
             return port
     raise AssertionError

@@ -14,7 +14,7 @@ from fashion_ddp.models import architectures
 from fashion_ddp.runs.reading import load_run
 
 MODULE = "fashion_ddp.train"
-TRAIN = (MODULE, *["--model", "linear", "--epochs", "1", "--tracker", "none", "--threads", "1", "--device", "cpu"])
+TRAIN = (MODULE, "--model", "linear", "--epochs", "1", "--tracker", "none", "--threads", "1", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"tail -n 1 fashion_ddp-19\.log", Never("shows what the command above it printed")),
     (r"python3 slurm/cluster/cluster\.py (up|down) .*", There("tests/launch/test_slurm.py", "def make_cluster(")),
     # Developing
-    (r"make (test|test-all|test-slurm|lint)", There(".ci/run")),
+    (r"make (test|test-all|lint)", There(".ci/run")),
     (r"make test-quick", There("tests/setup/test_setup.py", '"make", "test-quick"')),
     (r"make soak.*", Here(variables="N=2")),
     (
