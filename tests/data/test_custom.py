@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, command, forked, ranks
+from conftest import CHECKOUT, forked, ranks
 from PIL import Image
 from safetensors.numpy import load_file
 from test_dataset import NAMES as IDX
@@ -66,9 +66,6 @@ def picture_folder(folder: Path, size: int = 32) -> Path:
             (folder / part / name / "Thumbs.db").write_bytes(b"no picture")
     (folder / ".DS_Store").write_bytes(b"")
     return folder
-
-
-# --- What is understood -----------------------------------------------------------------------------------------
 
 
 @quick
@@ -168,8 +165,6 @@ def test_the_hash_tells_sets_apart() -> None:
     images[3, 5, 3] = 1
     assert first["test_images"] != md5(images)["test_images"]
 
-
-# --- What is refused --------------------------------------------------------------------------------------------
 
 FUNCTIONS = """
 def broken():
@@ -282,38 +277,29 @@ def test_a_set_that_does_not_fit_stops_with_the_two_sizes(monkeypatch: pytest.Mo
         data.load("./art")
 
 
-@quick
-def test_the_command_checks_a_set_of_ones_own(tmp_path: Path) -> None:
-    idx_folder(tmp_path / "letters")
-    done = command("python", "-m", "fashion_ddp.data", "--dataset", "./letters", cwd=tmp_path)
-    assert done.returncode == 0 and "350 training and 84 test images of 1x12x9" in done.stdout, done.stderr
-    assert "7 classes: 0, 1, 2, 3, 4, 5, 6" in done.stdout and "md5" not in done.stdout
+TRAIN = ("fashion_ddp.train", "--device", "cpu", "--tracker", "none", "--threads", "1")
 
 
-# --- Whole runs -------------------------------------------------------------------------------------------------
-
-TRAIN = ["fashion_ddp.train", "--device", "cpu", "--tracker", "none", "--threads", "1"]
-
-
-def compare(folder: Path, models: str, *words: str) -> dict[str, dict[str, Any]]:
-    """Trains and compares; the runs of the report by model."""
+def train_and_compare(folder: Path, models: str, *words: str) -> list[dict[str, Any]]:
+    """The runs of the report."""
     for line in [*((*TRAIN, *words, "--model", model) for model in models.split()), ("fashion_ddp.compare", "runs")]:
         done = forked(*line, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "report" / "report.html").stat().st_size > 10_000
-    return {run["model"]: run for run in json.loads((folder / "report" / "report.json").read_text())["runs"]}
+    return json.loads((folder / "report" / "report.json").read_text())["runs"]
 
 
 def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None:
     idx_folder(tmp_path / "letters")
     (tmp_path / "letters" / "classes.txt").write_text("\n".join(f"day {n}" for n in range(7)))
     words = ["--dataset", "./letters", "--batch-size", "25", "--epochs", "4", "--lr", "0.05", "--optimizer", "momentum"]
-    runs = compare(tmp_path, "mlp cnn", *words)
-    for model, run in runs.items():
+    runs = train_and_compare(tmp_path, "mlp cnn", *words)
+    assert {run["model"] for run in runs} == {"mlp", "cnn"}
+    for run in runs:
         assert run["dataset"] == "letters" and run["classes"] == [f"day {n}" for n in range(7)]
         assert run["image_shape"] == [1, 12, 9] and (run["training_images"], run["test_images"]) == (350, 84)
         assert np.sum(run["confusion"]) == 84 and len(run["confusion"]) == 7
-        assert run["test/accuracy"] > 0.5 and run["published"] is None, model
+        assert run["test/accuracy"] > 0.5 and run["published"] is None, run["model"]
     folder = tmp_path / "runs" / "mlp-blog-seed42-epochs4-batch_size25-optimizermomentum-lr0.05-datasetletters"
     run = load_run(folder)
     known = {"train_images", "train_labels", "test_images", "test_labels", "classes"}
@@ -333,11 +319,9 @@ def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None
 def test_coloured_pictures_from_files_to_report(tmp_path: Path) -> None:
     picture_folder(tmp_path / "art")
     words = ["--dataset", "./art", "--batch-size", "30", "--lr", "0.005", "--epochs", "2", "--optimizer", "adam"]
-    words += ["--shift", "2", "--flip", "0.5"]
-    runs = compare(tmp_path, "linear cnn", *words)
-    for run in runs.values():
-        assert run["image_shape"] == [3, 32, 32] and run["classes"] == ["blue", "green", "red"]
-        assert run["test/accuracy"] > 0.9 and np.sum(run["confusion"]) == 72
+    [run] = train_and_compare(tmp_path, "cnn", *words, "--shift", "2", "--flip", "0.5")
+    assert run["image_shape"] == [3, 32, 32] and run["classes"] == ["blue", "green", "red"]
+    assert run["test/accuracy"] > 0.9 and np.sum(run["confusion"]) == 72
 
 
 def own_rank(folder: str) -> str:
@@ -352,8 +336,7 @@ def own_rank(folder: str) -> str:
 
 def test_ranks_that_find_other_data_are_told(tmp_path: Path) -> None:
     (tmp_path / "drawn.py").write_text(
-        "import os\nimport numpy as np\n\n"
-        "def f():\n"
+        "import os\nimport numpy as np\n\ndef f():\n"
         "    images, labels = np.full((20, 4, 4), os.environ['RANK'], np.uint8), np.arange(20) % 2\n"
         "    return (images, labels), (images, labels), 'ab'\n"
     )

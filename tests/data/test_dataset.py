@@ -118,19 +118,14 @@ def test_a_named_folder_is_the_only_one(
 
 def test_the_real_data(data_dir: Path, raw: Files) -> None:
     real = data.load("fashion_mnist", data_dir)
-    assert real.train_images.shape == (60_000, 1, 28, 28) and real.train_images.dtype == np.uint8
-    assert real.test_images.shape == (10_000, 1, 28, 28) and real.test_images.dtype == np.uint8
+    assert real.train_images.shape == (60_000, 1, 28, 28) and real.test_images.shape == (10_000, 1, 28, 28)
+    assert real.train_images.dtype == real.test_images.dtype == np.uint8 and not real.synthetic
     assert real.train_labels.dtype == real.test_labels.dtype == np.int64
-    assert real.image_shape == (1, 28, 28) and not real.synthetic
-    assert np.bincount(real.train_labels).tolist() == [6_000] * 10
-    assert np.bincount(real.test_labels).tolist() == [1_000] * 10
-    last = gzip.decompress(raw["t10k-images-idx3-ubyte.gz"])[-28 * 28 :]
-    assert real.test_images[-1, 0].tobytes() == last
+    assert real.test_images[-1, 0].tobytes() == gzip.decompress(raw[f"{NAMES[2]}.gz"])[-28 * 28 :]
     # Published facts that fix order and scale: the first labels, and the training set's mean and std.
     assert [real.classes[label] for label in real.train_labels[:3]] == ["Ankle boot", "T-shirt/top", "T-shirt/top"]
     assert [real.classes[label] for label in real.test_labels[:3]] == ["Ankle boot", "Pullover", "Trouser"]
-    assert round(real.train_images.mean() / 255, 4) == 0.2860
-    assert round(real.train_images.std() / 255, 4) == 0.3530
+    assert [round(x / 255, 4) for x in (real.train_images.mean(), real.train_images.std())] == [0.2860, 0.3530]
     # torch.from_numpy warns of arrays that cannot be written.
     assert real.train_images.flags.writeable and real.test_images.flags.writeable
 
@@ -450,8 +445,7 @@ def test_a_killed_download_leaves_nothing_that_counts(cache: Path, raw: Files) -
         assert half_sent.wait(60)
         process.kill()
         process.wait()
-    # As killed while writing, too.
-    put(cache, {f".{NAMES[0]}.gz.host.1": raw[f"{NAMES[0]}.gz"][:1000]})
+    put(cache, {f".{NAMES[0]}.gz.host.1": raw[f"{NAMES[0]}.gz"][:1000]})  # as killed while writing, too
     assert data.locate("fashion_mnist", None) is None
     with serve(raw) as good:
         again = get_data(FASHION_DDP_DATA_MIRROR=good.url)
@@ -461,10 +455,9 @@ def test_a_killed_download_leaves_nothing_that_counts(cache: Path, raw: Files) -
 
 def test_no_network_ends_the_command() -> None:
     process = get_data()
-    assert process.returncode == 2
-    downloads, (said,) = process.stderr.splitlines()[:-1], process.stderr.splitlines()[-1:]
+    *downloads, said = process.stderr.splitlines()
+    assert process.returncode == 2 and process.stdout == "" and said.startswith("error: ")
     assert all(line.startswith("downloading ") for line in downloads)
-    assert said.startswith("error: ") and process.stdout == ""
     # Refused, rather than not known: urllib asked the proxy that the environment names.
     assert said.count("refused") == len(FASHION.urls) and all(url in said for url in FASHION.urls)
 
@@ -521,8 +514,7 @@ def test_a_file_system_without_locks_will_do(cache: Path, raw: Files, sources: P
 
 def test_synthetic_data_is_the_same_everywhere() -> None:
     made = data.load("synthetic")
-    assert made.synthetic and made.name == "synthetic" and made.source == "built in"
-    assert made.image_shape == (1, 28, 28) and len(made.train_labels) == 12_000 and len(made.test_labels) == 2_000
+    assert made.synthetic and made.name == "synthetic" and made.image_shape == (1, 28, 28)
     assert made.train_images.dtype == made.test_images.dtype == np.uint8
     assert made.train_labels.dtype == made.test_labels.dtype == np.int64
     assert len(made.classes) == 10 and all("SYNTHETIC" in name for name in made.classes)
@@ -538,6 +530,7 @@ def test_synthetic_data_needs_nothing(elsewhere: Path, tmp_path: Path) -> None:
     process = get_data("--dataset", "synthetic")
     assert process.returncode == 0 and process.stderr == ""
     assert "12,000" in process.stdout and "built in" in process.stdout and "SYNTHETIC 0" in process.stdout
+    assert "md5" not in process.stdout  # which says that the files are the published ones
     assert not list(elsewhere.iterdir()) and not (tmp_path / "cache").exists()
 
 

@@ -32,20 +32,14 @@ def tutorial(model: str, hidden: int) -> list[nn.Module]:
     return [*convolutions, nn.Linear(hidden * 7 * 7, 10)]
 
 
-# --- Ours -------------------------------------------------------------------------------------------------------
+def test_parameters() -> None:
+    def count(**settings: Any) -> int:
+        return describe.count_parameters(build(**settings))
 
-
-@pytest.mark.parametrize(
-    ("settings", "count"),
-    [
-        ({"model": "mlp", "hidden_units": 32}, 784 * 32 + 32 + 32 * 10 + 10),
-        # One convolution of c into h channels: 9ch + h.
-        ({"model": "cnn", "hidden_units": 4, "conv_blocks": 3}, (36 + 4) + 5 * (9 * 16 + 4) + 4 * 3 * 3 * 10 + 10),
-        ({"model": "cnn", "hidden_units": 4, "batch_norm": True}, (36 + 4) + 3 * 148 + 1960 + 10 + 4 * 8),
-    ],
-)
-def test_parameters(settings: dict[str, Any], count: int) -> None:
-    assert describe.count_parameters(build(**settings)) == count
+    assert count(model="mlp", hidden_units=32) == 784 * 32 + 32 + 32 * 10 + 10
+    # One convolution of c into h channels: 9ch + h.
+    assert count(model="cnn", hidden_units=4, conv_blocks=3) == (36 + 4) + 5 * (9 * 16 + 4) + 4 * 3 * 3 * 10 + 10
+    assert count(model="cnn", hidden_units=4, batch_norm=True) == (36 + 4) + 3 * 148 + 1960 + 10 + 4 * 8
 
 
 @pytest.mark.parametrize(
@@ -96,9 +90,6 @@ def test_blocks_need_an_image_left() -> None:
     build(model="cnn", conv_blocks=4)
     with pytest.raises(UserError, match="conv_blocks=5 halves a 28x28 image to nothing: at most 4"):
         build(model="cnn", conv_blocks=5)
-
-
-# --- What is said about a model ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,9 +153,6 @@ def test_our_models_do_not_depend_on_the_ranks() -> None:
         assert describe.rank_dependent_layers(build(**more)) == []
 
 
-# --- Global batch norm on one process; on several: tests/distributed/test_equal_on_any_ranks.py ---
-
-
 @pytest.mark.parametrize("absent", [[], [3, 6]])
 def test_batch_norm_is_torchs_over_the_rows_that_count(absent: list[int]) -> None:
     torch.manual_seed(0)
@@ -206,8 +194,6 @@ def test_batch_norm_keeps_the_type_of_its_input(dtype: torch.dtype) -> None:
     assert out.dtype == dtype == expected.dtype
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-2)
 
-
-# --- A user's own model -----------------------------------------------------------------------------------------
 
 MODULE = """
 import torch
