@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,6 @@ SMALL = ("--dataset", "synthetic", "--tracker", "none", "--device", "cpu", "--ep
 SMALL += ("--validation", "11000", "--run-dir", "run")
 
 
-# --- Arguments --------------------------------------------------------------------------------------------------
-
-
 class Net(nn.Module):
     def __init__(
         self, image_shape: Any, classes: int, width: int = 4, dropout: float = 0.0, *,
@@ -38,16 +36,12 @@ class Net(nn.Module):
     ("text", "value"),
     [
         ("width=3", 3),
-        ("dropout=0.2", 0.2),
         ("dropout=1", 1.0),
         ("dropout=1e-3", 0.001),
         ("act=tanh", "tanh"),
-        ("norm=true", True),
         ("norm=False", False),
-        ("name=3", "3"),
         ("name=a=b", "a=b"),
         ("top=None", None),
-        ("top=5", 5),
         ("sizes=[3, 4]", (3, 4)),
         ("plain=2", 2.0),
         ("free=7", 7),
@@ -65,7 +59,6 @@ def test_arguments_are_of_the_types_of_the_signature(text: str, value: Any) -> N
     [
         ("widht=3", "unknown 'widht'; did you mean 'width'? choices: width, dropout, act, norm, name, top, sizes"),
         ("classes=3", "unknown 'classes'"),
-        ("self=3", "unknown 'self'"),
         ("width=2.5", "width must be a whole number, got '2.5'"),
         ("dropout=much", "dropout must be a number, got 'much'"),
         ("norm=3", "norm must be true or false, got '3'"),
@@ -105,9 +98,6 @@ def test_arguments_make_the_run(tmp_path: Path) -> None:
             made(*wrong)
 
 
-# --- Its source -------------------------------------------------------------------------------------------------
-
-
 @quick
 def test_the_source_is_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,13 +115,9 @@ def test_the_source_is_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert provenance.differences(before, after) == ["another source of the model"]
     source.unlink()
     assert user_code.source_differs(cfg.model, copy) and user_code.source_path(cfg.model) is None
-    assert (
-        user_code.source_path("no_such_module_7:Net") is None and user_code.source_path("no_such.module_7:Net") is None
-    )
+    assert user_code.source_path("no_such_7:Net") is None and user_code.source_path("no_such.module_7:Net") is None
     assert "model source" not in provenance.made_by(make_config({"model": "cnn"}), {})
 
-
-# --- Whole runs -------------------------------------------------------------------------------------------------
 
 EXAMPLE = "examples.my_model:net"
 ARGUMENTS = ("--model-args", "depth=3", "width=4", "dropout=0.2")
@@ -144,11 +130,6 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@quick
-def test_the_example_is_short() -> None:
-    assert len((CHECKOUT / "examples" / "my_model.py").read_text().splitlines()) < 15
-
-
 TRAIN = "-m fashion_ddp.train --model"
 LAUNCHERS = {
     "torchrun": f"torchrun --standalone --nproc-per-node 2 {TRAIN}",
@@ -158,7 +139,8 @@ LAUNCHERS = {
 }
 
 
-def check_run(here: Path) -> Run:
+def check_run(here: Path, done: subprocess.CompletedProcess[str]) -> Run:
+    assert done.returncode == 0, done.stdout + done.stderr
     run = load_run(here / "run")
     assert run.summary["status"] == "finished"
     assert {"depth": "3", "dropout": "0.2", "width": "4"}.items() <= run.summary["changed"].items()
@@ -171,9 +153,7 @@ def check_run(here: Path) -> Run:
 
 def test_a_model_in_the_current_folder_trains_and_its_source_is_known(here: Path) -> None:
     words = ("fashion_ddp.train", "--model", EXAMPLE, *SMALL, *ARGUMENTS)
-    done = forked(*words, cwd=here)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = check_run(here)
+    run = check_run(here, forked(*words, cwd=here))
     again = forked(*words, cwd=here)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     with open(here / "examples" / "my_model.py", "a") as file:
@@ -187,18 +167,16 @@ def test_a_model_in_the_current_folder_trains_and_its_source_is_known(here: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_model_in_the_current_folder_trains_under_every_launcher(launcher: str, here: Path) -> None:
-    done = command(*LAUNCHERS[launcher].split(), EXAMPLE, *SMALL, *ARGUMENTS, cwd=here, ACCELERATE_CONFIG_FILE="")
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_run(here)
+    words = (*LAUNCHERS[launcher].split(), EXAMPLE, *SMALL, *ARGUMENTS)
+    check_run(here, command(*words, cwd=here, ACCELERATE_CONFIG_FILE=""))
 
 
 def test_a_wrong_argument_ends_a_launch_before_any_run(here: Path) -> None:
     for launcher in (("fashion_ddp.train", "--model"), ("launch.local", "--models")):
         done = forked(*launcher, EXAMPLE, *SMALL, "--model-args", "detph=3", cwd=here)
         assert done.returncode == 2 and not (here / "run").exists(), done.stdout
-        assert done.stderr == (
-            "error: model_args: unknown 'detph'; did you mean 'depth'? choices: depth, width, dropout\n"
-        )
+        said = "unknown 'detph'; did you mean 'depth'? choices: depth, width, dropout"
+        assert done.stderr == f"error: model_args: {said}\n"
 
 
 @quick

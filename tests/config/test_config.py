@@ -2,12 +2,11 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import CHECKOUT, command
 
 from fashion_ddp import train
 from fashion_ddp.config import Config
@@ -18,7 +17,7 @@ from fashion_ddp.errors import UserError
 
 pytestmark = pytest.mark.quick
 
-FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+Mistake = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -30,29 +29,35 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(train, "train", lambda command: pytest.fail("the mistake was not found"))
 
 
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
+def write(name: str, text: str) -> str:
+    Path(name).write_text(text)
+    return name
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What `python -m fashion_ddp.train` prints for a command with a mistake."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(list(argv))
-    printed = capsys.readouterr()
-    assert stop.value.code == 2
-    return printed.out + printed.err
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str]) -> Mistake:
+    """What `python -m fashion_ddp.train` prints for a command with a mistake: one line, or nothing on other ranks."""
+
+    def told(*argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            train.main(list(argv))
+        printed = "".join(capsys.readouterr())
+        assert stop.value.code == 2
+        assert (printed.startswith("error: ") and printed.count("\n") == 1) or os.environ.get("RANK") == "1", printed
+        return printed
+
+    return told
 
 
 # --- Where settings come from -----------------------------------------------------------------------------------
 
+BLOG = {"batch_size": 128, "shuffle": False, "optimizer": "sgd", "lr": 0.1}
+LAB = {"batch_size": 32, "shuffle": True, "optimizer": "sgd", "lr": 0.1}
 TUTORIALS = {  # recipe, model: what /tutorials/ used, beside three epochs, seed 42 and cross entropy as it is
-    ("blog", "linear"): {"batch_size": 128, "shuffle": False, "optimizer": "sgd", "lr": 0.1},
-    ("blog", "relu"): {"batch_size": 128, "shuffle": False, "optimizer": "sgd", "lr": 0.1},
-    ("blog", "cnn"): {"batch_size": 128, "shuffle": False, "optimizer": "adam", "lr": 0.02, "hidden_units": 25},
-    ("lab", "linear"): {"batch_size": 32, "shuffle": True, "optimizer": "sgd", "lr": 0.1},
-    ("lab", "relu"): {"batch_size": 32, "shuffle": True, "optimizer": "sgd", "lr": 0.1},
-    ("lab", "cnn"): {"batch_size": 32, "shuffle": True, "optimizer": "sgd", "lr": 0.1, "hidden_units": 10},
+    **{("blog", model): BLOG for model in ("linear", "relu")},
+    ("blog", "cnn"): BLOG | {"optimizer": "adam", "lr": 0.02, "hidden_units": 25},
+    **{("lab", model): LAB for model in ("linear", "relu")},
+    ("lab", "cnn"): LAB | {"hidden_units": 10},
 }
 
 
@@ -74,89 +79,72 @@ def test_blog_is_the_default_recipe() -> None:
     assert parse([]).run == parse(["--recipe", "blog", "--model", "cnn"]).run
 
 
-def test_later_layers_win(tmp_path: Path) -> None:
-    recipe = write(
-        tmp_path / "mine.yaml",
-        "all: {epochs: 11, batch_size: 12, shift: 1, flip: 0.1}\nmodels: {mlp: {batch_size: 22, shift: 2, flip: 0.2}}",
-    )
-    file = write(tmp_path / "file.yaml", f"recipe: {recipe}\nmodel: mlp\nshift: 3\nflip: 0.3\n")
-    cfg = parse(["--config", str(file), "--flip", "0.4"]).run
+def test_later_layers_win() -> None:
+    recipe = "all: {epochs: 11, batch_size: 12, shift: 1, flip: 0.1}\n"
+    write("mine.yaml", recipe + "models: {mlp: {batch_size: 22, shift: 2, flip: 0.2}}")
+    write("file.yaml", "recipe: mine.yaml\nmodel: mlp\nshift: 3\nflip: 0.3\n")
+    cfg = parse(["--config", "file.yaml", "--flip", "0.4"]).run
     assert (cfg.weight_decay, cfg.epochs, cfg.batch_size, cfg.shift, cfg.flip) == (0.0, 11, 22, 3, 0.4)
 
 
-@pytest.mark.parametrize(("model", "epochs"), [("linear", 2), ("mlp", 3), ("cnn", 3), ("my.net:Net", 3)])
-def test_other_is_for_models_that_the_recipe_does_not_name(tmp_path: Path, model: str, epochs: int) -> None:
-    recipe = write(tmp_path / "r.yaml", "all: {epochs: 1}\nmodels: {linear: {epochs: 2}}\nother: {epochs: 3}")
-    assert parse(["--recipe", str(recipe), "--model", model]).run.epochs == epochs
+@pytest.mark.parametrize(("model", "epochs"), [("linear", 2), ("cnn", 3), ("my.net:Net", 3)])
+def test_other_is_for_models_that_the_recipe_does_not_name(model: str, epochs: int) -> None:
+    recipe = write("r.yaml", "all: {epochs: 1}\nmodels: {linear: {epochs: 2}}\nother: {epochs: 3}")
+    assert parse(["--recipe", recipe, "--model", model]).run.epochs == epochs
 
 
-def test_flags_and_file_choose_the_recipe_that_they_stand_on(tmp_path: Path) -> None:
-    file = write(tmp_path / "file.yaml", "recipe: lab\n")
-    assert parse(["--config", str(file)]).run.batch_size == 32
-    assert parse(["--config", str(file), "--recipe", "blog"]).run.batch_size == 128
-    assert parse(["--config", str(file), "--model", "linear"]).run.hidden_units is None
+def test_flags_and_file_choose_the_recipe_that_they_stand_on() -> None:
+    file = write("file.yaml", "recipe: lab\n")
+    assert parse(["--config", file]).run.batch_size == 32
+    assert parse(["--config", file, "--recipe", "blog"]).run.batch_size == 128
+    assert parse(["--config", file, "--model", "linear"]).run.hidden_units is None
 
 
-def test_switches_win_over_recipe_and_file_too(tmp_path: Path) -> None:
-    file = write(tmp_path / "file.yaml", "batch_norm: true\nshuffle: true\n")
-    assert parse(["--config", str(file)]).run.batch_norm
-    assert not parse(["--config", str(file), "--no-shuffle"]).run.shuffle
+def test_switches_win_over_recipe_and_file_too() -> None:
+    file = write("file.yaml", "batch_norm: true\nshuffle: true\n")
+    assert parse(["--config", file]).run.batch_norm
+    assert not parse(["--config", file, "--no-shuffle"]).run.shuffle
     assert parse(["--shuffle", "--fresh"]) == Command(make_config({"shuffle": True}), fresh=True)
 
 
-def test_the_runs_folder_of_the_environment_is_the_weakest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_runs_folder_of_the_environment_is_the_weakest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASHION_DDP_RUNS_DIR", "elsewhere")
     assert parse([]).run.runs_dir == Path("elsewhere")
-    assert parse(["--config", str(write(tmp_path / "f.yaml", "runs_dir: file"))]).run.runs_dir == Path("file")
+    assert parse(["--config", write("f.yaml", "runs_dir: file")]).run.runs_dir == Path("file")
     assert parse(["--runs-dir", "flag"]).run.runs_dir == Path("flag")
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["--recipe", "lab", "--model", "linear", "--lr", "1e-05", "--seed", str(2**63 - 1)],
         ["--model", "my.net:Net", "--data-dir", "a: b/#c", "--run-dir", "null", "--shuffle", "--no-shuffle"],
-        ["--batch-norm", "--hidden-units", "3", "--optimizer", "adamw", "--lr", "0.1234567890123456"],
-        ["--batch-size", "1000", "--lr-scaling", "sqrt", "--runs-dir", "~/\N{SNOWMAN}"],
+        ["--batch-norm", "--optimizer", "adamw", "--lr", "0.1234567890123456", "--runs-dir", "~/\N{SNOWMAN}"],
     ],
 )
-def test_config_yaml_loads_back_equal(argv: list[str], tmp_path: Path) -> None:
+def test_config_yaml_loads_back_equal(argv: list[str]) -> None:
     cfg = parse(argv).run
-    assert parse(["--config", str(write(tmp_path / "config.yaml", cfg.to_yaml()))]).run == cfg
+    assert parse(["--config", write("config.yaml", cfg.to_yaml())]).run == cfg
     assert parse(["--config", "config.yaml", "--epochs", "99"]).run == dataclasses.replace(cfg, epochs=99)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("lr: 1e-3", {"lr": 0.001}),  # text in YAML 1.1
-        ("lr: 1", {"lr": 1.0}),
-        ("warmup_epochs: .5", {"warmup_epochs": 0.5}),
-        ("hidden_units: null\nmodel: linear", {"hidden_units": None}),
-        ("shuffle: yes", {"shuffle": True}),
-        ("run_dir: some/where", {"run_dir": Path("some/where")}),
-        ("# nothing but\nseed: 3 # one", {"seed": 3}),
-    ],
-)
-def test_yaml_values(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
-    cfg = parse(["--config", str(write(tmp_path / "file.yaml", text))]).run
-    for name, value in expected.items():
-        assert getattr(cfg, name) == value and type(getattr(cfg, name)) is type(value)
+def test_yaml_values() -> None:
+    # 1e-3 is text in YAML 1.1.
+    text = "lr: 1e-3\nclip_norm: 1\nwarmup_epochs: .5\nhidden_units: null\nshuffle: yes\nrun_dir: some/where\n"
+    text += "# no line of its own\nseed: 3 # one"
+    expected = {"lr": 0.001, "clip_norm": 1.0, "warmup_epochs": 0.5, "hidden_units": None, "shuffle": True, "seed": 3}
+    cfg = dataclasses.asdict(parse(["--config", write("file.yaml", text)]).run)
+    for name, value in (expected | {"run_dir": Path("some/where")}).items():
+        assert cfg[name] == value and type(cfg[name]) is type(value), name
 
 
 @pytest.mark.parametrize(
-    ("argv", "lr"),
-    [
-        (["--model", "linear", "--batch-size", "512"], 0.1),
-        (["--model", "linear", "--batch-size", "512", "--lr-scaling", "linear"], 0.4),
-        (["--model", "linear", "--batch-size", "512", "--lr-scaling", "sqrt"], 0.2),
-        (["--recipe", "lab", "--batch-size", "16", "--lr-scaling", "linear"], 0.05),
-        (["--batch-size", "256", "--lr-scaling", "linear", "--lr", "1"], 2.0),
-    ],
+    ("flags", "lr"),
+    [("--batch-size 512", 1), ("--lr-scaling linear --batch-size 512", 4), ("--lr-scaling sqrt --batch-size 512", 2)]
+    + [("--recipe lab --lr-scaling linear --batch-size 16", 0.5)],
 )
-def test_learning_rate_follows_the_batch_where_asked(argv: list[str], lr: float) -> None:
-    assert parse(argv).run.scaled_lr() == pytest.approx(lr, rel=1e-12)
+def test_learning_rate_follows_the_batch_where_asked(flags: str, lr: float) -> None:
+    assert parse([*flags.split(), "--lr", "1"]).run.scaled_lr() == pytest.approx(lr, rel=1e-12)
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------
@@ -184,9 +172,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "validation": [("-1", "at least 0"), ("0.1", "whole number")],
     "hidden_units": [("0", "greater than 0"), ("wide", "whole number")],
     "conv_blocks": [("0", "greater than 0"), ("x", "whole number")],
-    "model_args": [
-        ("width=3", "for a model of your own; 'cnn' has flags: --hidden-units, --conv-blocks, --batch-norm")
-    ],
+    "model_args": [("width=3", "of your own; 'cnn' has flags: --hidden-units, --conv-blocks, --batch-norm")],
     "dataset": [("fashion_mnst", "did you mean 'fashion_mnist'?"), ("letters", "as ./letters"), ("", "choices: fash")],
     "device": [("gpu", "choices: auto, cpu, cuda")],
     "threads": [("-1", "at least 0"), ("1.5", "whole number")],
@@ -200,34 +186,22 @@ BAD: dict[str, list[tuple[str, str]]] = {
 
 
 def test_the_table_of_mistakes_is_whole() -> None:
-    any_text, switches = (
-        {"data_dir", "runs_dir", "init_from", "freeze"},
-        {"shuffle", "batch_norm", "wandb_weights", "trace", "cuda_graph"},
-    )
+    any_text = {"data_dir", "runs_dir", "init_from", "freeze"}
     any_text |= {f"wandb_{name}" for name in ("project", "entity", "group", "tags", "notes")}
-    assert set(BAD) == set(FIELDS) - any_text - switches
+    switches = {"shuffle", "batch_norm", "wandb_weights", "trace", "cuda_graph"}
+    assert set(BAD) == {field.name for field in dataclasses.fields(Config)} - any_text - switches
 
 
-@pytest.mark.parametrize("rank", [None, "0", "1"])
 @pytest.mark.parametrize(("name", "value", "said"), [(n, v, said) for n, rows in BAD.items() for v, said in rows])
-def test_a_bad_value_is_told_once_in_one_line(
-    name: str, value: str, said: str, rank: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
-    told = mistake(capsys, f"--{name.replace('_', '-')}={value}")
-    if rank == "1":
-        assert told == ""
-    else:
-        assert told.startswith("error: ") and told.count("\n") == 1
-        assert said in told and (name in told or value in told)
+def test_a_bad_value_is_told_once_in_one_line(name: str, value: str, said: str, mistake: Mistake) -> None:
+    told = mistake(f"--{name.replace('_', '-')}={value}")
+    assert said in told and (name in told or value in told)
 
 
 @pytest.mark.parametrize("value", ["[", "{", "a: b: c", "'", "%", "@x", "- 1", "1:30:", "!!int x", "\x07"])
 @pytest.mark.parametrize("flag", ["--lr", "--epochs", "--hidden-units"])
-def test_no_text_breaks_a_number(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    told = mistake(capsys, flag, value)
-    assert told.startswith("error: ") and told.count("\n") == 1 and "number" in told
+def test_no_text_breaks_a_number(flag: str, value: str, mistake: Mistake) -> None:
+    assert "number" in mistake(flag, value)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -239,33 +213,29 @@ def test_no_text_breaks_a_number(flag: str, value: str, capsys: pytest.CaptureFi
         (["linear"], "'linear' is no flag, and no flag takes it: a value follows its flag, as --model cnn"),
         (["--shuffle=maybe"], "--shuffle takes no value, got 'maybe': write --shuffle or --no-shuffle"),
         (["--config"], "config needs a value, as in --config=VALUE"),
+        (["--seed=-1"], "from 0"),
     ],
 )
-def test_what_is_no_flag_or_lacks_its_value_is_told_by_the_first_rank(
-    argv: list[str], said: str, rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_mistake_is_told_by_the_first_rank(
+    argv: list[str], said: str, rank: str, mistake: Mistake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    told = mistake(capsys, *argv)
-    assert (told.startswith("error: ") and said in told and told.count("\n") == 1) if rank == "0" else (told == "")
+    told = mistake(*argv)
+    assert said in told if rank == "0" else told == ""
 
 
 # Each: the file, the line, and what must be said.
 BAD_FILES = {
     "unknown key": ("seed: 1\nlearning_rate: 0.1\n", 2, "unknown key 'learning_rate'"),
-    "nearest key": ("batchsize: 3\n", 1, "did you mean 'batch_size'?"),
     "dashes": ("batch-size: 3\n", 1, "did you mean 'batch_size'?"),
     "duplicate": ("lr: 0.1\nseed: 1\nlr: 0.2\n", 3, "'lr' is set twice"),
     "text for a number": ("\n\nepochs: three\n", 3, "epochs must be a whole number, got 'three'"),
     "number for text": ("model: 3\n", 1, "model must be text, got 3"),
-    "quoted number": ("seed: '3'\n", 1, "seed must be a whole number, got '3'"),
     "true for a number": ("epochs: true\n", 1, "epochs must be a whole number, got True"),
     "number for a switch": ("shuffle: 1\n", 1, "shuffle must be true or false, got 1"),
     "a list": ("lr: [0.1, 0.2]\n", 1, "lr must be a number"),
-    "a mapping": ("optimizer: {name: sgd}\n", 1, "optimizer: unknown"),
     "null": ("seed: null\n", 1, "seed must be a whole number, got None"),
-    "choice": ("seed: 1\noptimizer: admw\n", 2, "did you mean 'adamw'?"),
     "not YAML": ("seed: 1\nlr: [0.1\n", 3, "not valid YAML"),
-    "tab": ("seed: 1\n\tlr: 1\n", 2, "not valid YAML"),
     "key that YAML reads as true": ("yes: 1\n", 1, "yes"),
     "merge key": ("<<: {lr: 0.1}\n", 1, "<<"),
     "two documents": ("lr: 0.1\n---\nlr: 0.2\n", 2, "not valid YAML"),
@@ -274,117 +244,87 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_mistake_in_a_file_is_told_with_its_line(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_in_a_file_is_told_with_its_line(case: str, mistake: Mistake) -> None:
     text, line, said = BAD_FILES[case]
-    write(tmp_path / "mine.yaml", text)
-    told = mistake(capsys, "--config", "mine.yaml")
-    assert told.startswith(f"error: mine.yaml:{line}: ") and said in told and told.count("\n") == 1
+    told = mistake("--config", write("mine.yaml", text))
+    assert told.startswith(f"error: mine.yaml:{line}: ") and said in told
 
 
 BAD_RECIPES = {
     "unknown section": ("all: {lr: 0.1}\nmodells: {}\n", 2, "unknown section 'modells'"),
-    "flat settings": ("lr: 0.1\n", 1, "unknown section 'lr'"),
     "unknown key": ("all:\n  seed: 1\n  lrr: 0.1\n", 3, "unknown key 'lrr'"),
-    "wrong type": ("models:\n  cnn:\n    epochs: x\n", 3, "epochs must be a whole number"),
+    "wrong type, not used": ("models:\n  linear:\n    epochs: x\n", 3, "epochs must be a whole number"),
     "the model": ("all:\n  seed: 1\n  model: linear\n", 3, "cannot choose the model"),
     "another recipe": ("models: {cnn: {recipe: lab}}\n", 1, "cannot choose the recipe"),
-    "in a section that is not used": ("models:\n  linear:\n    epochs: x\n", 3, "epochs must be a whole number"),
     "in other, not used": ("models: {cnn: {}}\nother:\n  shift: x\n", 3, "shift must be a whole number"),
     "duplicate": ("all:\n  lr: 0.1\n  lr: 0.2\n", 3, "'lr' is set twice"),
-    "section twice": ("all: {lr: 0.1}\nall: {lr: 0.2}\n", 2, "'all' is set twice"),
     "all is a number": ("all: 3\n", 1, "all must hold"),
     "models is a list": ("models: [cnn]\n", 1, "models must hold"),
     "a model's section is text": ("models:\n  cnn: small\n", 2, "models.cnn must hold"),
-    "key that YAML reads as true": ("on: {}\n", 1, "on"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_RECIPES)
-def test_a_mistake_in_a_recipe_is_told_with_its_line(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_in_a_recipe_is_told_with_its_line(case: str, mistake: Mistake) -> None:
     text, line, said = BAD_RECIPES[case]
-    write(tmp_path / "mine.yaml", text)
-    told = mistake(capsys, "--recipe", "mine.yaml")
-    assert told.startswith("error: ") and f"mine.yaml:{line}: " in told and said in told and told.count("\n") == 1
+    told = mistake("--recipe", write("mine.yaml", text))
+    assert f"mine.yaml:{line}: " in told and said in told
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"just words", b"\xff\xfe\x00", b"lr: \x01"])
 @pytest.mark.parametrize("flag", ["--config", "--recipe"])
-def test_a_file_that_holds_no_settings(
-    flag: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine.yaml").write_bytes(content)
-    told = mistake(capsys, flag, "mine.yaml")
-    assert told.startswith("error: mine.yaml") and told.count("\n") == 1
+def test_a_file_that_holds_no_settings(flag: str, content: bytes, mistake: Mistake) -> None:
+    Path("mine.yaml").write_bytes(content)
+    assert mistake(flag, "mine.yaml").startswith("error: mine.yaml")
 
 
 @pytest.mark.parametrize("path", ["missing.yaml", "folder.yaml"])
 @pytest.mark.parametrize("flag", ["--config", "--recipe"])
-def test_a_file_that_cannot_be_read(flag: str, path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "folder.yaml").mkdir()
-    told = mistake(capsys, flag, path)
-    assert told.startswith(f"error: {path}") and "cannot be read" in told and told.count("\n") == 1
+def test_a_file_that_cannot_be_read(flag: str, path: str, mistake: Mistake) -> None:
+    Path("folder.yaml").mkdir()
+    told = mistake(flag, path)
+    assert told.startswith(f"error: {path}") and "cannot be read" in told
 
 
 @pytest.mark.parametrize("optimizer", [name for name in USUAL_LR if name != "sgd"])
 @pytest.mark.parametrize("where", ["flag", "file", "flag over a full config.yaml"])
-def test_another_optimizer_needs_a_rate_of_its_own(
-    where: str, optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["--model", "linear", "--optimizer", optimizer]
-    if where == "file":
-        write(tmp_path / "file.yaml", f"optimizer: {optimizer}\n")
-        argv = ["--model", "linear", "--config", "file.yaml"]
-    elif where == "flag over a full config.yaml":
-        write(tmp_path / "config.yaml", make_config({"model": "linear", "lr": 0.3}).to_yaml())
-        argv = ["--config", "config.yaml", "--optimizer", optimizer]
-    told = mistake(capsys, *argv)
-    chosen = 0.3 if where.startswith("flag over") else 0.1
+def test_another_optimizer_needs_a_rate_of_its_own(where: str, optimizer: str, mistake: Mistake) -> None:
+    full = make_config({"model": "linear", "lr": 0.3}).to_yaml()
+    argv, chosen = {
+        "flag": (["--model", "linear", "--optimizer", optimizer], 0.1),
+        "file": (["--model", "linear", "--config", write("file.yaml", f"optimizer: {optimizer}\n")], 0.1),
+        "flag over a full config.yaml": (["--config", write("full.yaml", full), "--optimizer", optimizer], 0.3),
+    }[where]
+    told = mistake(*argv)
     assert f"lr: {chosen} was chosen for optimizer 'sgd'" in told and f"usual: {USUAL_LR[optimizer]}" in told
     assert parse([*argv, "--lr", "0.5"]).run.lr == 0.5
-    assert told.count("\n") == 1
 
 
 def test_the_same_optimizer_needs_no_new_rate() -> None:
     assert parse(["--model", "cnn", "--optimizer", "adam"]).run.lr == 0.02
 
 
-@pytest.mark.parametrize(
-    ("model", "flags"),
-    [
-        ("linear", ["--conv-blocks", "2"]),
-        ("linear", ["--batch-norm"]),
-        ("relu", ["--batch-norm"]),
-        ("mlp", ["--conv-blocks", "3"]),
-    ],
-)
-def test_settings_that_do_nothing_for_the_model(
-    model: str, flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = mistake(capsys, "--model", model, *flags)
-    assert "does nothing for model" in told and model in told and "cnn" in told and told.count("\n") == 1
+@pytest.mark.parametrize(("model", "flag"), [("linear", "--batch-norm"), ("mlp", "--conv-blocks=3")])
+def test_settings_that_do_nothing_for_the_model(model: str, flag: str, mistake: Mistake) -> None:
+    told = mistake("--model", model, flag)
+    assert "does nothing for model" in told and model in told and "cnn" in told
 
 
-@pytest.mark.parametrize(
-    ("flags", "names"),
-    [
-        (["--schedule", "one_cycle", "--warmup-epochs", "1"], ("warmup_epochs", "one_cycle")),
-        (["--precision", "fp64", "--device", "cuda"], ("fp64", "--device cpu")),
-        (["--precision", "fp16", "--device", "cpu"], ("fp16", "fp32")),
-        (["--batch-norm", "--micro-batch", "8"], ("batch_norm", "micro_batch")),
-        (["--batch-norm", "--reduction-shards", "4"], ("batch_norm", "reduction_shards")),
-        (["--micro-batch", "8", "--reduction-shards", "4"], ("micro_batch", "reduction_shards")),
-        (["--precision", "fp16", "--reduction-shards", "4"], ("reduction_shards", "choose bf16")),
-    ],
-)
-def test_settings_that_exclude_each_other(
-    flags: list[str], names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = mistake(capsys, *flags)
-    assert all(name in told for name in names) and told.startswith("error: ") and told.count("\n") == 1
+EXCLUDING = {
+    "--schedule one_cycle --warmup-epochs 1": ("warmup_epochs", "one_cycle"),
+    "--precision fp64 --device cuda": ("fp64", "--device cpu"),
+    "--precision fp16 --device cpu": ("fp16", "fp32"),
+    "--batch-norm --micro-batch 8": ("batch_norm", "micro_batch"),
+    "--batch-norm --reduction-shards 4": ("batch_norm", "reduction_shards"),
+    "--micro-batch 8 --reduction-shards 4": ("micro_batch", "reduction_shards"),
+    "--precision fp16 --reduction-shards 4": ("reduction_shards", "choose bf16"),
+}
+
+
+@pytest.mark.parametrize("flags", EXCLUDING)
+def test_settings_that_exclude_each_other(flags: str, mistake: Mistake) -> None:
+    told = mistake(*flags.split())
+    assert all(name in told for name in EXCLUDING[flags])
 
 
 def test_the_choices_are_those_that_exist() -> None:
@@ -397,7 +337,7 @@ def test_the_choices_are_those_that_exist() -> None:
 
 
 def test_help_shows_the_defaults_of_the_chosen_model_and_file(capsys: pytest.CaptureFixture[str]) -> None:
-    write(Path("mine.yaml"), "epochs: 7\n")
+    write("mine.yaml", "epochs: 7\n")
     with pytest.raises(SystemExit) as stop:
         parse(["--model", "linear", "--help", "--config", "mine.yaml"])
     assert stop.value.code == 0
@@ -407,25 +347,13 @@ def test_help_shows_the_defaults_of_the_chosen_model_and_file(capsys: pytest.Cap
     assert "{sgd,momentum,adam,adamw} `momentum` is SGD with momentum 0.9. Choose --lr with it. (default: sgd)" in text
 
 
-def python(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))} | env
-    return subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True, env=surroundings)
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["--lr", "x"], ["--epohcs", "3"]])
-def test_help_and_mistakes_do_not_wait_for_heavy_libraries(argv: list[str]) -> None:
-    heavy = "{'torch', 'wandb', 'accelerate', 'numpy', 'matplotlib'}"
-    code = (
+@pytest.mark.parametrize(("argv", "code"), [("--help", 0), ("--lr x", 2), ("--epohcs 3", 2)])
+def test_help_and_mistakes_do_not_wait_for_heavy_libraries(argv: str, code: int) -> None:
+    program = (
         "import atexit, sys; from fashion_ddp import train\n"
-        f"atexit.register(lambda: print('imported:', *{heavy} & set(sys.modules)))\n"
-        f"train.main({argv})"
+        "heavy = {'torch', 'wandb', 'accelerate', 'numpy', 'matplotlib'}\n"
+        "atexit.register(lambda: print('imported:', *heavy & set(sys.modules)))\n"
+        f"train.main({argv.split()})"
     )
-    done = python("-c", code)
-    assert done.returncode == (0 if argv == ["--help"] else 2)
-    assert done.stdout.endswith("imported:\n")
-
-
-@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_the_program_ends_with_2_and_one_line(rank: str, lines: int) -> None:
-    done = python("-m", "fashion_ddp.train", "--lr", "x", RANK=rank)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == lines
+    done = command("python", "-c", program, cwd=Path.cwd(), PYTHONPATH=str(CHECKOUT))
+    assert done.returncode == code and done.stdout.endswith("imported:\n")

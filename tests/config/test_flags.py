@@ -1,14 +1,12 @@
 """The reader of command lines: every spelling, every mistake, and the help of every command."""
 
 import importlib
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from conftest import CHECKOUT, command
 
 from fashion_ddp.config import Config, flags
 from fashion_ddp.errors import UserError
@@ -42,7 +40,6 @@ GIVEN: dict[str, dict[str, Any]] = {
     "run a b": {"others": (Path("a"), Path("b"))},
     "run a --lr 3 b": {"others": (Path("a"), Path("b")), "lr": 3.0},
     "--force run a": {"others": (Path("a"),), "force": True},
-    "run --force --force": {"force": True},
     "run --some-seeds 1 2": {"some_seeds": (1, 2)},
     "run --some_seeds=1 2": {"some_seeds": (1, 2)},
     "run --some-seeds -1 --some-seeds 3 +4": {"some_seeds": (3, 4)},
@@ -70,7 +67,6 @@ MISTAKES = {
     "run --some-seeds 1 --name --force": "name needs a value, as in --name=VALUE",
     "run --force=yes": "--force takes no value, got 'yes'",
     "run --lr x": "lr must be a number, got 'x'",
-    "run --some-seeds 1 x": "some_seeds must be a whole number, got 'x'",
     "run --kind c": "kind: unknown 'c'; choices: a, b",
 }
 
@@ -94,8 +90,6 @@ def test_words_for_another_reader_stay_in_their_order() -> None:
     assert " ".join(others) == "--epochs 3 --model-args x=1 y=2 --no-shuffle --lr -1 c"
 
 
-# --- Help -------------------------------------------------------------------------------------------------------
-
 COMMANDS = {
     "fashion_ddp.train": "fashion_ddp.config.cli:Command",
     "fashion_ddp.compare": "fashion_ddp.compare:Arguments",
@@ -108,22 +102,20 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_explains_everything_without_heavy_libraries(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_everything_without_heavy_libraries(name: str, tmp_path: Path) -> None:
     code = (
         "import atexit, runpy, sys\n"
         "atexit.register(lambda: print('imported:', *{'torch', 'wandb', 'accelerate'} & set(sys.modules)))\n"
-        f"sys.argv = ['x', '--help']; runpy.run_module('{command}', run_name='__main__', alter_sys=True)"
+        f"sys.argv = ['x', '--help']; runpy.run_module('{name}', run_name='__main__', alter_sys=True)"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path)), "COLUMNS": "200"}
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, check=False, env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = command("python", "-c", code, cwd=tmp_path, PYTHONPATH=str(CHECKOUT), COLUMNS="200")
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("imported:\n")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"usage: python -m {command} [flags]") and max(map(len, lines)) <= 100
-    module, _, name = COMMANDS[command].partition(":")
+    assert lines[0].startswith(f"usage: python -m {name} [flags]") and max(map(len, lines)) <= 100
+    module, arguments = COMMANDS[name].split(":")
     text = " ".join(done.stdout.split())
-    for argument in flags.arguments(getattr(importlib.import_module(module), name)).values():
+    for argument in flags.arguments(getattr(importlib.import_module(module), arguments)).values():
         assert ", ".join(argument.flags) in text and len(argument.documented.meaning.split()) > 1
         assert argument.documented.meaning in text, argument.name
 
@@ -140,9 +132,7 @@ def test_help_shows_groups_choices_and_the_defaults_that_hold(capsys: pytest.Cap
     assert "(default: 0.5)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_rank_that_is_not_the_first_prints_no_help(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_is_not_the_first_prints_no_help(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         flags.parse(Example, "example", ["--help"])

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import gzip
 import os
 import re
@@ -19,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,11 +34,14 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 FASHION = PUBLISHED["fashion_mnist"]
 NAMES = [file.name for file in FASHION.files]
-LAYOUTS = (FASHION.folder, ".")
+
+Files = dict[str, bytes]
+Patch = pytest.MonkeyPatch
+Publish = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def elsewhere(data_dir: Path, tmp_path: Path, monkeypatch: Patch) -> Path:
     """An empty working directory and cache, and an environment that names no folder, mirror or proxy."""
     here = tmp_path / "here"
     here.mkdir()
@@ -52,7 +55,7 @@ def elsewhere(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="session")
-def raw(data_dir: Path) -> dict[str, bytes]:
+def raw(data_dir: Path) -> Files:
     """The real files as published, by name."""
     folder = data.locate("fashion_mnist", data_dir)
     assert folder is not None
@@ -65,23 +68,17 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "fashion_ddp" / FASHION.folder
 
 
-def put(folder: Path, contents: dict[str, bytes]) -> Path:
+def put(folder: Path, contents: Files) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     return folder
 
 
-def listing(folder: Path) -> list[tuple[str, int, int]]:
-    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
-
-
 # --- Finding ----------------------------------------------------------------------------------------------------
 
 
-def test_the_folders_are_searched_in_order(
-    tmp_path: Path, elsewhere: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folders_are_searched_in_order(tmp_path: Path, elsewhere: Path, cache: Path, monkeypatch: Patch) -> None:
     empty = dict.fromkeys(NAMES, b"")
     assert data.locate("fashion_mnist", None) is None
     assert data.locate("fashion_mnist", put(cache, empty)) == cache
@@ -103,7 +100,7 @@ def test_all_four_files_must_be_in_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by", ["--data-dir", "$FASHION_DDP_DATA_DIR"])
 def test_a_named_folder_is_the_only_one(
-    by: str, tmp_path: Path, elsewhere: Path, raw: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    by: str, tmp_path: Path, elsewhere: Path, raw: Files, monkeypatch: Patch
 ) -> None:
     put(elsewhere / "data", raw)
     assert data.load("fashion_mnist").source == str(elsewhere / "data")
@@ -116,61 +113,37 @@ def test_a_named_folder_is_the_only_one(
     assert str(elsewhere / "data") not in str(error.value)
 
 
-def test_a_download_that_would_not_be_looked_at_is_refused(
-    tmp_path: Path, cache: Path, raw: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FASHION_DDP_DATA_DIR", str(tmp_path / "typo"))
-    with serve(raw) as source, pytest.raises(UserError, match="typo"):
-        monkeypatch.setenv("FASHION_DDP_DATA_MIRROR", source.url)
-        data.fetch("fashion_mnist")
-    assert not source.requests
-    assert not cache.exists()
-
-
-def test_absent_files_are_named_with_where_and_how(elsewhere: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as error:
-        data.load("fashion_mnist")
-    said = str(error.value)
-    for part in (*NAMES, str(elsewhere / "data"), str(tmp_path / "cache"), "python -m fashion_ddp.data", "--data-dir"):
-        assert part in said
-    assert "\n" not in said
-
-
 # --- Verifying and decoding -------------------------------------------------------------------------------------
 
 
-def test_the_real_data(data_dir: Path, raw: dict[str, bytes]) -> None:
+def test_the_real_data(data_dir: Path, raw: Files) -> None:
     real = data.load("fashion_mnist", data_dir)
-    assert real.train_images.shape == (60_000, 1, 28, 28) and real.train_images.dtype == np.uint8
-    assert real.test_images.shape == (10_000, 1, 28, 28) and real.test_images.dtype == np.uint8
+    assert real.train_images.shape == (60_000, 1, 28, 28) and real.test_images.shape == (10_000, 1, 28, 28)
+    assert real.train_images.dtype == real.test_images.dtype == np.uint8 and not real.synthetic
     assert real.train_labels.dtype == real.test_labels.dtype == np.int64
-    assert real.image_shape == (1, 28, 28) and not real.synthetic
-    assert np.bincount(real.train_labels).tolist() == [6_000] * 10
-    assert np.bincount(real.test_labels).tolist() == [1_000] * 10
-    last = gzip.decompress(raw["t10k-images-idx3-ubyte.gz"])[-28 * 28 :]
-    assert real.test_images[-1, 0].tobytes() == last
+    assert real.test_images[-1, 0].tobytes() == gzip.decompress(raw[f"{NAMES[2]}.gz"])[-28 * 28 :]
     # Published facts that fix order and scale: the first labels, and the training set's mean and std.
     assert [real.classes[label] for label in real.train_labels[:3]] == ["Ankle boot", "T-shirt/top", "T-shirt/top"]
     assert [real.classes[label] for label in real.test_labels[:3]] == ["Ankle boot", "Pullover", "Trouser"]
-    assert round(real.train_images.mean() / 255, 4) == 0.2860
-    assert round(real.train_images.std() / 255, 4) == 0.3530
+    assert [round(x / 255, 4) for x in (real.train_images.mean(), real.train_images.std())] == [0.2860, 0.3530]
     # torch.from_numpy warns of arrays that cannot be written.
     assert real.train_images.flags.writeable and real.test_images.flags.writeable
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [FASHION.folder, "."])
 @pytest.mark.parametrize("unpacked", [[], NAMES[1:3], NAMES], ids=["gz", "mixed", "unpacked"])
 def test_every_layout_is_the_same_data(
-    layout: str, unpacked: list[str], tmp_path: Path, data_dir: Path, raw: dict[str, bytes]
+    layout: str, unpacked: list[str], tmp_path: Path, data_dir: Path, raw: Files
 ) -> None:
     real = data.load("fashion_mnist", data_dir)
     stored = {name: gzip.decompress(raw[f"{name}.gz"]) for name in unpacked}
     stored |= {f"{name}.gz": raw[f"{name}.gz"] for name in NAMES if name not in unpacked}
     folder = put(tmp_path / "stored" / layout, stored)
     folder.chmod(0o555)
-    before = listing(tmp_path)
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
     other = data.load("fashion_mnist", tmp_path / "stored")
-    assert listing(tmp_path) == before, "something was written beside the data"
+    after = {path: path.stat() for path in tmp_path.rglob("*")}
+    assert {p: s.st_mtime_ns for p, s in after.items()} == {p: s.st_mtime_ns for p, s in before.items()}
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         assert np.array_equal(getattr(other, name), getattr(real, name))
     assert other.md5 == real.md5 == {f"{file.name}.gz": file.gz.md5 for file in FASHION.files}
@@ -197,10 +170,9 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     + [(file, "gz", "one bit") for file in (*FASHION.files[:2], FASHION.files[3])],
     ids=lambda value: value.name if isinstance(value, IdxFile) else value,
 )
-def test_a_damaged_file_is_named(file: IdxFile, form: str, damage: str, tmp_path: Path, raw: dict[str, bytes]) -> None:
+def test_a_damaged_file_is_named(file: IdxFile, form: str, damage: str, tmp_path: Path, raw: Files) -> None:
     folder = put(tmp_path / "stored", raw)
-    good = raw[f"{file.name}.gz"]
-    path = folder / f"{file.name}.gz"
+    path, good = folder / f"{file.name}.gz", raw[f"{file.name}.gz"]
     if form == "idx":
         path.unlink()
         path, good = folder / file.name, gzip.decompress(good)
@@ -208,18 +180,17 @@ def test_a_damaged_file_is_named(file: IdxFile, form: str, damage: str, tmp_path
     with pytest.raises(UserError) as error:
         data.load("fashion_mnist", folder)
     found = Fingerprint.from_bytes(DAMAGES[damage](good))
-    assert f"{path} is damaged" in str(error.value)
-    assert f"expected {getattr(file, form)}, found {found.size:,} bytes with md5 {found.md5}" in str(error.value)
-    assert "python -m fashion_ddp.data" in str(error.value)
+    expected = f"expected {getattr(file, form)}, found {found.size:,} bytes with md5 {found.md5}"
+    for part in (f"{path} is damaged", expected, "python -m fashion_ddp.data"):
+        assert part in str(error.value)
 
 
-def test_files_of_another_published_set_are_told(tmp_path: Path, raw: dict[str, bytes]) -> None:
+def test_files_of_another_published_set_are_told(tmp_path: Path, raw: Files) -> None:
     """Relatives of MNIST share the names of their files: to delete these would be the wrong advice."""
     folder = put(tmp_path / "stored", raw)
     for name in ("mnist", "kmnist"):
-        with pytest.raises(
-            UserError, match=f"{NAMES[0]}.gz is of fashion_mnist, not {name}: name the folder of {name}"
-        ):
+        said = f"{NAMES[0]}.gz is of fashion_mnist, not {name}: name the folder of {name}"
+        with pytest.raises(UserError, match=said):
             data.load(name, folder)
     folder = put(tmp_path / "unpacked", {name: gzip.decompress(raw[f"{name}.gz"]) for name in NAMES})
     with pytest.raises(UserError, match=f"{NAMES[0]} is of fashion_mnist, not mnist"):
@@ -230,9 +201,7 @@ def test_files_of_another_published_set_are_told(tmp_path: Path, raw: dict[str, 
         data.load("kmnist", folder)
 
 
-def test_a_file_that_cannot_be_read_is_named(
-    tmp_path: Path, raw: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, raw: Files) -> None:
     folder = put(tmp_path / "stored", raw)
     path = folder / f"{NAMES[2]}.gz"
     path.unlink()
@@ -245,33 +214,25 @@ def idx(values: np.ndarray) -> bytes:
     return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
 
 
-def publish(contents: list[bytes], folder: Path) -> PublishedDataset:
-    """Publish a dataset of three classes: what its table says, its files being in a folder."""
-    put(folder, {f"{name}.gz": gzip.compress(content) for name, content in zip(NAMES, contents, strict=True)})
-    files = [
-        IdxFile(name, Fingerprint.from_bytes(gzip.compress(content)), Fingerprint.from_bytes(content))
-        for name, content in zip(NAMES, contents, strict=True)
-    ]
-    return PublishedDataset("Tiny/raw", (), ("a", "b", "c"), (files[0], files[1], files[2], files[3]))
+SMALL = [np.arange(30).reshape(5, 3, 2), np.array([0, 1, 2, 1, 0])]
+SMALL += [np.arange(24).reshape(4, 3, 2), np.array([2, 1, 0, 0])]
 
 
-SMALL = [
-    np.arange(5 * 3 * 2).reshape(5, 3, 2),
-    np.array([0, 1, 2, 1, 0]),
-    np.arange(4 * 3 * 2).reshape(4, 3, 2),
-    np.array([2, 1, 0, 0]),
-]
-
-
-def small_with(at: int, content: bytes) -> list[bytes]:
-    return [content if n == at else idx(values) for n, values in enumerate(SMALL)]
-
-
-def test_another_dataset_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gzip, "compress", functools.partial(gzip.compress, mtime=0))
+def load_tiny(folder: Path, monkeypatch: Patch, changed: dict[int, bytes]) -> data.Dataset:
+    """Publish a dataset of three classes, some of whose files have another content, and load it."""
+    files = []
+    for at, name in enumerate(NAMES):
+        content = changed.get(at, idx(SMALL[at]))
+        packed = gzip.compress(content)
+        put(folder, {f"{name}.gz": packed})
+        files.append(IdxFile(name, Fingerprint.from_bytes(packed), Fingerprint.from_bytes(content)))
     monkeypatch.setattr(names, "DATASETS", (*names.DATASETS, "tiny"))
-    monkeypatch.setitem(PUBLISHED, "tiny", publish([idx(values) for values in SMALL], tmp_path / "tiny"))
-    tiny = data.load("tiny", tmp_path / "tiny")
+    monkeypatch.setitem(PUBLISHED, "tiny", PublishedDataset("Tiny/raw", (), ("a", "b", "c"), tuple(files)))
+    return data.load("tiny", folder)
+
+
+def test_another_dataset_is_a_row_of_the_table(tmp_path: Path, monkeypatch: Patch) -> None:
+    tiny = load_tiny(tmp_path, monkeypatch, {})
     assert tiny.image_shape == (1, 3, 2) and tiny.classes == ("a", "b", "c")
     assert np.array_equal(tiny.train_images[:, 0], SMALL[0]) and np.array_equal(tiny.test_labels, SMALL[3])
 
@@ -280,7 +241,6 @@ def test_another_dataset_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pyte
     ("at", "content", "said"),
     [
         (0, idx(SMALL[1]), "an idx header starting 00000803, found 00000801"),
-        (1, idx(SMALL[0]), "an idx header starting 00000801, found 00000803"),
         (2, b"\0\0\x0d\x03" + idx(SMALL[2])[4:], "an idx header starting 00000803, found 00000d03"),
         (2, idx(SMALL[2])[:9], "an idx header starting 00000803, found 000008030000000400"),
         (2, idx(SMALL[2])[:-1], r"40 bytes for \(4, 3, 2\), found 39"),
@@ -289,37 +249,24 @@ def test_another_dataset_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pyte
         (1, idx(SMALL[1][:4]), "5 labels, one per image, found 4"),
         (3, idx(np.array([0, 1, 3, 2])), "labels below 3, one per class, found label 3"),
     ],
-    ids=["axes", "more axes", "type", "header", "short", "long", "shape", "count", "label"],
+    ids=["axes", "type", "header", "short", "long", "shape", "count", "label"],
 )
 def test_content_that_is_no_such_dataset_is_named(
-    at: int, content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, content: bytes, said: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(gzip, "compress", functools.partial(gzip.compress, mtime=0))
-    monkeypatch.setattr(names, "DATASETS", (*names.DATASETS, "tiny"))
-    monkeypatch.setitem(PUBLISHED, "tiny", publish(small_with(at, content), tmp_path / "tiny"))
     with pytest.raises(UserError, match=f"{NAMES[at]}.gz is damaged or another file: expected {said}"):
-        data.load("tiny", tmp_path / "tiny")
+        load_tiny(tmp_path, monkeypatch, {at: content})
 
 
 # --- Downloading ------------------------------------------------------------------------------------------------
 
 
-class Source:
-    """What a test server was asked for, and where it is."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.requests = url, Counter[str]()
-
-
 @contextlib.contextmanager
 def serve(
-    contents: dict[str, bytes],
-    spoil: Callable[[bytes], bytes] = lambda content: content,
-    delay: float = 0,
-    stall: threading.Event | None = None,
-) -> Iterator[Source]:
-    """A real HTTP server: `spoil` changes what it sends, `delay` is in seconds before the first answer; with `stall` it
-    sends half of a file, says so by the event, and no more."""
+    contents: Files, spoil: Callable[[bytes], bytes] = bytes, delay: float = 0, stall: threading.Event | None = None
+) -> Iterator[SimpleNamespace]:
+    """A real HTTP server: its url, and how often each file was requested. `spoil` changes what it sends, `delay` is in
+    seconds before the first answer; with `stall` it sends half of a file, says so by the event, and no more."""
     over = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -346,7 +293,7 @@ def serve(
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    source = Source(f"http://127.0.0.1:{server.server_address[1]}")
+    source = SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}", requests=Counter())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield source
@@ -357,7 +304,7 @@ def serve(
 
 
 @pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def sources(monkeypatch: Patch) -> Publish:
     """Sets where Fashion-MNIST is published."""
 
     def publish_at(*urls: str) -> None:
@@ -377,12 +324,12 @@ def get_data(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
     return command("python", "-m", "fashion_ddp.data", *flags, cwd=Path.cwd(), timeout=60, **proxies, **env)
 
 
-def assert_complete(folder: Path, raw: dict[str, bytes]) -> None:
+def assert_complete(folder: Path, raw: Files) -> None:
     """The published files, and nothing that looks like one."""
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"} == raw
 
 
-def test_four_processes_at_once_fetch_each_file_once(cache: Path, raw: dict[str, bytes]) -> None:
+def test_four_processes_at_once_fetch_each_file_once(cache: Path, raw: Files) -> None:
     # The first answer takes long enough for all four to ask, were there nothing to hold them back.
     with serve(raw, delay=1) as source, ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: get_data(FASHION_DDP_DATA_MIRROR=source.url), range(4)))
@@ -396,7 +343,7 @@ def test_four_processes_at_once_fetch_each_file_once(cache: Path, raw: dict[str,
     assert len(lines) == 4 and all(line.startswith("downloading http://127.0.0.1") for line in lines)
 
 
-def test_found_data_is_not_downloaded(elsewhere: Path, cache: Path, raw: dict[str, bytes]) -> None:
+def test_found_data_is_not_downloaded(elsewhere: Path, cache: Path, raw: Files) -> None:
     put(elsewhere / "data", raw)
     with serve(raw) as source:
         process = get_data(FASHION_DDP_DATA_MIRROR=source.url)
@@ -404,9 +351,9 @@ def test_found_data_is_not_downloaded(elsewhere: Path, cache: Path, raw: dict[st
     assert not source.requests and not cache.exists()
 
 
-def test_a_terminal_sees_a_bar(raw: dict[str, bytes]) -> None:
+def test_a_terminal_sees_a_bar(raw: Files) -> None:
+    words = [sys.executable, "-m", "fashion_ddp.data"]
     with serve(raw) as source:
-        words = [sys.executable, "-m", "fashion_ddp.data"]
         env = {"FASHION_DDP_DATA_MIRROR": source.url}
         code, seen = on_a_terminal(*words, cwd=Path.cwd(), stdout=subprocess.DEVNULL, **env)
     assert code == 0
@@ -414,9 +361,7 @@ def test_a_terminal_sees_a_bar(raw: dict[str, bytes]) -> None:
     assert b"downloading" not in seen
 
 
-def test_only_what_is_missing_is_fetched(
-    cache: Path, raw: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, sources: Callable[..., None]
-) -> None:
+def test_only_what_is_missing_is_fetched(cache: Path, raw: Files, sources: Publish) -> None:
     put(cache, {f"{n}.gz": raw[f"{n}.gz"] for n in NAMES[:3]})
     with serve(raw) as source:
         sources(source.url)
@@ -425,9 +370,7 @@ def test_only_what_is_missing_is_fetched(
 
 
 @pytest.mark.parametrize("damage", ["one bit", "truncated", "a web page"])
-def test_a_wrong_file_is_fetched_from_the_next_source(
-    damage: str, cache: Path, raw: dict[str, bytes], sources: Callable[..., None]
-) -> None:
+def test_a_wrong_file_is_fetched_from_the_next_source(damage: str, cache: Path, raw: Files, sources: Publish) -> None:
     with serve(raw, DAMAGES[damage]) as bad, serve(raw) as good:
         sources(bad.url, good.url)
         data.fetch("fashion_mnist")
@@ -436,7 +379,7 @@ def test_a_wrong_file_is_fetched_from_the_next_source(
 
 
 def test_the_mirror_comes_first_and_the_next_sources_after_it(
-    raw: dict[str, bytes], cache: Path, sources: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    raw: Files, cache: Path, sources: Publish, monkeypatch: Patch
 ) -> None:
     half = {f"{n}.gz": raw[f"{n}.gz"] for n in NAMES[:2]}
     with serve(half) as mirror, serve(raw) as public:
@@ -448,9 +391,7 @@ def test_the_mirror_comes_first_and_the_next_sources_after_it(
     assert_complete(cache, raw)
 
 
-def test_without_any_source_the_error_says_all(
-    elsewhere: Path, cache: Path, raw: dict[str, bytes], sources: Callable[..., None]
-) -> None:
+def test_without_any_source_the_error_says_all(elsewhere: Path, cache: Path, raw: Files, sources: Publish) -> None:
     """One refuses, one has other files, one sends rubbish, one is no URL."""
     with serve({}) as other, serve(raw, flipped) as bad:
         urls = {
@@ -471,15 +412,10 @@ def test_without_any_source_the_error_says_all(
     assert_complete(cache, {})
 
 
-def test_a_server_that_is_silent_or_stalls_is_given_up(
-    cache: Path, raw: dict[str, bytes], sources: Callable[..., None]
-) -> None:
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,  # connects, and is never served
-        serve(raw, stall=threading.Event()) as stalling,
-    ):
-        urls = f"http://127.0.0.1:{silent.getsockname()[1]}", stalling.url
-        sources(*urls)
+def test_a_server_that_is_silent_or_stalls_is_given_up(cache: Path, raw: Files, sources: Publish) -> None:
+    # The first connects, and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent, serve(raw, stall=threading.Event()) as stalling:
+        sources(f"http://127.0.0.1:{silent.getsockname()[1]}", stalling.url)
         with pytest.raises(UserError) as error:
             data.fetch("fashion_mnist", timeout=0.3)
     reasons = re.findall(rf"{NAMES[0]}\.gz \((.*?)\)[,;]", str(error.value))
@@ -487,9 +423,7 @@ def test_a_server_that_is_silent_or_stalls_is_given_up(
     assert_complete(cache, {})
 
 
-def test_a_name_server_that_is_silent_is_given_up(
-    sources: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_server_that_is_silent_is_given_up(sources: Publish, monkeypatch: Patch) -> None:
     over = threading.Event()
 
     def silent(*_: object, **__: object) -> None:
@@ -503,7 +437,7 @@ def test_a_name_server_that_is_silent_is_given_up(
     over.set()
 
 
-def test_a_killed_download_leaves_nothing_that_counts(cache: Path, raw: dict[str, bytes]) -> None:
+def test_a_killed_download_leaves_nothing_that_counts(cache: Path, raw: Files) -> None:
     half_sent = threading.Event()
     with serve(raw, stall=half_sent) as stalling:
         env = os.environ | {"FASHION_DDP_DATA_MIRROR": stalling.url}
@@ -511,8 +445,7 @@ def test_a_killed_download_leaves_nothing_that_counts(cache: Path, raw: dict[str
         assert half_sent.wait(60)
         process.kill()
         process.wait()
-    # As killed while writing, too.
-    put(cache, {f".{NAMES[0]}.gz.host.1": raw[f"{NAMES[0]}.gz"][:1000]})
+    put(cache, {f".{NAMES[0]}.gz.host.1": raw[f"{NAMES[0]}.gz"][:1000]})  # as killed while writing, too
     assert data.locate("fashion_mnist", None) is None
     with serve(raw) as good:
         again = get_data(FASHION_DDP_DATA_MIRROR=good.url)
@@ -520,29 +453,27 @@ def test_a_killed_download_leaves_nothing_that_counts(cache: Path, raw: dict[str
     assert all((cache / name).read_bytes() == content for name, content in raw.items())
 
 
-def test_no_network_ends_the_command(elsewhere: Path) -> None:
+def test_no_network_ends_the_command() -> None:
     process = get_data()
-    assert process.returncode == 2
-    downloads, (said,) = process.stderr.splitlines()[:-1], process.stderr.splitlines()[-1:]
+    *downloads, said = process.stderr.splitlines()
+    assert process.returncode == 2 and process.stdout == "" and said.startswith("error: ")
     assert all(line.startswith("downloading ") for line in downloads)
-    assert said.startswith("error: ") and process.stdout == ""
     # Refused, rather than not known: urllib asked the proxy that the environment names.
-    assert said.count("refused") == len(FASHION.urls)
-    for part in (*NAMES, *FASHION.urls, str(elsewhere / "data"), "python -m fashion_ddp.data", "--data-dir"):
-        assert part in said
+    assert said.count("refused") == len(FASHION.urls) and all(url in said for url in FASHION.urls)
 
 
-def test_a_named_folder_without_the_files_ends_the_command(tmp_path: Path, raw: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("by", ["--data-dir", "$FASHION_DDP_DATA_DIR"])
+def test_a_download_that_would_not_be_looked_at_is_refused(by: str, tmp_path: Path, cache: Path, raw: Files) -> None:
+    typo = str(tmp_path / "typo")
+    flags, env = ((), {by[1:]: typo}) if by.startswith("$") else ((by, typo), {})
     with serve(raw) as source:
-        process = get_data("--data-dir", str(tmp_path / "typo"), FASHION_DDP_DATA_MIRROR=source.url)
-    assert process.returncode == 2 and not source.requests
-    assert len(process.stderr.splitlines()) == 1
-    assert process.stderr.startswith("error: ") and f"{tmp_path / 'typo'} (from --data-dir)" in process.stderr
+        process = get_data(*flags, FASHION_DDP_DATA_MIRROR=source.url, **env)
+    assert process.returncode == 2 and not source.requests and not cache.exists()
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+    assert f"{typo} (from {by})" in process.stderr
 
 
-def test_an_unwritable_cache_is_named(
-    tmp_path: Path, raw: dict[str, bytes], sources: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_cache_is_named(tmp_path: Path, raw: Files, sources: Publish, monkeypatch: Patch) -> None:
     (tmp_path / "file").touch()  # holds for root, too, whom permissions do not stop
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with serve(raw) as source:
@@ -553,7 +484,7 @@ def test_an_unwritable_cache_is_named(
 
 
 def test_a_full_disk_is_no_download_problem_and_leaves_nothing(
-    cache: Path, raw: dict[str, bytes], sources: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    cache: Path, raw: Files, sources: Publish, monkeypatch: Patch
 ) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -567,9 +498,7 @@ def test_a_full_disk_is_no_download_problem_and_leaves_nothing(
     assert_complete(cache, {})
 
 
-def test_a_file_system_without_locks_will_do(
-    cache: Path, raw: dict[str, bytes], sources: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_locks_will_do(cache: Path, raw: Files, sources: Publish, monkeypatch: Patch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -585,8 +514,7 @@ def test_a_file_system_without_locks_will_do(
 
 def test_synthetic_data_is_the_same_everywhere() -> None:
     made = data.load("synthetic")
-    assert made.synthetic and made.name == "synthetic" and made.source == "built in"
-    assert made.image_shape == (1, 28, 28) and len(made.train_labels) == 12_000 and len(made.test_labels) == 2_000
+    assert made.synthetic and made.name == "synthetic" and made.image_shape == (1, 28, 28)
     assert made.train_images.dtype == made.test_images.dtype == np.uint8
     assert made.train_labels.dtype == made.test_labels.dtype == np.int64
     assert len(made.classes) == 10 and all("SYNTHETIC" in name for name in made.classes)
@@ -598,27 +526,11 @@ def test_synthetic_data_is_the_same_everywhere() -> None:
     }
 
 
-def test_synthetic_data_can_be_learnt_but_not_all_of_it() -> None:
-    """Softmax regression by plain SGD, three epochs."""
-    made = data.load("synthetic")
-    images, tests = (x.reshape(len(x), -1) / np.float32(255) for x in (made.train_images, made.test_images))
-    targets = np.eye(len(made.classes), dtype=np.float32)[made.train_labels]
-    weight, bias = np.zeros((images.shape[1], 10), np.float32), np.zeros(10, np.float32)
-    for _ in range(3):
-        for at in range(0, len(images), 128):
-            rows = images[at : at + 128]
-            scores = np.exp(rows @ weight + bias)
-            error = (scores / scores.sum(1, keepdims=True) - targets[at : at + 128]) / len(rows)
-            weight -= 0.1 * rows.T @ error
-            bias -= 0.1 * error.sum(0)
-    accuracy = ((tests @ weight + bias).argmax(1) == made.test_labels).mean()
-    assert 0.9 < accuracy < 0.999
-
-
 def test_synthetic_data_needs_nothing(elsewhere: Path, tmp_path: Path) -> None:
     process = get_data("--dataset", "synthetic")
     assert process.returncode == 0 and process.stderr == ""
     assert "12,000" in process.stdout and "built in" in process.stdout and "SYNTHETIC 0" in process.stdout
+    assert "md5" not in process.stdout  # which says that the files are the published ones
     assert not list(elsewhere.iterdir()) and not (tmp_path / "cache").exists()
 
 
@@ -627,8 +539,3 @@ def test_synthetic_data_needs_nothing(elsewhere: Path, tmp_path: Path) -> None:
 
 def test_every_named_dataset_is_there() -> None:
     assert {*names.DATASETS} == {*PUBLISHED, "synthetic"}
-
-
-def test_data_imports_no_torch() -> None:
-    code = "import sys, fashion_ddp.data; sys.exit(bool({'torch', 'torchvision', 'wandb'} & set(sys.modules)))"
-    assert command("python", "-c", code, cwd=Path.cwd()).returncode == 0

@@ -32,35 +32,20 @@ def tutorial(model: str, hidden: int) -> list[nn.Module]:
     return [*convolutions, nn.Linear(hidden * 7 * 7, 10)]
 
 
-# --- Ours -------------------------------------------------------------------------------------------------------
+def test_parameters() -> None:
+    def count(**settings: Any) -> int:
+        return describe.count_parameters(build(**settings))
 
-
-@pytest.mark.parametrize(
-    ("settings", "count"),
-    [
-        ({"model": "linear"}, 784 * 10 + 10 + 10 * 10 + 10),  # 7,960
-        ({"model": "relu"}, 7_960),
-        ({"model": "mlp", "hidden_units": 32}, 784 * 32 + 32 + 32 * 10 + 10),
-        # One convolution of c into h channels: 9ch + h.
-        ({"model": "cnn", "recipe": "lab"}, (9 * 10 + 10) + 3 * (9 * 100 + 10) + 490 * 10 + 10),  # 7,740
-        ({"model": "cnn", "recipe": "blog"}, (9 * 25 + 25) + 3 * (9 * 625 + 25) + 1225 * 10 + 10),  # 29,460
-        ({"model": "cnn", "hidden_units": 4, "conv_blocks": 3}, (36 + 4) + 5 * (9 * 16 + 4) + 4 * 3 * 3 * 10 + 10),
-        ({"model": "cnn", "hidden_units": 4, "batch_norm": True}, (36 + 4) + 3 * 148 + 1960 + 10 + 4 * 8),
-    ],
-)
-def test_parameters(settings: dict[str, Any], count: int) -> None:
-    assert describe.count_parameters(build(**settings)) == count
+    assert count(model="mlp", hidden_units=32) == 784 * 32 + 32 + 32 * 10 + 10
+    # One convolution of c into h channels: 9ch + h.
+    assert count(model="cnn", hidden_units=4, conv_blocks=3) == (36 + 4) + 5 * (9 * 16 + 4) + 4 * 3 * 3 * 10 + 10
+    assert count(model="cnn", hidden_units=4, batch_norm=True) == (36 + 4) + 3 * 148 + 1960 + 10 + 4 * 8
 
 
 @pytest.mark.parametrize(
     ("settings", "hidden"),
-    [
-        ({"model": "linear"}, 10),
-        ({"model": "relu", "recipe": "lab"}, 10),
-        ({"model": "mlp"}, 10),
-        ({"model": "cnn"}, 25),
-        ({"model": "cnn", "recipe": "lab", "seed": 7}, 10),
-    ],
+    [({"model": "linear"}, 10), ({"model": "relu", "recipe": "lab"}, 10), ({"model": "mlp"}, 10)]
+    + [({"model": "cnn"}, 25), ({"model": "cnn", "recipe": "lab", "seed": 7}, 10)],
 )
 def test_initial_weights_are_the_tutorials(settings: dict[str, Any], hidden: int) -> None:
     torch.manual_seed(settings.get("seed", 42))
@@ -89,8 +74,7 @@ def test_batch_norm_leaves_the_other_weights() -> None:
 @pytest.mark.parametrize(("shape", "classes"), [((1, 28, 28), 10), ((3, 32, 20), 7)])
 def test_models_fit_the_data(name: str, shape: architectures.Shape, classes: int) -> None:
     model = architectures.build(make_config({"model": name}), shape, classes)
-    images = torch.rand(5, *shape)
-    assert model(images).shape == (5, classes) and model.training
+    assert model(torch.rand(5, *shape)).shape == (5, classes) and model.training
 
 
 def test_what_each_model_computes() -> None:
@@ -102,48 +86,26 @@ def test_what_each_model_computes() -> None:
     assert (mlp(x) < 0).any() and torch.equal(relu(x), mlp(x).relu())
 
 
-@pytest.mark.parametrize(("blocks", "fits"), [(1, True), (4, True), (5, False), (60, False)])
-def test_blocks_need_an_image_left(blocks: int, fits: bool) -> None:
-    if fits:
-        build(model="cnn", conv_blocks=blocks)
-        return
-    with pytest.raises(UserError, match=f"conv_blocks={blocks} halves a 28x28 image to nothing: at most 4"):
-        build(model="cnn", conv_blocks=blocks)
-
-
-# --- What is said about a model ---------------------------------------------------------------------------------
-
-CNN_FLOPS = {
-    hidden: 2 * (784 * 9 * hidden + 784 * 9 * hidden**2 + 2 * 196 * 9 * hidden**2 + 490 * hidden) for hidden in (10, 25)
-}
+def test_blocks_need_an_image_left() -> None:
+    build(model="cnn", conv_blocks=4)
+    with pytest.raises(UserError, match="conv_blocks=5 halves a 28x28 image to nothing: at most 4"):
+        build(model="cnn", conv_blocks=5)
 
 
 @pytest.mark.parametrize(
-    ("settings", "flops"),
-    [
-        ({"model": "linear"}, 2 * (784 * 10 + 10 * 10)),  # 15,880
-        ({"model": "relu"}, 15_880),
-        ({"model": "cnn"}, CNN_FLOPS[25]),
-        ({"model": "cnn", "recipe": "lab"}, CNN_FLOPS[10]),
-    ],
+    ("name", "flops"),
+    [("relu", 784 * 10 + 10 * 10), ("cnn", 784 * 9 * 25 + 784 * 9 * 25**2 + 2 * 196 * 9 * 25**2 + 490 * 25)],
 )
-def test_flops(settings: dict[str, Any], flops: int) -> None:
-    model = build(**settings)
-    assert describe.flops_per_image(model, IMAGE) == flops and model.training
+def test_flops(name: str, flops: int) -> None:
+    model = build(model=name)
+    assert describe.flops_per_image(model, IMAGE) == 2 * flops and model.training
 
 
 def test_summary_lists_the_layers() -> None:
     lines = [line.split() for line in describe.layers_table(build(model="cnn", recipe="lab"), IMAGE).splitlines()]
-    assert lines[0] == ["layer", "output", "parameters"]
-    assert lines[1:6] == [
-        ["Conv2d", "10x28x28", "100"],
-        ["ReLU", "10x28x28", "0"],
-        ["Conv2d", "10x28x28", "910"],
-        ["ReLU", "10x28x28", "0"],
-        ["MaxPool2d", "10x14x14", "0"],
-    ]
+    assert lines[:3] == [["layer", "output", "parameters"], ["Conv2d", "10x28x28", "100"], ["ReLU", "10x28x28", "0"]]
+    assert lines[5] == ["MaxPool2d", "10x14x14", "0"] and len(lines) == 14
     assert lines[-2:] == [["Linear", "10", "4,910"], ["total", "7,740"]]
-    assert len(lines) == 14
 
 
 def test_summary_takes_every_model() -> None:
@@ -163,8 +125,7 @@ def test_summary_takes_every_model() -> None:
 def test_feature_maps_are_the_layers_outputs() -> None:
     model, image = build(model="cnn", recipe="lab").eval(), torch.rand(IMAGE)
     maps = describe.feature_maps(model, image)
-    names = ["0.Conv2d", "2.Conv2d", "4.MaxPool2d", "5.Conv2d", "7.Conv2d", "9.MaxPool2d"]
-    assert list(maps) == names
+    assert list(maps) == ["0.Conv2d", "2.Conv2d", "4.MaxPool2d", "5.Conv2d", "7.Conv2d", "9.MaxPool2d"]
     x = image[None]
     for at, layer in enumerate(model.children()):
         x = layer(x)
@@ -177,7 +138,6 @@ def test_feature_maps_are_the_layers_outputs() -> None:
 @pytest.mark.parametrize(
     ("layers", "names"),
     [
-        ([nn.Dropout(0.5)], ["Dropout"]),
         ([nn.Dropout2d(), nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1))], ["BatchNorm2d", "Dropout2d"]),
         ([nn.BatchNorm1d(3), nn.AlphaDropout()], ["AlphaDropout", "BatchNorm1d"]),
         ([nn.SyncBatchNorm(3)], ["SyncBatchNorm"]),  # it counts the rows that only fill a rank's share
@@ -189,27 +149,17 @@ def test_layers_that_see_one_ranks_rows_are_named(layers: list[nn.Module], names
 
 
 def test_our_models_do_not_depend_on_the_ranks() -> None:
-    for settings in ({"model": "linear"}, {"model": "relu"}, {"model": "mlp"}, {"model": "cnn", "batch_norm": True}):
-        assert describe.rank_dependent_layers(build(**settings)) == []
+    for more in ({"model": "linear"}, {"model": "relu"}, {"model": "mlp"}, {"model": "cnn", "batch_norm": True}):
+        assert describe.rank_dependent_layers(build(**more)) == []
 
 
-# --- Global batch norm on one process; on several: tests/distributed/test_equal_on_any_ranks.py ---
-
-
-def norms() -> tuple[nn.BatchNorm2d, GlobalBatchNorm2d]:
-    """torch's and ours, with equal, unlikely weights."""
-    theirs, ours = nn.BatchNorm2d(3).double(), GlobalBatchNorm2d(3).double()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(3))
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
-
-
-@pytest.mark.parametrize("absent", [[], [0], [3, 6]])
+@pytest.mark.parametrize("absent", [[], [3, 6]])
 def test_batch_norm_is_torchs_over_the_rows_that_count(absent: list[int]) -> None:
     torch.manual_seed(0)
-    theirs, ours = norms()
+    theirs, ours = nn.BatchNorm2d(3).double(), GlobalBatchNorm2d(3).double()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
     weights = torch.ones(7, dtype=torch.float64)
     weights[absent] = 0
     here = weights == 1
@@ -245,8 +195,6 @@ def test_batch_norm_keeps_the_type_of_its_input(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-2)
 
 
-# --- A user's own model -----------------------------------------------------------------------------------------
-
 MODULE = """
 import torch
 from torch import nn
@@ -260,32 +208,19 @@ class Net(nn.Module):
     def forward(self, x):
         return self.layers(x)
 
-def function(image_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
+class Pair(nn.Linear):
+    def forward(self, x):
+        return x, x
 
-def eleven(image_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 11))
-
-def one_number(image_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes), nn.Flatten(0))
-
-def pair(image_shape, classes):
-    class Pair(nn.Module):
-        def forward(self, x):
-            return x, x
-    return Pair()
-
-def no_module(image_shape, classes):
-    return "net"
-
-def takes_nothing():
-    return nn.Flatten()
-
-def wrong_inputs(image_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(100, classes))
-
-def no_weights(image_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(classes))
+flat = nn.Flatten
+function = lambda image_shape, classes: nn.Sequential(flat(), nn.Linear(784, classes))
+eleven = lambda image_shape, classes: nn.Sequential(flat(), nn.Linear(784, 11))
+one_number = lambda image_shape, classes: nn.Sequential(flat(), nn.Linear(784, classes), flat(0))
+pair = lambda image_shape, classes: Pair(784, classes)
+no_module = lambda image_shape, classes: "net"
+takes_nothing = lambda: flat()
+wrong_inputs = lambda image_shape, classes: nn.Sequential(flat(), nn.Linear(100, classes))
+no_weights = lambda image_shape, classes: nn.Sequential(flat(), nn.AdaptiveAvgPool1d(classes))
 
 class Early(nn.Module):
     def __init__(self, image_shape, classes):
@@ -324,10 +259,8 @@ def test_a_model_of_ones_own(own: str) -> None:
         ("{own}:pair", "logits of shape [2, 10]"),
         ("{own}:no_module", "returned a str, not a torch.nn.Module"),
         ("{own}:Absent", "has no 'Absent': check the name after the colon"),
-        ("no_such_module:Net", "there is no module 'no_such_module'"),
         ("no.such.module:Net", "there is no module 'no'"),
         ("{own}.deeper:Net", "there is no module"),
-        ("broken_{own}:Net", "there is no module 'no_such_package'"),
         ("{own}:takes_nothing", "called with ((1, 28, 28), 10)"),
         ("{own}:constant", "'int' object is not callable"),
         ("{own}:wrong_inputs", "mat1 and mat2 shapes cannot be multiplied (2x784 and 100x10)"),

@@ -13,49 +13,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 
-CHECKOUT = Path(__file__).parent.parent.parent
+quick, slow = pytest.mark.quick, pytest.mark.slow
 INSTALL = CHECKOUT / "requirements" / "install.py"
 LOCKS = ["newest", "cuda12"]
 installer = runpy.run_path(str(INSTALL))
 choose, UserError = installer["choose"], installer["UserError"]
 
 
-def pins(text: str) -> dict[str, str]:
+def lock(name: str) -> dict[str, str]:
     """A lock's entries by package (there may be one per Python): `name==version ; marker` with its hashes."""
     entries: dict[str, str] = {}
-    for entry in re.split(r"\n(?=\S)", text):
-        name = re.split(r"[=\s]", entry)[0]
-        entries[name] = entries.get(name, "") + entry + "\n"
+    for entry in re.split(r"\n(?=\S)", (CHECKOUT / "requirements" / f"{name}.txt").read_text().strip()):
+        package = re.split(r"[=\s]", entry)[0]
+        entries[package] = entries.get(package, "") + entry + "\n"
     return entries
-
-
-def lock(name: str) -> dict[str, str]:
-    return pins((CHECKOUT / "requirements" / f"{name}.txt").read_text().strip())
 
 
 def versions(entry: str) -> list[str]:
     return sorted(re.findall(r"^[\w.-]+==(\S+)", entry, re.MULTILINE))
 
 
-# --- Which lock -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.quick
+@quick
 @pytest.mark.parametrize(
     ("driver", "expected"),
-    [
-        (None, "newest"),
-        ("580.65.06", "newest"),
-        ("1000.1", "newest"),
-        ("579.99", "cuda12"),
-        ("560.35.03", "cuda12"),
-        ("525.60.13", "cuda12"),
-        (" 535.104.05 ", "cuda12"),
-        ("", "newest"),
-        ("No devices were found", "newest"),
-        ("[N/A]", "newest"),
-    ],
+    [(None, "newest"), ("", "newest"), ("No devices were found", "newest"), ("580.65.06", "newest")]
+    + [("1000.1", "newest"), ("579.99", "cuda12"), (" 525.60.13 ", "cuda12")],
 )
 def test_the_driver_chooses_the_lock(driver: str | None, expected: str) -> None:
     name, reason = choose(driver)
@@ -63,11 +47,10 @@ def test_the_driver_chooses_the_lock(driver: str | None, expected: str) -> None:
     assert (driver or "driver") in reason
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("driver", ["470.256.02", "524.99", "390.157"])
-def test_a_driver_too_old_for_either_is_refused_with_the_way_out(driver: str) -> None:
-    with pytest.raises(UserError, match=f"{re.escape(driver)} .*525.*LOCK=newest.*--device cpu"):
-        choose(driver)
+@quick
+def test_a_driver_too_old_for_either_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UserError, match=r"524\.99 .*525.*LOCK=newest.*--device cpu"):
+        choose("524.99")
 
 
 def bare(home: Path, *programs: str) -> dict[str, str]:
@@ -88,17 +71,21 @@ def bare(home: Path, *programs: str) -> dict[str, str]:
     return settings | kept | {"HOME": str(home), "PATH": str(home / "bin")}
 
 
+def program(path: Path, lines: str) -> None:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
 def run(*words: str | Path, env: dict[str, str], cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
     line = [str(word) for word in words]
     return subprocess.run(line, check=False, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
-@pytest.mark.quick
+@quick
 @pytest.mark.parametrize(
     ("smi", "module", "expected"),
     [
         ("echo 560.35.03; echo 560.35.03", None, "cuda12: NVIDIA driver 560.35.03 "),
-        ("echo 580.95.05", None, "newest: NVIDIA driver 580.95.05 "),
         ("echo 'NVIDIA-SMI has failed'; exit 9", None, "newest: no NVIDIA driver "),
         ("echo 'Driver/library version mismatch'; exit 18", "x86_64 Kernel Module  535.104.05  Sat", "cuda12: "),
         (None, "Open Kernel Module for x86_64  570.86.15  Release Build", "cuda12: NVIDIA driver 570.86.15 "),
@@ -108,8 +95,7 @@ def run(*words: str | Path, env: dict[str, str], cwd: Path = CHECKOUT) -> subpro
 def test_the_driver_is_read_from_the_machine(tmp_path: Path, smi: str, module: str, expected: str) -> None:
     env = bare(tmp_path)
     if smi:
-        (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\n{smi}\n")
-        (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+        program(tmp_path / "bin" / "nvidia-smi", smi)
     if module:
         (tmp_path / "version").write_text(f"NVRM version: NVIDIA UNIX {module} Aug 19\nGCC version:  gcc 12.2.0 (x)\n")
     result = run(sys.executable, INSTALL, "--print-lock", "--driver-file", tmp_path / "version", env=env)
@@ -117,23 +103,19 @@ def test_the_driver_is_read_from_the_machine(tmp_path: Path, smi: str, module: s
     assert len(result.stdout.splitlines()) == 1
 
 
-@pytest.mark.quick
+@quick
 def test_what_pip_was_told_of_the_registry_uv_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
-    kept = {
-        "index-url": "https://mirror.example/pypi",
-        "cert": "/ca.pem",
-        "extra-index-url": "\n    https://a.example\n    https://b.example",
-        "find-links": "/wheels",
-    }
-    lines = [f"{name} = {value}" for name, value in kept.items()]
-    (tmp_path / "pip.conf").write_text("\n".join(["[global]", *lines, ""]))
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://mirror.example/pypi\ncert = /ca.pem\nfind-links = /wheels\n"
+        "extra-index-url =\n    https://a.example\n    https://b.example\n"
+    )
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     monkeypatch.setenv("PIP_FIND_LINKS", "/newer")
     told = installer["pip_registry"](sys.executable)
-    assert told.pop("UV_INDEX_STRATEGY") == "unsafe-best-match"
     assert told == {
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
         "UV_DEFAULT_INDEX": "https://mirror.example/pypi",
         "UV_INDEX": "https://a.example https://b.example",
         "UV_FIND_LINKS": "/newer",
@@ -143,20 +125,16 @@ def test_what_pip_was_told_of_the_registry_uv_is_told(tmp_path: Path, monkeypatc
     assert installer["pip_registry"](sys.executable) == {}
 
 
-# --- What the locks hold ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.quick
+@quick
 @pytest.mark.parametrize("name", [*LOCKS, "uv"])
 def test_a_lock_names_no_address_and_pins_everything_by_hash(name: str) -> None:
     assert not re.search(r"://|@ |index|find-links", "".join(lock(name).values()))
     for entry in lock(name).values():
         for one in re.split(r"\n(?=\S)", entry.strip()):
-            assert re.match(r"[a-z0-9.-]+==\S+ ", one), one.splitlines()[0]
-            assert "--hash=sha256:" in one, one.splitlines()[0]
+            assert re.match(r"[a-z0-9.-]+==\S+ ", one) and "--hash=sha256:" in one, one.splitlines()[0]
 
 
-@pytest.mark.quick
+@quick
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_covers_pyproject_and_what_installs_it(name: str) -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
@@ -166,7 +144,7 @@ def test_a_lock_covers_pyproject_and_what_installs_it(name: str) -> None:
     assert names <= set(lock(name))
 
 
-@pytest.mark.quick
+@quick
 def test_the_locks_differ_in_torch_and_cuda_only() -> None:
     newest, cuda12 = map(lock, LOCKS)
     different = {n for n in {*newest, *cuda12} if versions(newest.get(n, "")) != versions(cuda12.get(n, ""))}
@@ -175,10 +153,7 @@ def test_the_locks_differ_in_torch_and_cuda_only() -> None:
     assert versions(newest["uv"]) == versions(lock("uv")["uv"])
 
 
-# --- What is said before anything is done -----------------------------------------------------------------------
-
-
-@pytest.mark.quick
+@quick
 def test_make_alone_lists_every_target() -> None:
     text = run("make", env=dict(os.environ)).stdout
     targets = re.findall(r"^([a-z][a-z-]*):(?! quiet)", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
@@ -186,7 +161,7 @@ def test_make_alone_lists_every_target() -> None:
     assert all(f"make {target} " in text for target in targets if target != "help")
 
 
-@pytest.mark.quick
+@quick
 def test_make_names_an_unknown_target_and_means_the_cards_that_it_is_given() -> None:
     done = run("make", "compre", env=dict(os.environ), cwd=CHECKOUT)
     assert done.returncode == 2 and "error: there is no target 'compre'" in done.stderr
@@ -195,7 +170,7 @@ def test_make_names_an_unknown_target_and_means_the_cards_that_it_is_given() -> 
     assert planned.startswith("CUDA_VISIBLE_DEVICES=1,2 ") and " --device cuda" in planned
 
 
-@pytest.mark.quick
+@quick
 def test_an_old_python_gets_one_message() -> None:
     ast.parse(INSTALL.read_text(), feature_version=(3, 6))
     old = f"import sys, runpy; sys.version_info = (3, 9, 18); runpy.run_path({str(INSTALL)!r}, run_name='__main__')"
@@ -208,13 +183,12 @@ def refused(tmp_path: Path, *words: str | Path) -> str:
     """The one line with which install.py refuses, having made nothing."""
     env, before = bare(tmp_path), sorted(tmp_path.rglob("*"))
     result = run(sys.executable, INSTALL, "--driver-file", tmp_path / "none", *words, env=env)
-    assert result.returncode == 2
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
-    assert len(result.stderr.splitlines()) == 1
     return result.stderr
 
 
-@pytest.mark.quick
+@quick
 def test_what_is_refused_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "unknown 'cuda13'; choices: newest, cuda12" in refused(tmp_path, "--lock", "cuda13")
 
@@ -226,28 +200,23 @@ def test_what_is_refused_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "other" / "bin").mkdir(parents=True)
     (tmp_path / "other" / "pyvenv.cfg").touch()
     assert "does not run: remove that folder" in refused(tmp_path, "--venv", tmp_path / "other")
-    (tmp_path / "other" / "bin" / "python").write_text("#!/bin/sh\necho 3.10\n")
-    (tmp_path / "other" / "bin" / "python").chmod(0o755)
+    program(tmp_path / "other" / "bin" / "python", "echo 3.10")
     assert re.search(r"other has Python 3.10, and .* is 3\.\d+: ", refused(tmp_path, "--venv", tmp_path / "other"))
 
 
-@pytest.mark.quick
+@quick
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc, a file system without room, is Linux's")
 def test_a_full_disk_is_noticed_before_the_download(tmp_path: Path) -> None:
     assert re.search(r"/proc has 0.0 GB free, \d.\d are needed", refused(tmp_path, "--venv", "/proc/venv"))
 
 
-@pytest.mark.quick
+@quick
 def test_a_python_without_ensurepip_names_the_package(tmp_path: Path) -> None:
     arguments = [str(INSTALL), "--venv", str(tmp_path / "venv"), "--driver-file", str(tmp_path / "none")]
     debian = f"import sys, runpy; sys.modules['ensurepip'] = None; sys.argv = {arguments}; "
     result = run(sys.executable, "-c", debian + "runpy.run_path(sys.argv[0], run_name='__main__')", env=bare(tmp_path))
-    assert result.returncode == 2
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "apt-get install python3-venv" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-# --- A small environment, for real ------------------------------------------------------------------------------
 
 
 class Small:
@@ -293,7 +262,7 @@ def small(tmp_path: Path) -> Small:
     return Small(tmp_path)
 
 
-@pytest.mark.slow
+@slow
 def test_an_environment_is_made_kept_and_repaired(small: Small) -> None:
     assert "GB to download" in small.ready().splitlines()[0]
     assert small.has("iniconfig", "setuptools")
@@ -307,8 +276,7 @@ def test_an_environment_is_made_kept_and_repaired(small: Small) -> None:
     # Killed in the middle of an installation, which leaves a package that is there by name only.
     uv = small.venv / "bin" / "uv"
     uv.unlink()
-    uv.write_text(f"#!/bin/sh\n/bin/rm {small.module('iniconfig')}\nkill -9 $PPID\n")
-    uv.chmod(0o755)
+    program(uv, f"/bin/rm {small.module('iniconfig')}\nkill -9 $PPID")
     small.write_lock("newest", "iniconfig", "pluggy")
     assert small.setup().returncode == -9
     small.ready()
@@ -324,24 +292,23 @@ def test_an_environment_is_made_kept_and_repaired(small: Small) -> None:
     assert run(small.venv / "bin" / "pip", "--version", env=small.env).returncode == 0
 
 
-@pytest.mark.slow
+@slow
 def test_a_lock_stays_until_another_is_asked_for(small: Small) -> None:
     small.ready("--lock", "cuda12")
-    assert small.has("pluggy")
-    assert small.ready().startswith("Nothing to do.")
+    assert small.has("pluggy") and small.ready().startswith("Nothing to do.")
     assert "Lock newest" in small.ready("--lock", "newest")
-    assert small.has("iniconfig")
-    assert not small.has("pluggy")
+    assert small.has("iniconfig") and not small.has("pluggy")
 
 
-@pytest.mark.slow
+@slow
 def test_an_environment_of_the_users_loses_nothing(small: Small) -> None:
     subprocess.run([Path(sys.executable).resolve(), "-m", "venv", "--without-pip", small.venv], check=True)
     mine = next(small.venv.glob("lib/python*/site-packages")) / "mine"
-    (mine.with_name("mine-1.dist-info")).mkdir()
-    (mine.with_name("mine-1.dist-info") / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
-    (mine.with_name("mine-1.dist-info") / "RECORD").write_text("mine/__init__.py,,\nmine-1.dist-info/METADATA,,\n")
+    info = mine.with_name("mine-1.dist-info")
     mine.mkdir()
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (info / "RECORD").write_text("mine/__init__.py,,\nmine-1.dist-info/METADATA,,\n")
     (mine / "__init__.py").touch()
     small.ready()
     small.ready("--lock", "cuda12")
@@ -354,16 +321,12 @@ def test_an_environment_of_the_users_loses_nothing(small: Small) -> None:
     assert (mine / "__init__.py").exists()
 
 
-@pytest.mark.slow
+@slow
 def test_without_a_network_it_says_so_and_keeps_what_works(small: Small) -> None:
-    away = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "UV_HTTP_RETRIES": "0"}
-    away |= {
-        "UV_DEFAULT_INDEX": away["PIP_INDEX_URL"],
-        "UV_INDEX": "",
-        "UV_FIND_LINKS": "",
-        "PIP_CONFIG_FILE": os.devnull,
-    }
-    away |= {"UV_CACHE_DIR": str(small.root / "empty"), "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"}
+    away = dict.fromkeys(("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), "http://127.0.0.1:9/simple")
+    away |= dict.fromkeys(("UV_INDEX", "UV_FIND_LINKS", "PIP_FIND_LINKS"), "") | {"PIP_NO_CACHE_DIR": "1"}
+    away |= dict.fromkeys(("PIP_RETRIES", "UV_HTTP_RETRIES"), "0") | {"PIP_CONFIG_FILE": os.devnull}
+    away |= {"UV_CACHE_DIR": str(small.root / "empty")}
     failed = small.setup(**away)
     assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].startswith("error: the installation failed, ")
@@ -371,27 +334,21 @@ def test_without_a_network_it_says_so_and_keeps_what_works(small: Small) -> None
 
     small.write_lock("newest", "iniconfig", "pluggy")
     failed = small.setup(**away)
-    assert failed.returncode == 2
-    assert "127.0.0.1" in failed.stderr  # the installer's own message
+    assert failed.returncode == 2 and "127.0.0.1" in failed.stderr  # the installer's own message
     assert small.has("iniconfig")
     small.write_lock("newest", "iniconfig")
     assert small.ready(**away).startswith("Nothing to do.")
 
 
-# --- The real one -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Path]:
     """A copy of the checkout as a clone would have it; gone afterwards, with the gigabytes installed in it."""
-    made_here = shutil.ignore_patterns(
-        ".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "runs", "data", "wandb"
-    )
-    yield Path(shutil.copytree(CHECKOUT, tmp_path / "tree", ignore=made_here))
+    made_here = [".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "runs", "data", "wandb"]
+    yield Path(shutil.copytree(CHECKOUT, tmp_path / "tree", ignore=shutil.ignore_patterns(*made_here)))
     shutil.rmtree(tmp_path / "tree")
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.timeout(1800)
 def test_make_setup_on_a_fresh_machine(tree: Path, tmp_path: Path) -> None:
     env = bare(tmp_path, "make", "sed")
@@ -406,7 +363,7 @@ def test_make_setup_on_a_fresh_machine(tree: Path, tmp_path: Path) -> None:
     assert versions(lock("newest")["torch"])[0] == torch_of(tree, env)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.timeout(1800)
 def test_the_quick_tests_pass_with_the_older_torch(tree: Path, tmp_path: Path, data_dir: Path) -> None:
     env = bare(tmp_path) | {"PATH": os.environ["PATH"], "FASHION_DDP_DATA_DIR": str(data_dir)}
