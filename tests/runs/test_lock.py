@@ -96,9 +96,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-# --- One process at a time ----------------------------------------------------------------------------------------
-
-
 def test_the_second_is_told_who_holds_it(folder: Path) -> None:
     before = time.strftime("%Y-%m-%d %H:%M:%S")
     with working_in(folder) as first:
@@ -146,9 +143,6 @@ def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(folder: Path, monke
     leave(folder, pid=os.getppid(), born=None)
     monkeypatch.undo()
     assert lock.holder(folder) is not None
-
-
-# --- Time ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clock", [0.0, 1e6, -1e6])
@@ -226,8 +220,6 @@ def test_a_folder_that_was_moved_is_not_made_again(folder: Path) -> None:
     assert [*folder.iterdir()] == []
 
 
-# --- Files that are no locks, and folders that cannot be written ----------------------------------------------------
-
 HERE = lock._machine_id()
 
 
@@ -293,9 +285,6 @@ def test_a_lock_of_another_user_holds_though_it_may_not_be_read_or_asked_for(tmp
     assert "Lock(" in as_nobody(tmp_path, lambda: lock.acquire(Path("run")))
 
 
-# --- Many at once -------------------------------------------------------------------------------------------------
-
-
 def refused(handle: int, how: int) -> None:
     raise OSError(95, "Operation not supported")
 
@@ -310,7 +299,7 @@ def test_who_stands_still_in_its_turn_does_not_block(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("moment", ["_write_lock_file", "_read_locks", "_is_alive", "_file_system_time"])
+@pytest.mark.parametrize("moment", ["_try_flock", "_write_lock_file", "_read_locks", "_is_alive", "_file_system_time"])
 def test_a_folder_that_is_moved_meanwhile_is_not_taken_for_the_one_that_gets_its_name(
     folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
