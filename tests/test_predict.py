@@ -1,5 +1,6 @@
 """Pictures of a user's through a trained model, and a run's weights against its record."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -43,16 +44,12 @@ def its_data(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
 
 def saved(image: Any, path: Path, **how: Any) -> Path:
     """A file with a picture, of an array or of Pillow's."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(path, **how)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **how)
     return path
 
 
 def seen(path: Path, light_on_dark: bool = True, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     return photo.prepare_photo(path, shape, light_on_dark).pixels
-
-
-# --- A picture as the data looks --------------------------------------------------------------------------------
 
 
 @pytest.mark.quick
@@ -125,23 +122,15 @@ def test_data_of_photographs_is_scaled_and_cropped_only(tmp_path: Path) -> None:
     assert image.shape == (3, 32, 32) and (image[:, :, 4:-4] == np.array([250, 200, 10])[:, None, None]).all()
 
 
-# --- The command ------------------------------------------------------------------------------------------------
-
-
 def call(*words: Any) -> None:
     predict.main([str(word) for word in words])
 
 
-def test_it_prints_and_shows_the_likeliest_classes(
-    run: Run, its_data: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = []
-    for number in range(3):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        paths.append(saved(its_data["test_images"][number, 0], folder / "image.bmp"))
-    out = tmp_path / "out"
-    out.mkdir()
+def test_it_prints_and_shows_the_likeliest_classes(run: Run, its_data: Any, tmp_path: Path, capsys: Any) -> None:
+    for name in ("0", "1", "2", "out"):
+        (tmp_path / name).mkdir()
+    images, out = its_data["test_images"][:3, 0], tmp_path / "out"
+    paths = [saved(image, tmp_path / str(number) / "image.bmp") for number, image in enumerate(images)]
     (out / "image.png").write_text("the user's")
     call(run.path, *paths, "--out", out)
     logits = run.predictions["logits"][:3].astype(np.float64)
@@ -152,10 +141,9 @@ def test_it_prints_and_shows_the_likeliest_classes(
         assert line == f"{path}: {', '.join(top)}  ({out / f'image.{saved_as}.png'})"
     assert (out / "image.png").read_text() == "the user's"
     with Image.open(out / "image.2.png") as shown:
-        given = its_data["test_images"][1, 0]
         # What it saw, seven times as large, stands to the right of what was given.
         x, y = 2 * photo.EDGE + photo.SIDE, 2 * photo.EDGE + 8
-        assert np.array_equal(np.asarray(shown.convert("L"))[y + 3 : y + 196 : 7, x + 3 : x + 196 : 7], given)
+        assert np.array_equal(np.asarray(shown.convert("L"))[y + 3 : y + 196 : 7, x + 3 : x + 196 : 7], images[1])
 
 
 def refused(*words: Any, code: int, capsys: pytest.CaptureFixture[str]) -> str:
@@ -167,9 +155,7 @@ def refused(*words: Any, code: int, capsys: pytest.CaptureFixture[str]) -> str:
     return printed.err.removeprefix("error: ").rstrip("\n")
 
 
-def test_what_cannot_be_done_is_said_in_one_message(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_done_is_said_in_one_message(run: Run, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     good = saved(np.zeros((28, 28), np.uint8), Path("good.png"))
     Path("text.png").write_text("no picture")
@@ -197,9 +183,6 @@ def test_many_pictures_show_how_far_it_is(run: Run, tmp_path: Path) -> None:
     assert all(re.search(rf"{word}: +\d+%.*/3 ".encode(), shown) for word in ("reading", "saving")), shown
 
 
-# --- Whether the weights give what was recorded -----------------------------------------------------------------
-
-
 def copy(run: Run, tmp_path: Path, was: str = "", now: str = "") -> Path:
     """A copy of the run's folder; in its config.yaml `now` stands for `was`."""
     folder = Path(shutil.copytree(run.path, tmp_path / "copy"))
@@ -208,9 +191,7 @@ def copy(run: Run, tmp_path: Path, was: str = "", now: str = "") -> Path:
     return folder
 
 
-def test_weights_give_the_recorded_figures(
-    run: Run, its_data: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_give_the_recorded_figures(run: Run, its_data: Any, capsys: Any) -> None:
     call(run.path, "--verify")
     said = capsys.readouterr().out
     assert said.startswith("verified: 333 test images: logits at most ")
@@ -242,25 +223,16 @@ def test_other_data_is_no_difference(run: Run, capsys: pytest.CaptureFixture[str
     assert "was made with other data than built in holds" in said
 
 
-def test_a_tie_within_rounding_is_told(
-    run: Run, its_data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = copy(run, tmp_path) / "predictions.safetensors"
-    arrays = load_file(path)
+def test_a_tie_within_rounding_is_told(run: Run, its_data: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    path = copy(run, tmp_path)
+    arrays = load_file(path / "predictions.safetensors")
     best, other = np.argsort(-arrays["logits"][0])[:2]
-    lead = arrays["logits"][0][best] - arrays["logits"][0][other]
-    monkey = predict.ROUNDING["fp32"]
-    try:
-        predict.ROUNDING["fp32"] = float(lead)
-        arrays["predicted"][0] = other
-        labels = arrays["labels"]
-        save_file(arrays, path)
-        summary = (path.parent / "summary.json").read_text()
-        was, now = run.summary["test/accuracy"], predict.accuracy(arrays["predicted"], labels)
-        (path.parent / "summary.json").write_text(summary.replace(f'"test/accuracy": {was}', f'"test/accuracy": {now}'))
-        call(path.parent, "--verify")
-    finally:
-        predict.ROUNDING["fp32"] = monkey
+    monkeypatch.setitem(predict.ROUNDING, "fp32", float(arrays["logits"][0][best] - arrays["logits"][0][other]))
+    arrays["predicted"][0] = other
+    save_file(arrays, path / "predictions.safetensors")
+    summary = run.summary | {"test/accuracy": predict.accuracy(arrays["predicted"], arrays["labels"])}
+    (path / "summary.json").write_text(json.dumps(summary))
+    call(path, "--verify")
     assert capsys.readouterr().out.endswith("with 1 tie of two classes decided otherwise\n")
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import CHECKOUT, forked
 
 from fashion_ddp import compare, redact
@@ -22,14 +21,6 @@ TRAIN = ["fashion_ddp.train", "--model", "linear", "--dataset", "synthetic", "--
 TRAIN += ["--threads", "1", "--run-dir", "runs/run"]
 
 
-# --- What is read back ------------------------------------------------------------------------------------------
-
-
-def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    return [(ast.unparse(node.func), node) for node in nodes]
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CHECKOUT)))
 def test_no_source_reads_what_could_run(path: Path) -> None:
@@ -37,7 +28,8 @@ def test_no_source_reads_what_could_run(path: Path) -> None:
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-    for name, call in calls(path):
+    for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
+        name = ast.unparse(call.func)
         given = {word.arg: ast.unparse(word.value) for word in call.keywords}
         assert name not in ("eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load"), ast.unparse(call)
         assert name != "torch.load" or given.get("weights_only") == "True", ast.unparse(call)
@@ -114,8 +106,6 @@ def test_a_report_of_somebody_elses_run_runs_nothing(status: str, finished: Path
     assert not mark.exists()
 
 
-# --- Secrets ----------------------------------------------------------------------------------------------------
-
 SECRETS = {
     "WANDB_MODE": "offline",
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
@@ -150,22 +140,20 @@ def test_a_secret_in_an_error_of_the_users_model_is_hidden(tmp_path: Path) -> No
     (tmp_path / "mine.py").write_text(
         "import os\nfrom torch import nn\n\n"
         "class Net(nn.Sequential):\n"
+        "    passes = 0\n"
         "    def __init__(self, image_shape, classes):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(784, classes))\n"
         "    def forward(self, x):\n"
-        "        if self.training:\n"
+        "        Net.passes += self.training\n"
+        "        if Net.passes > int(os.environ['GOOD']):\n"
         "            raise RuntimeError('refused for ' + os.environ['MY_PASSWORD'])\n"
-        "        return super().forward(x)\n\n"
-        "class Later(Net):\n"
-        "    passes = 0\n"
-        "    def forward(self, x):\n"
-        "        Later.passes += self.training\n"
-        "        return super().forward(x) if Later.passes > 9 else nn.Sequential.forward(self, x)\n"
+        "        return super().forward(x)\n"
     )
-    for model in ("mine:Net", "mine:Later"):  # before there is a folder, and in the middle of training
-        done = forked(*TRAIN[:2], model, *TRAIN[3:], "--tracker", "none", cwd=tmp_path, **SECRETS)
+    for good in ("0", "9"):  # before there is a folder, and in the middle of training
+        done = forked(*TRAIN[:2], "mine:Net", *TRAIN[3:], "--tracker", "none", cwd=tmp_path, GOOD=good, **SECRETS)
         assert done.returncode != 0 and "refused for ***" in done.stderr, done.stderr
-        (tmp_path / model.replace(":", "-")).write_text(done.stdout + done.stderr)
+        assert (tmp_path / "runs" / "run").exists() == (good == "9")
+        (tmp_path / f"screen {good}").write_text(done.stdout + done.stderr)
     assert (tmp_path / "runs/run/logs/rank0.log").read_text().count("refused for ***")
     assert holding_secrets(tmp_path) == []
 
@@ -186,11 +174,8 @@ def test_secrets_are_replaced(text: str, hidden: str, monkeypatch: pytest.Monkey
     assert redact.redact(text) == hidden and redact.redact(str(CHECKOUT)) == str(CHECKOUT)
 
 
-# --- Others -----------------------------------------------------------------------------------------------------
-
-
 def test_others_may_change_nothing_whatever_the_umask(finished: Path) -> None:
-    made = [finished / "runs", *(finished / "runs").rglob("*"), finished / "report", *(finished / "report").rglob("*")]
+    made = [path for name in ("runs", "report") for path in (finished / name, *(finished / name).rglob("*"))]
     assert len(made) > 20
     assert [path for path in made if not path.is_symlink() and path.stat().st_mode & stat.S_IWOTH] == []
 
@@ -200,15 +185,3 @@ def test_others_may_change_nothing_whatever_the_umask(finished: Path) -> None:
 def test_a_spreadsheet_takes_no_text_for_a_formula(text: str) -> None:
     assert compare._no_formula(text) == f"'{text}" and compare._no_formula(-1.5) == -1.5
     assert compare._no_formula("linear") == "linear"
-
-
-@pytest.mark.quick
-def test_yaml_is_data(tmp_path: Path) -> None:
-    from fashion_ddp.config.layers import read_mapping
-    from fashion_ddp.errors import UserError
-
-    path = tmp_path / "x.yaml"
-    path.write_text(f"lr: !!python/object/apply:os.mkdir ['{tmp_path}/harmed']\n")
-    with pytest.raises(UserError, match="x.yaml"):
-        read_mapping(path)
-    assert yaml.SafeLoader and not (tmp_path / "harmed").exists()

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,62 +25,53 @@ pytestmark = pytest.mark.quick
 # Forked, not spawned: a process in milliseconds, of which some of these tests need a hundred.
 forks = multiprocessing.get_context("fork")
 
-WORKER = """
-import sys
-from pathlib import Path
-from fashion_ddp.runs import lock
-from fashion_ddp.runs.folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]), lock=lock.acquire(Path(sys.argv[1])))
-print("taken", flush=True)
-for line in sys.stdin:
-    try:
-        print(eval(line), flush=True)
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-"""
-
 
 class Worker:
     """A real process that holds a folder, and does there what it is told."""
 
-    def __init__(self, process: subprocess.Popen[str]):
-        self.process = process
-        assert self._read() == "taken"
+    def __init__(self, folder: Path):
+        self.pipe, its = forks.Pipe()
+        self.process = forks.Process(target=self._work, args=(folder, its), daemon=True)
+        self.process.start()
+        its.close()
+        assert self.pipe.recv() == "taken"
 
     def __call__(self, expression: str) -> str:
         """What it gets for an expression; `folder` is its RunFolder."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(expression + "\n")
-        self.process.stdin.flush()
-        return self._read()
+        self.pipe.send(expression)
+        return self.pipe.recv()
 
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+    @staticmethod
+    def _work(path: Path, pipe: Any) -> None:
+        folder = RunFolder(path, lock=lock.acquire(path))  # noqa: F841 - the expressions know it
+        pipe.send("taken")
+        while True:
+            try:
+                pipe.send(str(eval(pipe.recv())))
+            except Exception as error:  # noqa: BLE001 - told
+                pipe.send(f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[Worker]:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    words = [sys.executable, "-c", WORKER, str(folder)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
-        try:
-            yield Worker(process)
-        finally:
-            process.kill()
+    worker = Worker(folder)
+    try:
+        yield worker
+    finally:
+        worker.process.kill()
+        worker.process.join()
 
 
 def locks(folder: Path) -> list[Path]:
     return [*folder.glob(".lock*")]
 
 
-def file_system_now(folder: Path) -> float:
-    probe = folder / "probe"
-    probe.touch()
-    try:
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink()
+def grow_old(folder: Path, age: float) -> None:
+    """Make it that long since the only lock of a folder was touched, by the file system's clock."""
+    [path] = locks(folder)
+    path.touch()
+    touched = path.stat().st_mtime - age
+    os.utime(path, (touched, touched))
 
 
 def leave(folder: Path, age: float = 0.0, content: bytes | None = None, **other: Any) -> Path:
@@ -90,13 +80,6 @@ def leave(folder: Path, age: float = 0.0, content: bytes | None = None, **other:
     path.write_bytes(json.dumps(json.loads(path.read_bytes()) | other).encode() if content is None else content)
     grow_old(folder, age)
     return path
-
-
-def grow_old(folder: Path, age: float) -> None:
-    """Make it that long since the only lock of a folder was touched, by the file system's clock."""
-    [path] = locks(folder)
-    touched = file_system_now(folder) - age
-    os.utime(path, (touched, touched))
 
 
 ELSEWHERE: dict[str, Any] = {"machine": "another", "host": "node7", "pid": 1}
@@ -111,9 +94,6 @@ def folder(tmp_path: Path) -> Path:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pauses between two looks at a folder that seems to be held take no time."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-
-
-# --- One process at a time ----------------------------------------------------------------------------------------
 
 
 def test_the_second_is_told_who_holds_it(folder: Path) -> None:
@@ -134,20 +114,14 @@ def test_the_second_is_told_who_holds_it(folder: Path) -> None:
     taken.check()
 
 
-def test_a_folder_is_made_where_it_is_missing(tmp_path: Path) -> None:
-    taken = lock.acquire(tmp_path / "a" / "b")
-    assert [*(tmp_path / "a" / "b").iterdir()] == [taken.path]
-    taken.release()
-    assert [*(tmp_path / "a" / "b").iterdir()] == [] and lock.holder(tmp_path / "nowhere") is None
-
-
 def test_a_killed_holder_does_not_block(folder: Path) -> None:
     with working_in(folder) as first:
+        pid = first.process.pid
         first.process.kill()
-        os.waitid(os.P_PID, first.process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still known to the machine
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, and still known to the machine
         assert lock.holder(folder) is None
         lock.acquire(folder).release()
-    leave(folder, pid=first.process.pid)
+    leave(folder, pid=pid)
     assert lock.holder(folder) is None  # nor now that it is not
 
 
@@ -169,9 +143,6 @@ def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(folder: Path, monke
     leave(folder, pid=os.getppid(), born=None)
     monkeypatch.undo()
     assert lock.holder(folder) is not None
-
-
-# --- Time ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clock", [0.0, 1e6, -1e6])
@@ -197,21 +168,20 @@ def test_a_touch_keeps_it(folder: Path) -> None:
 def test_a_holder_that_stood_still_loses_the_folder_and_changes_nothing(folder: Path) -> None:
     with working_in(folder) as first:
         assert first('folder.write("summary.json", "first")') == first('folder.append("steps.jsonl", [])') == "None"
-        first.process.send_signal(signal.SIGSTOP)
+        os.kill(first.process.pid, signal.SIGSTOP)
         grow_old(folder, 61)
         with working_in(folder) as second:
             assert second('folder.write("summary.json", "second")') == "None"
             before = {path.name: path.read_bytes() for path in folder.iterdir()}
-            first.process.send_signal(signal.SIGCONT)
-            for words in (
-                'folder.write("summary.json", "late")',
-                'folder.append("steps.jsonl", [{"step": 1}])',
-                'folder.keep_rows("steps.jsonl", [{"step": 1}])',
-                'folder.make_folder("checkpoints")',
-                "folder.lock.check()",
-            ):
-                told = first(words)
-                by = f"TrainingFailed: {folder} was taken by process {second.process.pid} on "
+            os.kill(first.process.pid, signal.SIGCONT)
+            by = f"TrainingFailed: {folder} was taken by process {second.process.pid} on "
+            writes = [
+                'write("summary.json", "late")',
+                'append("steps.jsonl", [{"step": 1}])',
+                'make_folder("checkpoints")',
+            ]
+            for words in (*writes, 'keep_rows("steps.jsonl", [{"step": 1}])', "lock.check()"):
+                told = first(f"folder.{words}")
                 assert told.startswith(by) and "while this process stood still" in told
             assert first("folder.lock.touch()") == first("folder.lock.release()") == "None"
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -249,8 +219,6 @@ def test_a_folder_that_was_moved_is_not_made_again(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
     assert [*folder.iterdir()] == []
 
-
-# --- Files that are no locks, and folders that cannot be written ----------------------------------------------------
 
 HERE = lock._machine_id()
 
@@ -317,9 +285,6 @@ def test_a_lock_of_another_user_holds_though_it_may_not_be_read_or_asked_for(tmp
     assert "Lock(" in as_nobody(tmp_path, lambda: lock.acquire(Path("run")))
 
 
-# --- Many at once -------------------------------------------------------------------------------------------------
-
-
 def refused(handle: int, how: int) -> None:
     raise OSError(95, "Operation not supported")
 
@@ -334,7 +299,7 @@ def test_who_stands_still_in_its_turn_does_not_block(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("moment", ["_write_lock_file", "_read_locks", "_is_alive", "_file_system_time"])
+@pytest.mark.parametrize("moment", ["_try_flock", "_write_lock_file", "_read_locks", "_is_alive", "_file_system_time"])
 def test_a_folder_that_is_moved_meanwhile_is_not_taken_for_the_one_that_gets_its_name(
     folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
