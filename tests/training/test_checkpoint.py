@@ -169,14 +169,6 @@ def test_what_is_saved_comes_back(optimizer: str, tmp_path: Path) -> None:
     assert first.trainer.step.norms[0].running_mean is not None and first.trainer.step.norms[0].running_mean.any()
 
 
-def test_it_goes_on_as_if_it_had_not_ended(run: Path, tmp_path: Path) -> None:
-    whole = Training(tmp_path / "whole").until(10)
-    Training(run).until(8)
-    parts = Training(run).until(10)
-    assert same(of_steps(parts.everything()), of_steps(whole.everything()))
-    assert (run / "steps.jsonl").read_text() == (tmp_path / "whole" / "steps.jsonl").read_text()
-
-
 def test_the_optimizer_keeps_settings_of_its_own(run: Path) -> None:
     """`fused` depends on the device, so that the saved settings are not taken."""
     state = opened(file(run, 7))
@@ -218,76 +210,104 @@ def test_a_parameter_that_no_loss_reaches_is_no_fault(tmp_path: Path, monkeypatc
 # --- What is damaged is not used --------------------------------------------------------------------------------
 
 
-def check_falls_back(run: Path, content: bytes, at_6: dict[str, Any], screen: Callable[[], str]) -> str:
-    """With this as its newest file the run continues from the other, says so once, and keeps this. Returns the
-    warning."""
-    file(run, 7).write_bytes(content)
-    training = Training(run)
-    assert same(of_steps(training.everything()), of_steps(at_6))
-    [said] = [line for line in screen().splitlines() if "warning" in line.lower()]
-    assert "step-000000007.pt cannot be used" in said and "an older one is looked for" in said and len(said) < 400
-    assert training.names() == ["step-000000006.pt", "step-000000007.pt.broken"]
-    assert file(run, 7).with_suffix(".pt.broken").read_bytes() == content
-    file(run, 7).with_suffix(".pt.broken").unlink()
-    return said
+@pytest.fixture
+def falls_back(run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> Callable[[bytes], str]:
+    """Check that with this as its newest file the run continues from the other, says so once, and keeps this. Returns
+    the warning."""
+
+    def check(content: bytes) -> str:
+        file(run, 7).write_bytes(content)
+        training = Training(run)
+        assert same(of_steps(training.everything()), of_steps(at_6))
+        [said] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line.lower()]
+        assert "step-000000007.pt cannot be used" in said and "an older one is looked for" in said and len(said) < 400
+        assert training.names() == ["step-000000006.pt", "step-000000007.pt.broken"]
+        aside = file(run, 7).with_suffix(".pt.broken")
+        assert aside.read_bytes() == content
+        aside.unlink()
+        return said
+
+    return check
 
 
-def test_a_cut_file_is_not_used(run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cut_file_is_not_used(run: Path, falls_back: Callable[[bytes], str]) -> None:
     whole = file(run, 7).read_bytes()
     lengths = {0, 1, 31, 32, 33, 64, len(whole) - 33, len(whole) - 32, len(whole) - 31, len(whole) - 1}
-    for length in sorted(lengths | set(range(100, len(whole), len(whole) // 20))):
-        said = check_falls_back(run, whole[:length], at_6, lambda: capsys.readouterr().out)
-        assert "it is damaged" in said
-    check_falls_back(run, whole + b"\0", at_6, lambda: capsys.readouterr().out)
-    check_falls_back(run, bytes(len(whole)), at_6, lambda: capsys.readouterr().out)
+    cut = [whole[:length] for length in sorted(lengths | set(range(100, len(whole), len(whole) // 20)))]
+    assert all("it is damaged" in falls_back(content) for content in [*cut, whole + b"\0", bytes(len(whole))])
 
 
-def test_a_flipped_bit_is_noticed(run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flipped_bit_is_noticed(run: Path, falls_back: Callable[[bytes], str]) -> None:
     whole = file(run, 7).read_bytes()
-    places = {0, 1, len(whole) - 32, len(whole) - 1} | set(range(17, len(whole), len(whole) // 30))
-    for place in sorted(places):
+    for place in sorted({0, 1, len(whole) - 32, len(whole) - 1} | set(range(17, len(whole), len(whole) // 30))):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
-        said = check_falls_back(run, bytes(flipped), at_6, lambda: capsys.readouterr().out)
-        assert "it is damaged" in said
+        assert "it is damaged" in falls_back(bytes(flipped))
 
 
-def other_run(state: dict[str, Any]) -> dict[str, Any]:
-    return state | {"run": state["run"] | {"seed": 43}}
+def changed(state: dict[str, Any], way: tuple[Any, ...], value: Any, remove: bool = False) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    above: Any = state
+    for key in way[:-1]:
+        above = above[key]
+    if remove:
+        del above[way[-1]]
+    else:
+        above[way[-1]] = value
+    return state
 
 
 def later_step(state: dict[str, Any]) -> dict[str, Any]:
-    moved = copy.deepcopy(state)
-    moved["step"]["done"] = moved["recorder"]["step"] = 2 * STEPS + 1
-    moved["timings"]["seconds"] = {"train": [1.0, 1.0], "eval": [1.0, 1.0]}
-    return moved
+    moved = changed(changed(state, ("step", "done"), 2 * STEPS + 1), ("recorder", "step"), 2 * STEPS + 1)
+    return changed(moved, ("timings", "seconds"), {"train": [1.0, 1.0], "eval": [1.0, 1.0]})
 
 
 def other_shape(state: dict[str, Any]) -> dict[str, Any]:
     wide = architectures.build(make_config(BASE | {"hidden_units": 3}), (1, 8, 8), 10)
-    return state | {"step": state["step"] | {"model": wide.state_dict()}}
+    return changed(state, ("step", "model"), wide.state_dict())
 
 
 FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another run": (other_run, "another run"),
-    "another length": (lambda state: state | {"run": state["run"] | {"epochs": 2}}, "another run"),
+    "another run": (lambda state: changed(state, ("run", "seed"), 43), "another run"),
+    "another length": (lambda state: changed(state, ("run", "epochs"), 2), "another run"),
     "a later format": (lambda state: state | {"format": 2}, "this version"),
     "a later step": (later_step, "its step 11"),
     "another model": (other_shape, "its part 'step'"),
+    "a third rank without buffers": (
+        lambda state: state | {"ranks": [*2 * state["ranks"], state["ranks"][0] | {"buffers": []}]},
+        "its part 'ranks'",  # of a rank that this start has not; another may have it
+    ),
     "weights alone": (lambda state: state["step"]["model"], "this version"),
     "a list": (lambda state: [state], "this version"),
     "nothing": (lambda state: None, "this version"),
     "a tensor": (lambda state: torch.ones(3), "this version"),
 }
+# What has the right types must fit too.
+SUBTLE: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "a generator that is none": (("ranks", 0, "generator"), torch.zeros(5056, dtype=torch.uint8)),
+    "no rank": (("ranks",), []),
+    "a step that was not the record's": (("step", "done"), 6),
+    "before the first step": (("step", "done"), 0),
+    "an epoch's seconds too many": (("timings", "seconds"), {"train": [1.0, 1.0], "eval": [1.0, 1.0]}),
+    "an optimizer that has done nothing": (("step", "optimizer"), {}),
+    "an optimizer of another kind": (("step", "optimizer", 0), {"momentum_buffer": torch.zeros(2, 1, 3, 3)}),
+}
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_file_is_not_used(
-    kind: str, run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    forge, why = FOREIGN[kind]
-    content = sealed(forge(opened(file(run, 7))))
-    assert why in check_falls_back(run, content, at_6, lambda: capsys.readouterr().out)
+@pytest.mark.parametrize("kind", [*FOREIGN, *SUBTLE])
+def test_a_foreign_file_is_not_used(kind: str, run: Path, falls_back: Callable[[bytes], str]) -> None:
+    state = opened(file(run, 7))
+    forge, why = FOREIGN[kind] if kind in FOREIGN else (lambda state: changed(state, *SUBTLE[kind]), "")
+    assert why in falls_back(sealed(forge(state)))
+
+
+def test_what_a_start_here_has_not_is_no_fault_of_a_file(run: Path) -> None:
+    before, state = Training(run).everything(), opened(file(run, 7))
+    file(run, 7).write_bytes(sealed(state | {"ranks": 3 * state["ranks"]}))
+    assert Training(run).state.done == 7
+    beside_a_card = changed(state, ("ranks", 0, "cuda_generator"), torch.zeros(16, dtype=torch.uint8))
+    file(run, 7).write_bytes(sealed(beside_a_card))
+    assert same(Training(run).everything(), before)
 
 
 def test_another_length_is_another_run_where_the_schedule_depends_on_it(
@@ -299,11 +319,6 @@ def test_another_length_is_another_run_where_the_schedule_depends_on_it(
     assert "it belongs to another run" in capsys.readouterr().out
 
 
-def test_another_length_is_the_same_run_where_nothing_depends_on_it(run: Path) -> None:
-    longer = Training(run, epochs=4)
-    assert longer.state.done == 7 and longer.state.epochs() == range(2, 5)
-
-
 class Code:
     """What a pickle would run when it is read."""
 
@@ -311,29 +326,18 @@ class Code:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("kind", ["a part of the state", "the whole file", "a plain pickle"])
 def test_code_in_a_file_is_not_run(
-    kind: str,
-    run: Path,
-    at_6: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, falls_back: Callable[[bytes], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickle.dumps(Code()))
-    assert Path("executed").exists()  # so it would run
-    Path("executed").unlink()
-    state = opened(file(run, 7))
+    Path("executed").unlink()  # so it would run
     plain = pickle.dumps(Code(), protocol=2)
-    contents = {
-        "a part of the state": sealed(state | {"recorder": state["recorder"] | {"lr": Code()}}),
-        "the whole file": sealed(Code()),
-        "a plain pickle": plain + hashlib.sha256(plain).digest(),
-    }
-    said = check_falls_back(run, contents[kind], at_6, lambda: capsys.readouterr().out)
-    assert "holds more than data" in said and "weights_only" not in said
-    assert not Path("executed").exists()
+    in_a_part = sealed(changed(opened(file(run, 7)), ("recorder", "lr"), Code()))
+    for content in (in_a_part, sealed(Code()), plain + hashlib.sha256(plain).digest()):
+        said = falls_back(content)
+        assert "holds more than data" in said and "weights_only" not in said
+        assert not Path("executed").exists()
 
 
 # --- Everything is checked before anything is changed -----------------------------------------------------------
@@ -365,18 +369,6 @@ def wrong(value: Any) -> Iterator[Any]:
         yield from [True] * (not isinstance(value, bool))
 
 
-def changed(state: dict[str, Any], way: tuple[Any, ...], value: Any, remove: bool = False) -> dict[str, Any]:
-    state = copy.deepcopy(state)
-    above: Any = state
-    for key in way[:-1]:
-        above = above[key]
-    if remove:
-        del above[way[-1]]
-    else:
-        above[way[-1]] = value
-    return state
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = opened(file(run, 7))
@@ -403,43 +395,6 @@ def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys:
     assert look(good) == 7
 
 
-SUBTLE: dict[str, tuple[tuple[Any, ...], Any]] = {
-    "a generator that is none": (("ranks", 0, "generator"), torch.zeros(5056, dtype=torch.uint8)),
-    "no rank": (("ranks",), []),
-    "a step that was not the record's": (("step", "done"), 6),
-    "before the first step": (("step", "done"), 0),
-    "an epoch's seconds too many": (("timings", "seconds"), {"train": [1.0, 1.0], "eval": [1.0, 1.0]}),
-    "an optimizer that has done nothing": (("step", "optimizer"), {}),
-    "an optimizer of another kind": (("step", "optimizer", 0), {"momentum_buffer": torch.zeros(2, 1, 3, 3)}),
-}
-
-
-@pytest.mark.parametrize("kind", SUBTLE)
-def test_what_has_the_right_types_must_fit_too(
-    kind: str, run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = sealed(changed(opened(file(run, 7)), *SUBTLE[kind]))
-    check_falls_back(run, content, at_6, lambda: capsys.readouterr().out)
-
-
-def test_every_rank_s_part_is_looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also of ranks that this start has not: another start may have them."""
-    state = opened(file(run, 7))
-    mine = state["ranks"][0]
-    file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine | {"buffers": []}]}))
-    assert Training(run).state.done == 6 and "its part 'ranks'" in capsys.readouterr().out
-    file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine]}))
-    assert Training(run).state.done == 7
-
-
-def test_one_that_was_written_beside_a_card_is_read_without_one(run: Path) -> None:
-    before = Training(run).everything()
-    state = opened(file(run, 7))
-    state["ranks"][0]["cuda_generator"] = torch.zeros(16, dtype=torch.uint8)
-    file(run, 7).write_bytes(sealed(state))
-    assert same(Training(run).everything(), before)
-
-
 # --- Nothing usable is left -------------------------------------------------------------------------------------
 
 
@@ -458,10 +413,6 @@ def test_without_one_that_can_be_used_the_run_begins_again(
     assert (run / "steps.jsonl").read_text() == (tmp_path / "whole" / "steps.jsonl").read_text()
     assert [name for name in again.names() if "broken" in name] == [f"step-00000000{n}.pt.broken" for n in (6, 7)]
     assert "warning" not in capsys.readouterr().out
-
-
-def test_a_run_without_checkpoints_says_nothing_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Training(tmp_path / "run").state.done == 0 and "warning" not in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_broken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,26 +458,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
     monkeypatch.setattr(os, name, full)
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_save_that_fails_is_a_warning_and_is_tried_again(
-    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    training = Training(run)
-    failing(monkeypatch, name, 1)
-    training.until(8)
-    out = capsys.readouterr().out
-    assert (
-        out.count("warning") == 1 and "no checkpoint at step 8" in out and out.endswith("(No space left on device)\n")
-    )
-    assert training.names() == ["step-000000006.pt", "step-000000007.pt"]
-    assert Training(run).state.done == 7
-    training.until(9)
-    assert training.names() == ["step-000000007.pt", "step-000000009.pt"] and "warning" not in capsys.readouterr().out
-    training.until(10)
-    whole = Training(tmp_path / "whole").until(10)
-    assert same(of_steps(Training(run).everything()), of_steps(whole.everything()))
-
-
 def test_a_checkpoint_that_cannot_be_removed_harms_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -555,20 +486,6 @@ def test_a_last_save_that_fails_ends_the_run(
     with pytest.raises(TrainingFailed, match=r"step-000000010\.pt cannot be written \(No space left on device\)"):
         training.until(10)
     assert Training(run).state.done == 9 and "warning" not in capsys.readouterr().out
-
-
-def test_a_stop_saves_and_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(run, checkpoint_every=1000.0)
-    monkeypatch.setattr("fashion_ddp.distributed.signals.stop_requests", lambda: [True, False, False, False, False])
-    with pytest.raises(Stopped, match=r"stopped \(SIGTERM\) and saved in epoch 2, at step 8 of 10"):
-        training.until(10)
-    assert Training(run).state.done == 8
-
-
-def test_no_more_is_saved_than_was_asked_for(tmp_path: Path) -> None:
-    training = Training(tmp_path / "run", checkpoint_every=1000.0).until(9)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert training.until(10).names() == ["step-000000010.pt"]
 
 
 def test_the_record_is_on_the_disk_before_the_checkpoint_that_counts_its_lines(
