@@ -129,22 +129,23 @@ def here(ranks: int) -> RankPlacement:
     return RankPlacement(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
 
 
-def test_auto_takes_the_cards_where_there_are_any(cards: Any) -> None:
-    cards(0)
-    assert choose_device(Config(), here(1), {}) == "cpu"
-    assert choose_device(Config(precision="fp64"), here(3), {}) == "cpu"
-    assert choose_device(Config(precision="bf16"), here(2), TORCHRUN) == "cpu"
-    cards(2)
-    for precision in ("fp32", "bf16", "fp16"):
-        assert choose_device(Config(precision=precision), here(2), ACCELERATE_FOUR) == "cuda"
-    assert choose_device(Config(device="cuda"), here(1), {}) == "cuda"
-
-
-@pytest.mark.parametrize("value", ["1", "true", "True", "yes", "on"])
-def test_the_cpu_on_a_machine_with_cards(cards: Any, value: str) -> None:
-    cards(2)
-    assert choose_device(Config(device="cpu"), here(4), ACCELERATE_FOUR) == "cpu"
-    assert choose_device(Config(), here(1), ACCELERATE_ONE | {"ACCELERATE_USE_CPU": value}) == "cpu"
+@pytest.mark.parametrize(
+    ("present", "cfg", "ranks", "env", "device"),
+    [
+        (0, {}, 1, {}, "cpu"),
+        (0, {"precision": "fp64"}, 3, {}, "cpu"),
+        (0, {"precision": "bf16"}, 2, TORCHRUN, "cpu"),
+        *[(2, {"precision": precision}, 2, ACCELERATE_FOUR, "cuda") for precision in ("fp32", "bf16", "fp16")],
+        (2, {"device": "cuda"}, 1, {}, "cuda"),
+        (2, {"device": "cpu"}, 4, ACCELERATE_FOUR, "cpu"),
+        *[(2, {}, 1, ACCELERATE_ONE | {"ACCELERATE_USE_CPU": true}, "cpu") for true in ("1", "True", "yes", "on")],
+    ],
+)
+def test_auto_takes_the_cards_where_there_are_any_and_nobody_asked_for_the_cpu(
+    cards: Any, present: int, cfg: dict[str, Any], ranks: int, env: dict[str, str], device: str
+) -> None:
+    cards(present)
+    assert choose_device(Config(**cfg), here(ranks), env) == device
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
