@@ -50,8 +50,7 @@ class Fault:
 
 
 def _hang() -> None:
-    while True:
-        time.sleep(3600)
+    time.sleep(10**6)
 
 
 def _raise() -> None:
@@ -78,22 +77,15 @@ def _fill(leave: int) -> Callable[[], None]:
 
 
 def _read_only() -> None:
-    for _ in range(100):  # it is refused while anything is being written
-        if not subprocess.run(
-            ["mount", "-o", "remount,ro", "none", "run"], check=False, capture_output=True
-        ).returncode:
-            return
-        time.sleep(0.05)
-    _note("struck", "no: the folder is always being written")
+    remount = ["mount", "-o", "remount,ro", "none", "run"]
+    while subprocess.run(remount, check=False, capture_output=True).returncode:
+        time.sleep(0.05)  # it is refused while anything is being written
 
 
 ACTIONS: dict[str, Callable[[], None]] = {
     "kill": _send(signal.SIGKILL),
     "stand still": _send(signal.SIGSTOP),
-    "TERM": _send(signal.SIGTERM),
-    "INT": _send(signal.SIGINT),
-    "USR1": _send(signal.SIGUSR1),
-    "USR2": _send(signal.SIGUSR2),
+    **{name: _send(signal.Signals[f"SIG{name}"]) for name in ("TERM", "INT", "USR1", "USR2")},
     "raise": _raise,
     "hang": _hang,
     "wait": _wait,  # until there is a file "go" beside the run folder
@@ -192,15 +184,8 @@ def _note_steps_and_renames() -> None:
     wrap("os", "replace", rename)
 
 
-def _rank(
-    folder: Path,
-    argv: list[str],
-    env: dict[str, str],
-    faults: Sequence[Fault],
-    every_step: bool,
-    images: int,
-    disk: "Disk | None",
-) -> None:
+def _rank(folder: Path, argv: list[str], env: dict[str, str], faults: Sequence[Fault], **how: Any) -> None:
+    disk, images = how["disk"], how["images"]
     if disk is not None:
         disk.enter()
     os.chdir(folder)
@@ -218,7 +203,7 @@ def _rank(
     signals.listen()
     train.STARTED = time.time()
     synthetic.arrays.__defaults__ = (images, images // 6)
-    if every_step:  # sync points; they are a second apart otherwise
+    if how["every_step"]:  # sync points; they are a second apart otherwise
         sync.SyncPoint.__init__.__defaults__ = (0.0,)
     if rank == 0:
         _note_steps_and_renames()
@@ -226,10 +211,9 @@ def _rank(
         if fault.rank == rank:
             inject(fault)
     try:
-        code = train.main(argv)
+        sys.exit(train.main(argv))
     finally:
         sys.stdout.flush()
-    sys.exit(code)
 
 
 class Ranks:
@@ -291,8 +275,8 @@ def start(
     processes = []
     for rank in range(world_size):
         mine = {k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank, **env}.items()}
-        args = (folder, [*SMALL, *words], mine, list(faults), every_step, images, disk)
-        process = _server.Process(target=_rank, args=args)
+        how = {"every_step": every_step, "images": images, "disk": disk}
+        process = _server.Process(target=_rank, args=(folder, [*SMALL, *words], mine, list(faults)), kwargs=how)
         process.start()
         atexit.register(process.kill)  # of a test that failed; Python itself would wait for it
         processes.append(process)
@@ -378,17 +362,15 @@ def wrong(folder: Path, reference: Path) -> list[str]:
     `start` was given."""
     run, whole = folder / "run", reference / "run"
     try:
-        summary = json.loads((run / "summary.json").read_text())
+        record = summary(folder)
         starts = json.loads((run / "environment.json").read_text())
     except (OSError, ValueError) as error:
         return [str(error)]
     found = []
-    if summary["status"] != "finished":
-        found.append(f"status {summary['status']!r}: {summary.get('error')}")
-    elif "error" in summary:
-        found.append(f"finished with the error {summary['error']!r}")
-    if summary["starts"] != len(starts):
-        found.append(f"{summary['starts']} starts in summary.json, {len(starts)} in environment.json")
+    if record["status"] != "finished" or "error" in record:
+        found.append(f"status {record['status']!r}, error {record.get('error')!r}")
+    if record["starts"] != len(starts):
+        found.append(f"{record['starts']} starts in summary.json, {len(starts)} in environment.json")
     for name in ("model.safetensors", "predictions.safetensors", "examples.safetensors", "steps.jsonl", "model.txt"):
         if not (run / name).exists() or (run / name).read_bytes() != (whole / name).read_bytes():
             found.append(f"{name} differs from the uninterrupted run's")

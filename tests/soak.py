@@ -35,16 +35,9 @@ from fashion_ddp.runs.reading import load_run
 STEPS = 3 * TINY_STEPS
 STRUCK = 12  # faults that a run takes before it is left in peace
 
-SETTINGS: dict[str, list[list[str]]] = {
-    "optimizer": [
-        ["--optimizer", "adam", "--lr", "0.01"],
-        ["--optimizer", "adamw", "--lr", "0.01"],
-        ["--optimizer", "sgd", "--lr", "0.1"],
-        ["--optimizer", "momentum", "--lr", "0.02"],
-    ],
-    "augmentation": [[], ["--shift", "2", "--flip", "0.5", "--erase", "0.5"]],
-    "batch norm": [[], ["--batch-norm"]],
-}
+ADAM, AUGMENTED = ["--lr", "0.01", "--optimizer"], ["--shift", "2", "--flip", "0.5", "--erase", "0.5"]
+SGD = [["--optimizer", "sgd", "--lr", "0.1"], ["--optimizer", "momentum", "--lr", "0.02"]]
+SETTINGS: list[list[list[str]]] = [[[*ADAM, "adam"], [*ADAM, "adamw"], *SGD], [[], AUGMENTED], [[], ["--batch-norm"]]]
 # Points with the count that is drawn for them on average; those that only rank 0 comes to, apart.
 ANYWHERE = {"parse": 1, "rendezvous": 1, "load": 1, "claim": 1, "evaluation": 1, "evaluated": 1}
 ANYWHERE |= {"step": 5, "forward": 7, "all-reduce": 12, "sync point": 5, "after the sync point": 5}
@@ -91,17 +84,17 @@ class Soaked:
         return STEPS * self.step_seconds / self.seconds
 
 
+@dataclass
 class Soak:
     """Runs in a folder of its own."""
 
-    def __init__(self, folder: Path, world_size: int | None = None):
-        self.folder, self.world_size = folder, world_size
+    folder: Path
 
     def run(self, seed: int, faults: int = STRUCK) -> Soaked:
         """One run, from its first start to its end, struck by so many faults at most."""
         draw = random.Random(seed)
-        size = self.world_size or draw.choice([1, 2, 2, 3])
-        result = [word for choices in SETTINGS.values() for word in draw.choice(choices)]
+        size = draw.choice([1, 2, 2, 3])
+        result = [word for choices in SETTINGS for word in draw.choice(choices)]
         every_step = draw.random() < 0.7
         words = [*result, "--checkpoint-every", draw.choice(["0", "0", "0.2"])]
         points = "at every step" if every_step else "by time"
@@ -158,27 +151,22 @@ class Soak:
 
 def _check(soaked: Soaked, codes: list[int], action: str | None, by_clock: bool, status: str | None) -> None:
     """That a start ended as it should, `action` having struck it."""
-    finished = all(code == 0 for code in codes)
+    finished, how = all(code == 0 for code in codes), soaked.history[-1]
     orderly = finished or all(code == 75 for code in codes)
-    if 2 in codes:
-        raise AssertionError(f"refused to start: {soaked.history[-1]}")
-    if action is None:
-        assert finished, f"ended by itself: {soaked.history[-1]}"
-    elif action in ("TERM", "INT", "USR1", "USR2") and not by_clock:  # which may come before a rank listens
-        assert orderly, f"told to stop, and did not: {soaked.history[-1]}"
-    if orderly:
-        assert status == ("finished" if finished else "stopped"), f"status {status}: {soaked.history[-1]}"
-    else:
-        assert status != "running", f"status {status}: {soaked.history[-1]}"
+    assert 2 not in codes, f"refused to start: {how}"
+    assert action is not None or finished, f"ended by itself: {how}"
+    told = action in ("TERM", "INT", "USR1", "USR2") and not by_clock  # by the clock it may come before a rank listens
+    assert orderly or not told, f"told to stop, and did not: {how}"
+    fits = status == ("finished" if finished else "stopped") if orderly else status != "running"
+    assert fits, f"status {status}: {how}"
 
 
 def _draw(draw: random.Random, size: int, save_first: bool) -> Fault | AtTime:
     """What strikes a start; not before its first save, where that is to come first."""
     if draw.random() < 0.25:
         whom = draw.choice([None, *range(size)])
-        return AtTime(
-            draw.choice(["kill", "kill", "TERM"]), whom, draw.uniform(0, 0.3 if save_first else 1.5), save_first
-        )
+        action, seconds = draw.choice(["kill", "kill", "TERM"]), draw.uniform(0, 0.3 if save_first else 1.5)
+        return AtTime(action, whom, seconds, save_first)
     [action] = draw.choices(list(ACTIONS), list(ACTIONS.values()))
     if save_first:
         return Fault("saved", action, 0, _count(draw, 3))
@@ -236,23 +224,22 @@ def _damage(draw: random.Random, run: Path) -> str | None:
 # --- The command ---------------------------------------------------------------------------------------------------
 
 
-def soak(
-    faults: int, seed: int, world_size: int | None, folder: Path, say: Callable[[str], object] = print
-) -> list[Soaked]:
+def soak(faults: int, seed: int, folder: Path, say: Callable[[str], object] = print) -> list[Soaked]:
     """Runs by seed until so many faults have struck; `say` is told how each went."""
-    draw, runs, soaking = random.Random(seed), [], Soak(folder, world_size)
+    draw, runs, soaking = random.Random(seed), [], Soak(folder)
     while sum(run.struck.total() for run in runs) < faults:
         runs.append(soaking.run(draw.randrange(2**31)))
-        say(_line(runs[-1], world_size))
+        say(_line(runs[-1]))
     return runs
 
 
-def _line(run: Soaked, world_size: int | None) -> str:
+def _line(run: Soaked) -> str:
     text = f"run {run.seed} ({' '.join(run.settings)}): {run.struck.total()} faults, {run.starts} starts"
     if not run.failures:
         return f"{text}, {run.steps} steps for {STEPS}, {run.useful:.0%} of {run.seconds:.0f} s in steps that count"
-    again = f"python tests/soak.py --run {run.seed}" + (f" --ranks {world_size}" if world_size else "")
-    return "\n  ".join([f"FAILED {text}; again: {again}", *run.failures, "its starts:", *run.history])
+    return "\n  ".join(
+        [f"FAILED {text}; again: python tests/soak.py --run {run.seed}", *run.failures, "its starts:", *run.history]
+    )
 
 
 def totals(runs: list[Soaked]) -> dict[str, Any]:
@@ -275,7 +262,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100, help="runs are made until so many have struck")
     parser.add_argument("--seed", type=int, default=0, help="what everything is drawn from")
-    parser.add_argument("--ranks", type=int, help="of every run; else drawn, 1 to 3")
     parser.add_argument("--run", type=int, metavar="SEED_OF_RUN", help="one run alone, by its own seed")
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
     told = parser.parse_args()
@@ -283,20 +269,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         os.environ["TMPDIR"] = folder  # torch leaves some there
         if told.run is None:
-            runs = soak(told.faults, told.seed, told.ranks, Path(folder))
+            runs = soak(told.faults, told.seed, Path(folder))
         else:
-            runs = [Soak(Path(folder), told.ranks).run(told.run)]
-            print(_line(runs[0], told.ranks), *runs[0].history, sep="\n  ")
+            runs = [Soak(Path(folder)).run(told.run)]
+            print(_line(runs[0]), *runs[0].history, sep="\n  ")
     figures = totals(runs)
     print(json.dumps(figures, indent=1))
     if told.out:
         where = {"cpu": machine.cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
         made = {"versions": provenance.versions(), "git_commit": provenance.git_commit()}
-        useful = [run.useful if run.seconds else None for run in runs]
-        more = [
-            {"struck": dict(run.struck), "step_time_over_wall_time": part}
-            for run, part in zip(runs, useful, strict=True)
-        ]
+        more = [{"struck": dict(run.struck), "step_time_over_wall_time": run.seconds and run.useful} for run in runs]
         every = [asdict(run) | part for run, part in zip(runs, more, strict=True)]
         record = {"command": sys.argv, **where, **made, **figures, "every_run": every}
         told.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -53,17 +53,12 @@ def train(cfg: Config, d: data.Dataset, steps: int) -> dict[str, Any]:
         evaluation = Evaluation(cfg, world, d.test_images[:1001], d.test_labels[:1001], len(d.classes))
         step = Trainer(cfg, world, model, batches)
         trained = []
-        for epoch in range(1, cfg.epochs + 1):
+        for epoch in range(1, -(-steps // batches.steps) + 1):
             batches.draw(epoch)
-            for window in step.sync.windows(batches.steps):
-                window = range(window.start, min(window.stop, window.start + steps - step.done))
+            for window in step.sync.windows(min(batches.steps, steps - step.done)):
                 for k in window:
                     step(k)
                 trained += step.read(window)
-                if step.done == steps:
-                    break
-            if step.done == steps:
-                break
         scores = evaluation(model)
         return {
             "loss": torch.tensor([t.loss / t.rows for t in trained], dtype=torch.float64),
@@ -201,8 +196,7 @@ COUNTS = (3, 1001, 10_000)
 def evaluate(cfg: Config, d: data.Dataset) -> list[tuple[float, float, torch.Tensor]]:
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
-        classes = len(d.classes)
-        of = [Evaluation(cfg, world, d.test_images[:n], d.test_labels[:n], classes)(model) for n in COUNTS]
+        of = [Evaluation(cfg, world, d.test_images[:n], d.test_labels[:n], 10)(model) for n in COUNTS]
         return [(scores.loss, scores.accuracy, scores.logits) for scores in of]
 
 
@@ -215,9 +209,6 @@ def test_evaluation_is_exact_on_any_number_of_ranks(small: data.Dataset) -> None
                 oracle = multiclass_accuracy(logits, labels, num_classes=10, average="micro").item()
                 assert accuracy == pytest.approx(oracle, abs=1e-7) and len(logits) == count
                 assert loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-12)
-
-
-# --- Scheduling -------------------------------------------------------------------------------------------------------
 
 
 def policies(chosen: int | None) -> list[int]:

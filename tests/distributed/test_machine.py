@@ -5,8 +5,6 @@ There is no card in a test: torch.cuda answers as the case says, and the machine
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +12,20 @@ import pytest
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed import machine
-from fashion_ddp.distributed.machine import (
-    MachineError,
-    RankPlacement,
-    choose_device,
-    read_placement,
-    refuse_launcher_settings,
-)
+from fashion_ddp.distributed.machine import MachineError, RankPlacement, choose_device, read_placement
 from fashion_ddp.errors import UserError
 
 pytestmark = pytest.mark.quick
 
 # What `accelerate launch` of 1.15 exports: to each of N ranks (here rank 1 of accelerate_config.yaml's four), and to
 # the one process that it starts where it finds no card or is told --cpu.
-DYNAMO = {
-    "ACCELERATE_DYNAMO_BACKEND": "NO",
-    "ACCELERATE_DYNAMO_MODE": "default",
-    "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
-    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
-    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
-}
+DYNAMO = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default"}
+DYNAMO |= {f"ACCELERATE_DYNAMO_USE_{what}": "False" for what in ("DYNAMIC", "FULLGRAPH", "REGIONAL_COMPILATION")}
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
 TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "55363"}
 ACCELERATE_FOUR = DYNAMO | TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "no"}
 ACCELERATE_ONE = DYNAMO | {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}
 ACCELERATE_LOST = ACCELERATE_ONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # --num_processes 2
-
-
-# --- Ranks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,14 +50,10 @@ def test_place(env: dict[str, str], expected: RankPlacement) -> None:
     ("env", "said"),
     [
         ({"WORLD_SIZE": "4"}, ("WORLD_SIZE=4", "RANK", "torchrun", "unset WORLD_SIZE")),
-        ({"WORLD_SIZE": "4", "RANK": "1"}, ("LOCAL_RANK",)),
         (TORCHRUN | {"WORLD_SIZE": "four"}, ("WORLD_SIZE=four", "whole numbers")),
         (TORCHRUN | {"RANK": "one"}, ("'one'",)),
-        (TORCHRUN | {"LOCAL_RANK": ""}, ("LOCAL_RANK",)),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "x"}, ("'x'",)),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ("WORLD_SIZE=2", "MASTER_ADDR", "torchrun")),
         (ACCELERATE_LOST, ("accelerate launch", "several processes and started one", "torchrun", "--num_processes 1")),
-        (ACCELERATE_LOST | {"ACCELERATE_USE_CPU": "True"}, ("several processes", "torchrun")),
         ({"SLURM_STEP_NUM_TASKS": "2"}, ("srun started 2 processes", "one task per machine")),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, ("mpirun started 3 processes", "one task per machine")),
     ],
@@ -84,18 +64,12 @@ def test_ranks_half_described_or_lost(env: dict[str, str], said: tuple[str, ...]
     assert all(words in str(told.value) for words in said) and "\n" not in str(told.value)
 
 
-# --- Launcher settings ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("env", [{}, TORCHRUN, ACCELERATE_FOUR, ACCELERATE_ONE])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
 def test_a_plain_launch_is_accepted(env: dict[str, str], precision: Any) -> None:
-    refuse_launcher_settings(Config(precision=precision), env)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_the_launcher_may_ask_for_the_precision_of_the_run(precision: Any) -> None:
-    refuse_launcher_settings(Config(precision=precision), ACCELERATE_ONE | {"ACCELERATE_MIXED_PRECISION": precision})
+    machine.refuse_launcher_settings(Config(precision=precision), env)
+    asked = {"ACCELERATE_MIXED_PRECISION": precision} if precision in ("bf16", "fp16") else {}
+    machine.refuse_launcher_settings(Config(precision=precision), env | asked)
 
 
 @pytest.mark.parametrize(
@@ -114,27 +88,19 @@ def test_the_launcher_may_ask_for_the_precision_of_the_run(precision: Any) -> No
 )
 def test_what_would_train_something_else_is_refused(variable: str, value: str, what: str) -> None:
     with pytest.raises(UserError) as told:
-        refuse_launcher_settings(Config(device="cuda"), ACCELERATE_FOUR | {variable: value})
+        machine.refuse_launcher_settings(Config(device="cuda"), ACCELERATE_FOUR | {variable: value})
     message = str(told.value)
     assert message.startswith(f"{variable}={value}: ") and what in message and "\n" not in message
     assert "--config_file accelerate_config.yaml" in message and f"unset {variable}" in message
 
 
 @pytest.mark.parametrize(
-    "harmless",
-    [
-        {"ACCELERATE_USE_FSDP": "false"},
-        {"ACCELERATE_USE_DEEPSPEED": "0"},
-        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
-        {"ACCELERATE_USE_CPU": "true"},
-        {"ACCELERATE_LOG_LEVEL": "info"},
-    ],
+    ("variable", "value"),
+    [("USE_FSDP", "false"), ("USE_DEEPSPEED", "0"), ("GRADIENT_ACCUMULATION_STEPS", "1"), ("USE_CPU", "true")]
+    + [("LOG_LEVEL", "info")],
 )
-def test_what_changes_nothing_is_accepted(harmless: dict[str, str]) -> None:
-    refuse_launcher_settings(Config(), ACCELERATE_ONE | harmless)
-
-
-# --- Device -----------------------------------------------------------------------------------------------------
+def test_what_changes_nothing_is_accepted(variable: str, value: str) -> None:
+    machine.refuse_launcher_settings(Config(), ACCELERATE_ONE | {f"ACCELERATE_{variable}": value})
 
 
 @pytest.fixture
@@ -163,22 +129,23 @@ def here(ranks: int) -> RankPlacement:
     return RankPlacement(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
 
 
-def test_auto_takes_the_cards_where_there_are_any(cards: Any) -> None:
-    cards(0)
-    assert choose_device(Config(), here(1), {}) == "cpu"
-    assert choose_device(Config(precision="fp64"), here(3), {}) == "cpu"
-    assert choose_device(Config(precision="bf16"), here(2), TORCHRUN) == "cpu"
-    cards(2)
-    for precision in ("fp32", "bf16", "fp16"):
-        assert choose_device(Config(precision=precision), here(2), ACCELERATE_FOUR) == "cuda"
-    assert choose_device(Config(device="cuda"), here(1), {}) == "cuda"
-
-
-@pytest.mark.parametrize("value", ["1", "true", "True", "yes", "on"])
-def test_the_cpu_on_a_machine_with_cards(cards: Any, value: str) -> None:
-    cards(2)
-    assert choose_device(Config(device="cpu"), here(4), ACCELERATE_FOUR) == "cpu"
-    assert choose_device(Config(), here(1), ACCELERATE_ONE | {"ACCELERATE_USE_CPU": value}) == "cpu"
+@pytest.mark.parametrize(
+    ("present", "cfg", "ranks", "env", "device"),
+    [
+        (0, {}, 1, {}, "cpu"),
+        (0, {"precision": "fp64"}, 3, {}, "cpu"),
+        (0, {"precision": "bf16"}, 2, TORCHRUN, "cpu"),
+        *[(2, {"precision": precision}, 2, ACCELERATE_FOUR, "cuda") for precision in ("fp32", "bf16", "fp16")],
+        (2, {"device": "cuda"}, 1, {}, "cuda"),
+        (2, {"device": "cpu"}, 4, ACCELERATE_FOUR, "cpu"),
+        *[(2, {}, 1, ACCELERATE_ONE | {"ACCELERATE_USE_CPU": true}, "cpu") for true in ("1", "True", "yes", "on")],
+    ],
+)
+def test_auto_takes_the_cards_where_there_are_any_and_nobody_asked_for_the_cpu(
+    cards: Any, present: int, cfg: dict[str, Any], ranks: int, env: dict[str, str], device: str
+) -> None:
+    cards(present)
+    assert choose_device(Config(**cfg), here(ranks), env) == device
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
@@ -193,7 +160,6 @@ def test_hidden_cards_are_none(cards: Any, monkeypatch: pytest.MonkeyPatch, hidd
     [
         (0, True, {"device": "cuda"}, 1, {}, ("--device cuda", "no NVIDIA card", "--device cpu")),
         (2, False, {}, 1, {}, ("cannot use them", "driver", "make setup", "--device cpu")),
-        (2, False, {"device": "cuda"}, 2, {}, ("cannot use them", "driver")),
         (0, True, {}, 4, ACCELERATE_FOUR, ("4 GPU ranks", "no NVIDIA card", "--device cpu")),
         (2, True, {}, 4, TORCHRUN, ("4 ranks were started for 2 NVIDIA cards", "--num_processes 2", "--device cpu")),
         (1, True, {}, 2, TORCHRUN, ("2 ranks were started for 1 NVIDIA card:",)),
@@ -218,23 +184,6 @@ def test_bf16_wants_units_of_the_card(cards: Any) -> None:
     assert choose_device(Config(precision="fp16"), here(1), {}) == "cuda"
 
 
-@pytest.mark.parametrize(("rank", "local_rank", "speaks"), [("0", "0", True), ("4", "0", True), ("1", "1", False)])
-def test_what_a_machine_finds_its_first_rank_tells(
-    rank: str, local_rank: str, speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from fashion_ddp.console import fail
-
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    with pytest.raises(SystemExit) as stop:
-        fail(MachineError("no card"), 2)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (f"error: {socket.gethostname()}: no card\n" if speaks else "")
-
-
-# --- Threads ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("cpu_max", "cores"),
     [
@@ -252,17 +201,6 @@ def test_usable_cores(cpu_max: str | None, cores: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "Path", lambda path: tmp_path / Path(path).name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert machine.usable_cores() == cores
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
-def test_a_process_bound_to_one_core_has_one() -> None:
-    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-    code += "from fashion_ddp.distributed import machine; print(machine.usable_cores())"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    assert (
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env).stdout
-        == "1\n"
-    )
 
 
 @pytest.mark.parametrize(("asked", "ranks", "threads"), [(0, 1, 8), (0, 3, 2), (0, 16, 1), (5, 1, 5), (5, 16, 5)])

@@ -103,12 +103,6 @@ def test_a_run_that_is_all_but_done_when_told_finishes(tmp_path: Path, whole: Ca
     run = start(2, tmp_path, FEW, faults)
     assert run.wait() == [0, 0], run.printed()
     assert summary(tmp_path)["status"] == "finished" and wrong(tmp_path, whole(2)) == []
-    # Told in time for the last sync point, it stops there, and has the last evaluation still to do.
-    (tmp_path / "other").mkdir()
-    stopped = start(2, tmp_path / "other", FEW, [Fault("step", "TERM", 1, count=3 * STEPS)])
-    assert stopped.wait() == [EX_TEMPFAIL, EX_TEMPFAIL] and saved(tmp_path / "other") == [3 * STEPS]
-    assert start(2, tmp_path / "other", FEW).wait() == [0, 0]
-    assert wrong(tmp_path / "other", whole(2)) == []
 
 
 def test_a_second_interrupt_ends_a_rank_at_once_even_where_it_waits_for_one_that_stands_still(tmp_path: Path) -> None:
@@ -142,7 +136,7 @@ def until_gone(run: Started, pids: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_plain_process_is_stopped_from_its_first_import_to_its_last_moment(tmp_path: Path) -> None:
+def test_a_plain_process_is_stopped_from_its_first_import(tmp_path: Path) -> None:
     with Started(tmp_path, [*PYTHON, *SMALL, *FEW], gate("torch")) as run:
         [pid] = run.at_gate()
         os.kill(pid, signal.SIGUSR1)
@@ -150,75 +144,43 @@ def test_a_plain_process_is_stopped_from_its_first_import_to_its_last_moment(tmp
         assert run.wait() == EX_TEMPFAIL, run.printed()
     assert saved(tmp_path) == [1]
     assert_stopped(tmp_path, "SIGUSR1")
-    with Started(tmp_path, [*PYTHON, *SMALL, *FEW], gate("sync point")) as run:
-        [pid] = run.at_gate()
-        for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGTERM):  # as SLURM does where it preempts
-            os.kill(pid, number)
-        run.told()
-        run.let_through()
-        while run.process.poll() is None:  # to the end, when Python takes itself apart
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
-                run.process.send_signal(number)
-            time.sleep(0.001)
-        assert run.process.returncode == EX_TEMPFAIL, run.printed()
-    assert saved(tmp_path) == [1, 2]
-    assert_stopped(tmp_path, "SIGTERM", times=2)
+
+
+# Of each launcher: its ranks, and what it is sent, with its exit code then and the run's reason. accelerate does not
+# hand signals on: its rank notices that it is gone.
+STOPS: dict[str, tuple[list[str], int, list[tuple[int, int, str]]]] = {
+    "torchrun": (
+        TORCHRUN,
+        2,
+        [(signal.SIGTERM, 1, "SIGTERM"), (signal.SIGINT, 1, "SIGINT"), (signal.SIGHUP, 1, "SIGHUP")]
+        + [(signal.SIGKILL, -9, "the launcher died")],
+    ),
+    "accelerate": (ACCELERATE, 1, [(signal.SIGTERM, -15, "the launcher died")]),
+}
 
 
 @pytest.mark.slow
-def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
-    with Started(tmp_path, [*TORCHRUN, *SMALL, *FEW], gate("sync point")) as run:
-        ranks = run.at_gate(2)
-        run.process.kill()
-        run.process.wait()
-        run.let_through()
-        until_gone(run, ranks)
-    assert_stopped(tmp_path, "the launcher died")
-    assert saved(tmp_path) == [1]
-
-
-@pytest.mark.slow
-def test_the_same_torchrun_command_continues_however_it_was_stopped(
-    tmp_path: Path, whole: Callable[[int], Path]
+@pytest.mark.parametrize("launcher", STOPS)
+def test_the_same_command_of_a_launcher_continues_however_it_was_stopped(
+    launcher: str, tmp_path: Path, whole: Callable[[int], Path]
 ) -> None:
-    words, said = [*TORCHRUN, *SMALL, *FEW], []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    words, world_size, stops = STOPS[launcher]
+    words = [*words, *SMALL, *FEW]
+    for number, code, reason in stops:
         with Started(tmp_path, words, gate("sync point")) as run:
-            ranks = run.at_gate(2)
+            ranks = run.at_gate(world_size)
             run.process.send_signal(number)
-            run.told(2)
-            assert run.wait() == 1
-            until_gone(run, ranks)
-            said.append(summary(tmp_path)["error"].partition(")")[0])
-    assert said == [f"stopped ({reason}" for reason in ("SIGTERM", "SIGINT", "SIGHUP")]
-    printed = (tmp_path / "screen").read_text()
-    assert printed.count("stopped (") == 3 and "fashion_ddp/" not in printed  # in no traceback
-    with Started(tmp_path, words) as run:
-        assert run.wait() == 0
-    assert wrong(tmp_path, whole(2)) == []
-
-
-@pytest.mark.slow
-def test_the_same_accelerate_command_continues_however_it_was_stopped(
-    tmp_path: Path, whole: Callable[[int], Path]
-) -> None:
-    words, said = [*ACCELERATE, *SMALL, *FEW], []
-    # It does not hand signals on: its rank notices that it is gone. Where the rank is told, its launcher says 1.
-    for number, to_rank, code in ((signal.SIGTERM, False, -15), (signal.SIGUSR2, True, 1)):
-        with Started(tmp_path, words, gate("sync point")) as run:
-            [rank] = run.at_gate()
-            os.kill(rank if to_rank else run.process.pid, number)
-            if to_rank:
-                run.told()
-            else:
+            if reason == "the launcher died":
                 run.process.wait()
+            else:
+                run.told(world_size)
             assert run.wait() == code
-            until_gone(run, [rank])
-            said.append(summary(tmp_path)["error"].partition(")")[0])
-    assert said == ["stopped (the launcher died", "stopped (SIGUSR2"]
+            until_gone(run, ranks)
+        assert summary(tmp_path)["error"].startswith(f"stopped ({reason}) and saved in epoch 1")
+    assert run.printed().count("stopped (") == len(stops) and "fashion_ddp/" not in run.printed()  # in no traceback
     with Started(tmp_path, words) as run:
         assert run.wait() == 0
-    assert wrong(tmp_path, whole(1)) == []
+    assert wrong(tmp_path, whole(world_size)) == []
 
 
 @pytest.mark.slow
@@ -243,7 +205,7 @@ def test_a_run_in_the_background_goes_on_when_its_shell_ends(tmp_path: Path) -> 
         ([*TORCHRUN, *SMALL], 1),
         ([*ACCELERATE, *SMALL], -signal.SIGINT),
         (
-            ["bash", "-c", f"trap : INT; {' '.join([*PYTHON, *SMALL])} 2>&1 | tee log; exit ${{PIPESTATUS[0]}}"],
+            ["bash", "-c", f"trap : INT; {' '.join(PYTHON + SMALL)} 2>&1 | tee log; exit ${{PIPESTATUS[0]}}"],
             EX_TEMPFAIL,
         ),
     ],
@@ -278,67 +240,79 @@ def listening(code: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(words, cwd=CHECKOUT, env=surroundings, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
-@pytest.mark.quick
-def test_every_signal_is_heard_and_a_second_call_forgets_none() -> None:
-    done = listening(
-        """
+HEARD = {
+    "every signal, and a second call forgets none": """
         signals.listen()
         for one in signals.SIGNALS[:3]: os.kill(me, one)
         signals.listen()
         for one in signals.SIGNALS[3:]: os.kill(me, one)
-        print(len(signals.received()), signals.stop_requests())
-        """
-    )
-    assert done.communicate()[0] == "5 [True, True, True, True, True, False]\n"
-
-
-@pytest.mark.quick
-def test_listening_in_another_thread_is_refused_and_in_the_main_one_still_possible() -> None:
-    done = listening(
-        """
+        assert len(signals.received()) == 5 and signals.stop_requests() == [True] * 5 + [False]
+        """,
+    "in the main thread alone": """
         import threading
-        threading.Thread(target=signals.listen).start()
-        time.sleep(0.2)
+        threading.excepthook = lambda told: refused.append(told.exc_type)
+        refused, thread = [], threading.Thread(target=signals.listen)
+        thread.start()
+        thread.join()
         signals.listen()
         os.kill(me, signal.SIGTERM)
-        print(*signals.received())
-        """
-    )
-    printed, said = done.communicate()
-    assert printed == "15\n" and "ValueError" in said and "main thread" in said
-
-
-@pytest.mark.quick
-def test_what_nohup_or_a_shell_shut_off_for_its_background_stays_off_and_no_more() -> None:
-    done = listening(
-        """
+        assert (refused, signals.received()) == ([ValueError], [signal.SIGTERM])
+        """,
+    "not what nohup or a shell shut off for its background, and no more than that": """
         for one in signals.SIGNALS[:3]: signal.signal(one, signal.SIG_IGN)
         signals.listen()
         for one in signals.SIGNALS: os.kill(me, one)
-        print(*[one.name for one in signals.received()])
-        """
-    )
-    assert done.communicate()[0] == "SIGTERM SIGUSR1 SIGUSR2\n"
-
-
-@pytest.mark.quick
-def test_a_process_started_with_signals_held_gets_them_when_it_listens() -> None:
-    done = listening(
-        """
+        assert signals.received() == [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+        """,
+    "those held while a process started, when it listens": """
         import subprocess
         signals.listen()
-        child = "import time, signal; from fashion_ddp.distributed import signals; input(); signals.listen(); "
-        child += "print(*signals.received(), signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)"
+        child = "import signal; from fashion_ddp.distributed import signals; input(); signals.listen(); "
+        child += "assert len(signals.received()) == 5 and not signal.pthread_sigmask(signal.SIG_BLOCK, [])"
         with signals.blocked():
             os.kill(me, signal.SIGUSR2)
             process = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, text=True)
         for one in signals.SIGNALS: process.send_signal(one)
         process.communicate("go on")
-        print(process.returncode, *signals.received())
+        assert (process.returncode, signals.received()) == (0, [signal.SIGUSR2])
+        """,
+    "none in the thread that watches, whose handler might outlive Python": """
+        signals.listen()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # in this thread
+        for one in signals.SIGNALS: os.kill(me, one)
+        time.sleep(0.1)
+        assert (len(signal.sigpending()), signals.received()) == (5, [])
+        """,
+    "more than can be taken in, without a block or a warning": """
+        signals._watch = lambda readable: time.sleep(60)
+        signals.listen()
+        for _ in range(70_000): os.kill(me, signal.SIGUSR1)
+        assert signals.received() == [signal.SIGUSR1]
+        """,
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("what", HEARD)
+def test_a_process_that_listens_hears(what: str) -> None:
+    done = listening(HEARD[what])
+    assert (*done.communicate(), done.returncode) == ("", "", 0)
+
+
+@pytest.mark.quick
+def test_interrupts_soon_after_the_first_are_one_with_it() -> None:
+    done = listening(
+        """
+        signals.SECOND_INTERRUPT = 60.0
+        signals.listen()
+        for _ in range(5):
+            os.kill(me, signal.SIGINT)
+            time.sleep(0.1)
+        assert signals.received() == [signal.SIGINT]
         """
     )
-    heard = " ".join(str(int(one)) for one in (15, 2, 1, 10, 12))
-    assert done.communicate()[0] == f"{heard} set()\n0 12\n"
+    said = done.communicate()[1]
+    assert done.returncode == 0 and said.count("interrupt again to end at once") == said.count("interrupted") == 1
 
 
 @pytest.mark.quick
@@ -369,33 +343,6 @@ def test_a_storm_of_signals_over_a_process_s_end_changes_neither_its_exit_code_n
 
 
 @pytest.mark.quick
-def test_the_thread_that_watches_takes_no_signal_whose_handler_might_outlive_python() -> None:
-    done = listening(
-        """
-        signals.listen()
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # in this thread
-        for one in signals.SIGNALS: os.kill(me, one)
-        time.sleep(0.1)
-        print(len(signal.sigpending()), signals.received())
-        """
-    )
-    assert done.communicate()[0] == "5 []\n"
-
-
-@pytest.mark.quick
-def test_more_signals_than_can_be_taken_in_neither_block_nor_warn() -> None:
-    done = listening(
-        """
-        signals._watch = lambda readable: time.sleep(60)
-        signals.listen()
-        for _ in range(70_000): os.kill(me, signal.SIGUSR1)
-        print(*signals.received())
-        """
-    )
-    assert done.communicate() == ("10\n", "")
-
-
-@pytest.mark.quick
 def test_an_interrupt_whose_reader_is_gone_ends_all_the_same_and_takes_a_launcher_s_children_with_it() -> None:
     done = listening(
         """
@@ -418,22 +365,6 @@ def test_an_interrupt_whose_reader_is_gone_ends_all_the_same_and_takes_a_launche
     while living(child):
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-@pytest.mark.quick
-def test_interrupts_soon_after_the_first_are_one_with_it() -> None:
-    done = listening(
-        """
-        signals.SECOND_INTERRUPT = 60.0
-        signals.listen()
-        for _ in range(5):
-            os.kill(me, signal.SIGINT)
-            time.sleep(0.1)
-        print(*signals.received())
-        """
-    )
-    printed, said = done.communicate()
-    assert printed == "2\n" and said.count("interrupt again to end at once") == said.count("interrupted") == 1
 
 
 @pytest.mark.quick

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import pytest
 import soak
@@ -29,69 +28,26 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "run" / "checkpoints").glob("step-*"))}
 
 
-# --- Killed ------------------------------------------------------------------------------------------------------
-
-# The files that rank 0 renames, each with the occasions that differ.
-RENAMES = [
-    (".lock.*", 1),
-    ("config.yaml", 1),
-    ("environment.json", 1),
-    ("model.txt", 1),
-    (".rank0", 1),
-    ("summary.json", 1),  # at the start
-    ("step-000000001.pt", 1),
-    ("step-000000002.pt", 1),
-    ("step-000000003.pt", 1),  # the first that removes an older one
-    (f"step-{TINY_STEPS:09}.pt", 1),  # at an epoch's end
-    ("summary.json", 3),  # of an epoch
-    (f"step-{ALL_STEPS:09}.pt", 1),  # the last
-    ("predictions.safetensors", 1),
-    ("examples.safetensors", 1),
-    ("model.safetensors", 1),
-    ("summary.json", 6),  # finished
-]
-AT_RENAMES = [
-    Fault(f"{when} a rename of {name}", "kill", 0, count) for name, count in RENAMES for when in ("before", "after")
-]
-ANYWHERE = [
-    Fault(point, "kill", rank, count)
-    for point, count in {
-        "parse": 1,
-        "rendezvous": 1,
-        "met": 1,
-        "load": 1,
-        "claim": 1,
-        "step": 11,
-        "forward": 13,  # two of them warm up
-        "sync point": TINY_STEPS,
-        "after the sync point": 5,
-        "evaluation": 2,
-        "evaluated": 3,
-    }.items()
-    for rank in (0, 1)
-]
-ON_RANK_0 = [
-    Fault("step", "kill", 0, 1),
-    Fault("save", "kill", 0, 1),
-    Fault("saved", "kill", 0, 9),
-    Fault("fsync", "kill", 0, 1),
-    Fault("fsync", "kill", 0, 12),
-    Fault("fsync", "kill", 0, 13),
-    Fault("append", "kill", 0, 1),
-    Fault("append", "kill", 0, TINY_STEPS + 1),  # of metrics.jsonl
-    Fault("results", "kill", 0, 1),
-    Fault("end", "kill", 0, 1),
-]
+# The files that rank 0 renames, each with the occasions that differ: an epoch's end, its row, the end.
+RENAMES = [(name, 1) for name in (".lock.*", "config.yaml", "environment.json", "model.txt", ".rank0", "summary.json")]
+# The third checkpoint is the first that removes an older one.
+RENAMES += [(f"step-{step:09}.pt", 1) for step in (1, 2, 3, TINY_STEPS, ALL_STEPS)] + [("summary.json", 3)]
+RENAMES += [(f"{name}.safetensors", 1) for name in ("predictions", "examples", "model")] + [("summary.json", 6)]
+KILLS = [Fault(point, "kill", rank) for point in ("parse", "rendezvous", "met", "load", "claim") for rank in (0, 1)]
+MIDDLE = {"step": 11, "forward": 13, "sync point": TINY_STEPS, "after the sync point": 5}  # two forward passes warm up
+MIDDLE |= {"evaluation": 2, "evaluated": 3}
+KILLS += [Fault(point, "kill", rank, count) for point, count in MIDDLE.items() for rank in (0, 1)]
+ON_RANK_0 = {"step": [1], "save": [1], "saved": [9], "fsync": [1, 12, 13], "append": [1, TINY_STEPS + 1]}
+ON_RANK_0 |= {"results": [1], "end": [1]}  # the second append is of metrics.jsonl
+KILLS += [Fault(point, "kill", 0, count) for point, counts in ON_RANK_0.items() for count in counts]
+KILLS += [Fault(f"{at} a rename of {name}", "kill", 0, n) for name, n in RENAMES for at in ("before", "after")]
 LAST = Fault("after a rename of summary.json", "kill", 0, 6)
 FEW = [Fault("met", "kill", 0), Fault("forward", "kill", 1, 13)]
 FEW += [Fault("before a rename of step-000000003.pt", "kill", 0, 1)]
+TIERS = [pytest.param(fault, marks=[] if fault in FEW else pytest.mark.slow) for fault in KILLS]
 
 
-def _tier(fault: Fault) -> Any:
-    return pytest.param(fault, id=str(fault), marks=[] if fault in FEW else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("fault", [_tier(fault) for fault in [*ANYWHERE, *ON_RANK_0, *AT_RENAMES]])
+@pytest.mark.parametrize("fault", TIERS, ids=str)
 def test_a_killed_run_continues_to_the_result_of_one_that_was_not(
     fault: Fault, tmp_path: Path, uninterrupted: Path
 ) -> None:
@@ -131,19 +87,6 @@ def test_a_run_killed_while_it_mends_its_records_continues(
     assert wrong(tmp_path, uninterrupted) == []
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_every_second_step_ends_all_the_same(tmp_path: Path, uninterrupted: Path) -> None:
-    for start_ in range(ALL_STEPS // 2 - 1):
-        run = start_tiny(2, tmp_path, [], [Fault("step", "kill", rank=start_ % 2, count=3)])
-        assert run.wait()[start_ % 2] == -signal.SIGKILL
-    assert start_tiny(2, tmp_path).wait() == [0, 0]
-    assert wrong(tmp_path, uninterrupted) == []
-    assert summary(tmp_path)["starts"] == ALL_STEPS // 2
-
-
-# --- A disk that is full, or cannot be written ---------------------------------------------------------------------
-
-
 def test_a_checkpoint_that_does_not_fit_is_tried_again(disk: Disk, tmp_path: Path, uninterrupted: Path) -> None:
     faults = [Fault("save", "fill", 0, 5), Fault("save", "make room", 0, 7)]
     run = start_tiny(2, tmp_path, [], faults, disk=disk)
@@ -153,109 +96,52 @@ def test_a_checkpoint_that_does_not_fit_is_tried_again(disk: Disk, tmp_path: Pat
     assert wrong(disk.seen, uninterrupted) == []
 
 
-@pytest.mark.slow
-def test_a_run_whose_last_checkpoint_does_not_fit_fails_and_continues_when_there_is_room(
-    disk: Disk, tmp_path: Path, uninterrupted: Path
-) -> None:
-    words = ["--checkpoint-every", "1000"]
-    stopped = start_tiny(2, tmp_path, words, [Fault("step", "TERM", 0, 10)], disk=disk)
-    assert stopped.wait() == [75, 75]
-    before = checkpoints(disk.seen)
-    assert list(before) == ["step-000000010.pt"]
-    run = start_tiny(2, tmp_path, words, [Fault("step", "fill", 0, 1)], disk=disk)
-    assert run.wait() == [1, 1]
-    [error] = run.errors()
-    assert error.startswith(
-        f"error: {HOST}: run/checkpoints/step-000000024.pt cannot be written (No space left on device)"
-    )
-    assert "the same command" in error
-    assert summary(disk.seen)["status"] == "failed" and "No space left" in summary(disk.seen)["error"]
-    assert checkpoints(disk.seen) == before
-    (disk.seen / "run" / "ballast").unlink()
-    assert start_tiny(2, tmp_path, words, disk=disk).wait() == [0, 0]
-    assert wrong(disk.seen, uninterrupted) == []
-    assert len(run.noted("steps")) == 10 + 2 * 14
+FULL = "fill to the last byte"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("point", "count", "file"),
+    ("fault", "said"),
     [
-        ("append", 1, "steps.jsonl"),
-        ("evaluation", 1, "metrics.jsonl"),
-        ("evaluation", 2, "summary.json"),
-        ("results", 1, "predictions.safetensors"),
+        (Fault("append", FULL), "run/steps.jsonl cannot be written (No space left on device)"),
+        (Fault("evaluation", FULL, 0, 1), "run/metrics.jsonl cannot be written (No space left on device)"),
+        (Fault("evaluation", FULL, 0, 2), "run/summary.json cannot be written (No space left on device)"),
+        (Fault("save", "fill"), "run/checkpoints/step-000000150.pt cannot be written (No space left on device)"),
+        (Fault("results", FULL), "run/predictions.safetensors cannot be written (No space left on device)"),
+        (Fault("step", "make read-only", 0, 10), "cannot be written (Read-only file system)"),
+        (Fault("results", "make read-only"), "cannot be written (Read-only file system)"),
     ],
+    ids=str,
 )
-def test_a_run_whose_disk_is_full_fails_with_one_message_and_continues_when_there_is_room(
-    point: str, count: int, file: str, disk: Disk, tmp_path: Path
+def test_a_run_that_can_write_no_more_fails_with_one_message_and_continues_when_that_is_mended(
+    fault: Fault, said: str, disk: Disk, tmp_path: Path
 ) -> None:
     words = ["--batch-size", "40", "--checkpoint-every", "1000"]  # an epoch's steps.jsonl is more than a page
     (tmp_path / "whole").mkdir()
     assert start_tiny(2, tmp_path / "whole", words).wait() == [0, 0]
-    run = start_tiny(2, tmp_path, words, [Fault(point, "fill to the last byte", 0, count)], disk=disk)
+    run = start_tiny(2, tmp_path, words, [fault], disk=disk)
     assert run.wait() == [1, 1]
+    assert run.noted("struck") == [str(fault)]
     [error] = run.errors()
-    assert f"run/{file} cannot be written (No space left on device): mend that" in error
-    (disk.seen / "run" / "ballast").unlink()
+    assert f"{said}: mend that, and give the same command again" in error
+    if fault.action == "fill":  # there is room to say so
+        assert summary(disk.seen)["status"] == "failed" and said in summary(disk.seen)["error"]
+    if fault.action == "make read-only":
+        disk.remount("rw")
+    else:
+        (disk.seen / "run" / "ballast").unlink()
     assert start_tiny(2, tmp_path, words, disk=disk).wait() == [0, 0]
     assert wrong(disk.seen, tmp_path / "whole") == []
 
 
-@pytest.mark.slow
-def test_a_folder_that_is_read_only_at_the_start_is_refused_at_once(
-    disk: Disk, tmp_path: Path, uninterrupted: Path
-) -> None:
-    disk.remount("ro")
-    run = start_tiny(2, tmp_path, disk=disk)
-    assert run.wait() == [2, 2]
-    assert run.errors() == [f"error: {HOST}: run: cannot be written (Read-only file system): choose another --runs-dir"]
-    assert not run.noted("steps")
-    disk.remount("rw")
-    stopped = start_tiny(2, tmp_path, [], [Fault("step", "TERM", 1, 10)], disk=disk)
-    assert stopped.wait() == [75, 75]
-    disk.remount("ro")
-    again = start_tiny(2, tmp_path, disk=disk)
-    assert again.wait() == [2, 2] and len(again.errors()) == 2
-    disk.remount("rw")
-    assert start_tiny(2, tmp_path, disk=disk).wait() == [0, 0]
-    assert wrong(disk.seen, uninterrupted) == []
+RAISED = [Fault("step", "raise", 0, 11), Fault("step", "raise", 2, 11), Fault("evaluation", "raise", 0, 1)]
+RAISED += [Fault("evaluated", "raise", 1, 3), Fault("save", "raise", 0, 3), Fault("results", "raise", 0, 1)]
+RAISED_SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in RAISED]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [Fault("step", "make read-only", 0, 10), Fault("results", "make read-only", 0, 1)])
-def test_a_folder_that_becomes_read_only_ends_the_run_which_continues_when_it_is_mended(
-    fault: Fault, disk: Disk, tmp_path: Path, uninterrupted: Path
-) -> None:
-    run = start_tiny(2, tmp_path, [], [fault], disk=disk)
-    assert run.wait() == [1, 1]
-    assert run.noted("struck") == [str(fault)]
-    [error] = run.errors()
-    assert "cannot be written (Read-only file system): mend that, and give the same command again" in error
-    disk.remount("rw")
-    assert start_tiny(2, tmp_path, disk=disk).wait() == [0, 0]
-    assert wrong(disk.seen, uninterrupted) == []
-
-
-# --- An error on one rank ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fault", "ranks"),
-    [
-        (Fault("step", "raise", 1, 11), 2),
-        pytest.param(Fault("step", "raise", 0, 11), 2, marks=pytest.mark.slow),
-        pytest.param(Fault("step", "raise", 2, 11), 3, marks=pytest.mark.slow),
-        pytest.param(Fault("evaluation", "raise", 0, 1), 2, marks=pytest.mark.slow),
-        pytest.param(Fault("evaluated", "raise", 1, 3), 2, marks=pytest.mark.slow),
-        pytest.param(Fault("save", "raise", 0, 3), 2, marks=pytest.mark.slow),
-        pytest.param(Fault("results", "raise", 0, 1), 2, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_an_error_on_one_rank_is_told_once_and_ends_all(
-    fault: Fault, ranks: int, tmp_path: Path, uninterrupted: Path
-) -> None:
+@pytest.mark.parametrize("fault", [Fault("step", "raise", 1, 11), *RAISED_SLOW], ids=str)
+def test_an_error_on_one_rank_is_told_once_and_ends_all(fault: Fault, tmp_path: Path, uninterrupted: Path) -> None:
+    ranks = max(2, fault.rank + 1)
     run = start_tiny(ranks, tmp_path, [], [fault])
     assert run.wait() == [1] * ranks
     assert run.printed().count("RuntimeError: an injected error") == 1
@@ -284,9 +170,6 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_step_named(every_step
     assert all(name < f"step-{step:09}.pt" for name in checkpoints(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     assert all(row["step"] < step for row in rows)
-
-
-# --- Two commands on one folder ------------------------------------------------------------------------------------
 
 
 def test_a_second_command_on_a_run_folder_is_told_who_holds_it(tmp_path: Path, uninterrupted: Path) -> None:
@@ -332,24 +215,15 @@ def test_a_command_that_stood_still_too_long_leaves_the_folder_to_another(
     assert summary(tmp_path)["starts"] == 2
 
 
-# --- Drawn by seed -------------------------------------------------------------------------------------------------
-
-REPLAYED: list[int] = []  # every seed of a run that `soak.py` ever found wrong
-
-
-@pytest.mark.parametrize(
-    ("seed", "faults"),
-    [(9, 4), *(pytest.param(seed, soak.STRUCK, marks=pytest.mark.slow) for seed in REPLAYED)],
-)
-def test_a_run_struck_by_faults_that_are_drawn_ends_as_if_nothing_had(seed: int, faults: int, tmp_path: Path) -> None:
-    soaked = soak.Soak(tmp_path).run(seed, faults)
+def test_a_run_struck_by_faults_that_are_drawn_ends_as_if_nothing_had(tmp_path: Path) -> None:
+    soaked = soak.Soak(tmp_path).run(seed=9, faults=4)
     assert not soaked.failures, "\n".join([*soaked.failures, *soaked.history])
 
 
 @pytest.mark.slow
 def test_faults_drawn_by_seed_leave_no_trace_in_results(tmp_path: Path) -> None:
     said: list[str] = []
-    runs = soak.soak(25, 2, None, tmp_path, said.append)
+    runs = soak.soak(25, 2, tmp_path, said.append)
     assert not any(run.failures for run in runs), "\n".join(said)
     figures = soak.totals(runs)
     assert figures["faults"] >= 25 and figures["steps_committed"] == len(runs) * ALL_STEPS

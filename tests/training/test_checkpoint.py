@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import pickle
-import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,8 @@ from fashion_ddp.training.checkpoint import Checkpoints
 from fashion_ddp.training.recorder import Recorder
 
 pytestmark = pytest.mark.quick
+
+Patch, Screen = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 10, 40)
@@ -120,43 +122,26 @@ def file(path: Path, step: int) -> Path:
     return path / "checkpoints" / f"step-{step:09}.pt"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more, which would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def at_7(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was ended without a word in its second epoch. To be copied."""
-    return Training(tmp_path_factory.mktemp("at") / "run").until(7).path
-
-
-@pytest.fixture(scope="module")
-def at_6(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Everything of the same run, a step earlier."""
-    return Training(tmp_path_factory.mktemp("at") / "run").until(6).everything()
+def at_7(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run that was ended without a word in its second epoch, and everything of it a step earlier."""
+    run = Training(tmp_path_factory.mktemp("at") / "run").until(6)
+    return run.path, (run.everything(), run.until(7))[0]
 
 
 @pytest.fixture
-def run(at_7: Path, tmp_path: Path) -> Path:
-    copied = tmp_path / "run"
-    (copied / "checkpoints").mkdir(parents=True)
-    for path in at_7.rglob("*"):
-        if path.is_file():
-            (copied / path.relative_to(at_7)).write_bytes(path.read_bytes())
-    return copied
+def at_6(at_7: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    return at_7[1]
+
+
+@pytest.fixture
+def run(at_7: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    return shutil.copytree(at_7[0], tmp_path / "run")
 
 
 def of_steps(state: dict[str, Any]) -> dict[str, Any]:
     """What of everything does not depend on the time of day."""
     return {name: state[name] for name in ("step", "ranks", "recorder")}
-
-
-# --- What is saved comes back -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
@@ -169,14 +154,6 @@ def test_what_is_saved_comes_back(optimizer: str, tmp_path: Path) -> None:
     assert first.trainer.step.norms[0].running_mean is not None and first.trainer.step.norms[0].running_mean.any()
 
 
-def test_it_goes_on_as_if_it_had_not_ended(run: Path, tmp_path: Path) -> None:
-    whole = Training(tmp_path / "whole").until(10)
-    Training(run).until(8)
-    parts = Training(run).until(10)
-    assert same(of_steps(parts.everything()), of_steps(whole.everything()))
-    assert (run / "steps.jsonl").read_text() == (tmp_path / "whole" / "steps.jsonl").read_text()
-
-
 def test_the_optimizer_keeps_settings_of_its_own(run: Path) -> None:
     """`fused` depends on the device, so that the saved settings are not taken."""
     state = opened(file(run, 7))
@@ -186,12 +163,6 @@ def test_the_optimizer_keeps_settings_of_its_own(run: Path) -> None:
     assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in fresh.items() if k != "params"}
 
 
-def test_the_last_step_of_an_epoch_leaves_its_evaluation_to_be_done(tmp_path: Path) -> None:
-    Training(tmp_path / "run").until(5)
-    second = Training(tmp_path / "run")
-    assert second.state.epochs() == range(1, 3) and second.state.steps_of(1) == 5 and second.state.steps_of(2) == 0
-
-
 def test_the_newest_two_are_kept_and_nothing_else(run: Path) -> None:
     assert Training(run).names() == ["step-000000006.pt", "step-000000007.pt"]
     (run / "checkpoints" / ".step-000000008.pt.4711").write_bytes(b"half")
@@ -199,7 +170,7 @@ def test_the_newest_two_are_kept_and_nothing_else(run: Path) -> None:
     assert Training(run).until(8).names() == ["step-000000007.pt", "step-000000008.pt"]
 
 
-def test_a_parameter_that_no_loss_reaches_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_that_no_loss_reaches_is_no_fault(tmp_path: Path, monkeypatch: Patch) -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -215,93 +186,102 @@ def test_a_parameter_that_no_loss_reaches_is_no_fault(tmp_path: Path, monkeypatc
     assert same(Training(tmp_path / "run", **given).everything(), first.everything())
 
 
-# --- What is damaged is not used --------------------------------------------------------------------------------
+@pytest.fixture
+def falls_back(run: Path, at_6: dict[str, Any], capsys: Screen) -> Callable[[bytes], str]:
+    """Check that with this as its newest file the run continues from the other, says so once, and keeps this. Returns
+    the warning."""
+
+    def check(content: bytes) -> str:
+        file(run, 7).write_bytes(content)
+        training = Training(run)
+        assert same(of_steps(training.everything()), of_steps(at_6))
+        [said] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line.lower()]
+        assert "step-000000007.pt cannot be used" in said and "an older one is looked for" in said and len(said) < 400
+        assert training.names() == ["step-000000006.pt", "step-000000007.pt.broken"]
+        aside = file(run, 7).with_suffix(".pt.broken")
+        assert aside.read_bytes() == content
+        aside.unlink()
+        return said
+
+    return check
 
 
-def check_falls_back(run: Path, content: bytes, at_6: dict[str, Any], screen: Callable[[], str]) -> str:
-    """With this as its newest file the run continues from the other, says so once, and keeps this. Returns the
-    warning."""
-    file(run, 7).write_bytes(content)
-    training = Training(run)
-    assert same(of_steps(training.everything()), of_steps(at_6))
-    [said] = [line for line in screen().splitlines() if "warning" in line.lower()]
-    assert "step-000000007.pt cannot be used" in said and "an older one is looked for" in said and len(said) < 400
-    assert training.names() == ["step-000000006.pt", "step-000000007.pt.broken"]
-    assert file(run, 7).with_suffix(".pt.broken").read_bytes() == content
-    file(run, 7).with_suffix(".pt.broken").unlink()
-    return said
-
-
-def test_a_cut_file_is_not_used(run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cut_file_is_not_used(run: Path, falls_back: Callable[[bytes], str]) -> None:
     whole = file(run, 7).read_bytes()
     lengths = {0, 1, 31, 32, 33, 64, len(whole) - 33, len(whole) - 32, len(whole) - 31, len(whole) - 1}
-    for length in sorted(lengths | set(range(100, len(whole), len(whole) // 20))):
-        said = check_falls_back(run, whole[:length], at_6, lambda: capsys.readouterr().out)
-        assert "it is damaged" in said
-    check_falls_back(run, whole + b"\0", at_6, lambda: capsys.readouterr().out)
-    check_falls_back(run, bytes(len(whole)), at_6, lambda: capsys.readouterr().out)
+    cut = [whole[:length] for length in sorted(lengths | set(range(100, len(whole), len(whole) // 20)))]
+    assert all("it is damaged" in falls_back(content) for content in [*cut, whole + b"\0", bytes(len(whole))])
 
 
-def test_a_flipped_bit_is_noticed(run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flipped_bit_is_noticed(run: Path, falls_back: Callable[[bytes], str]) -> None:
     whole = file(run, 7).read_bytes()
-    places = {0, 1, len(whole) - 32, len(whole) - 1} | set(range(17, len(whole), len(whole) // 30))
-    for place in sorted(places):
+    for place in sorted({0, 1, len(whole) - 32, len(whole) - 1} | set(range(17, len(whole), len(whole) // 30))):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
-        said = check_falls_back(run, bytes(flipped), at_6, lambda: capsys.readouterr().out)
-        assert "it is damaged" in said
+        assert "it is damaged" in falls_back(bytes(flipped))
 
 
-def other_run(state: dict[str, Any]) -> dict[str, Any]:
-    return state | {"run": state["run"] | {"seed": 43}}
+def changed(state: dict[str, Any], way: tuple[Any, ...], value: Any, remove: bool = False) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    above: Any = state
+    for key in way[:-1]:
+        above = above[key]
+    if remove:
+        del above[way[-1]]
+    else:
+        above[way[-1]] = value
+    return state
 
 
 def later_step(state: dict[str, Any]) -> dict[str, Any]:
-    moved = copy.deepcopy(state)
-    moved["step"]["done"] = moved["recorder"]["step"] = 2 * STEPS + 1
-    moved["timings"]["seconds"] = {"train": [1.0, 1.0], "eval": [1.0, 1.0]}
-    return moved
-
-
-def other_shape(state: dict[str, Any]) -> dict[str, Any]:
-    wide = architectures.build(make_config(BASE | {"hidden_units": 3}), (1, 8, 8), 10)
-    return state | {"step": state["step"] | {"model": wide.state_dict()}}
+    moved = changed(changed(state, ("step", "done"), 2 * STEPS + 1), ("recorder", "step"), 2 * STEPS + 1)
+    return changed(moved, ("timings", "seconds"), {"train": [1.0, 1.0], "eval": [1.0, 1.0]})
 
 
 FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another run": (other_run, "another run"),
-    "another length": (lambda state: state | {"run": state["run"] | {"epochs": 2}}, "another run"),
+    "another run": (lambda state: changed(state, ("run", "seed"), 43), "another run"),
+    "another length": (lambda state: changed(state, ("run", "epochs"), 2), "another run"),
     "a later format": (lambda state: state | {"format": 2}, "this version"),
     "a later step": (later_step, "its step 11"),
-    "another model": (other_shape, "its part 'step'"),
+    "another model": (lambda state: changed(state, ("step", "model"), nn.Linear(2, 2).state_dict()), "its part 'step'"),
+    "a third rank without buffers": (
+        lambda state: state | {"ranks": [*2 * state["ranks"], state["ranks"][0] | {"buffers": []}]},
+        "its part 'ranks'",  # of a rank that this start has not; another may have it
+    ),
     "weights alone": (lambda state: state["step"]["model"], "this version"),
-    "a list": (lambda state: [state], "this version"),
-    "nothing": (lambda state: None, "this version"),
     "a tensor": (lambda state: torch.ones(3), "this version"),
+}
+# What has the right types must fit too.
+SUBTLE: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "a generator that is none": (("ranks", 0, "generator"), torch.zeros(5056, dtype=torch.uint8)),
+    "a step that was not the record's": (("step", "done"), 6),
+    "before the first step": (("step", "done"), 0),
+    "an epoch's seconds too many": (("timings", "seconds"), {"train": [1.0, 1.0], "eval": [1.0, 1.0]}),
+    "an optimizer of another kind": (("step", "optimizer", 0), {"momentum_buffer": torch.zeros(2, 1, 3, 3)}),
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_file_is_not_used(
-    kind: str, run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    forge, why = FOREIGN[kind]
-    content = sealed(forge(opened(file(run, 7))))
-    assert why in check_falls_back(run, content, at_6, lambda: capsys.readouterr().out)
+@pytest.mark.parametrize("kind", [*FOREIGN, *SUBTLE])
+def test_a_foreign_file_is_not_used(kind: str, run: Path, falls_back: Callable[[bytes], str]) -> None:
+    state = opened(file(run, 7))
+    forge, why = FOREIGN[kind] if kind in FOREIGN else (lambda state: changed(state, *SUBTLE[kind]), "")
+    assert why in falls_back(sealed(forge(state)))
 
 
-def test_another_length_is_another_run_where_the_schedule_depends_on_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_start_here_has_not_is_no_fault_of_a_file(run: Path) -> None:
+    before, state = Training(run).everything(), opened(file(run, 7))
+    file(run, 7).write_bytes(sealed(state | {"ranks": 3 * state["ranks"]}))
+    assert Training(run).state.done == 7
+    beside_a_card = changed(state, ("ranks", 0, "cuda_generator"), torch.zeros(16, dtype=torch.uint8))
+    file(run, 7).write_bytes(sealed(beside_a_card))
+    assert same(Training(run).everything(), before)
+
+
+def test_another_length_is_another_run_where_the_schedule_depends_on_it(tmp_path: Path, capsys: Screen) -> None:
     Training(tmp_path / "run", schedule="cosine").until(3)
     assert Training(tmp_path / "run", schedule="cosine").state.done == 3
     assert Training(tmp_path / "run", schedule="cosine", epochs=3).state.done == 0
     assert "it belongs to another run" in capsys.readouterr().out
-
-
-def test_another_length_is_the_same_run_where_nothing_depends_on_it(run: Path) -> None:
-    longer = Training(run, epochs=4)
-    assert longer.state.done == 7 and longer.state.epochs() == range(2, 5)
 
 
 class Code:
@@ -311,32 +291,18 @@ class Code:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("kind", ["a part of the state", "the whole file", "a plain pickle"])
 def test_code_in_a_file_is_not_run(
-    kind: str,
-    run: Path,
-    at_6: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, falls_back: Callable[[bytes], str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickle.dumps(Code()))
-    assert Path("executed").exists()  # so it would run
-    Path("executed").unlink()
-    state = opened(file(run, 7))
+    Path("executed").unlink()  # so it would run
     plain = pickle.dumps(Code(), protocol=2)
-    contents = {
-        "a part of the state": sealed(state | {"recorder": state["recorder"] | {"lr": Code()}}),
-        "the whole file": sealed(Code()),
-        "a plain pickle": plain + hashlib.sha256(plain).digest(),
-    }
-    said = check_falls_back(run, contents[kind], at_6, lambda: capsys.readouterr().out)
-    assert "holds more than data" in said and "weights_only" not in said
-    assert not Path("executed").exists()
-
-
-# --- Everything is checked before anything is changed -----------------------------------------------------------
+    in_a_part = sealed(changed(opened(file(run, 7)), ("recorder", "lr"), Code()))
+    for content in (in_a_part, sealed(Code()), plain + hashlib.sha256(plain).digest()):
+        said = falls_back(content)
+        assert "holds more than data" in said and "weights_only" not in said
+        assert not Path("executed").exists()
 
 
 def nodes(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -365,20 +331,8 @@ def wrong(value: Any) -> Iterator[Any]:
         yield from [True] * (not isinstance(value, bool))
 
 
-def changed(state: dict[str, Any], way: tuple[Any, ...], value: Any, remove: bool = False) -> dict[str, Any]:
-    state = copy.deepcopy(state)
-    above: Any = state
-    for key in way[:-1]:
-        above = above[key]
-    if remove:
-        del above[way[-1]]
-    else:
-        above[way[-1]] = value
-    return state
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys: Screen) -> None:
     good = opened(file(run, 7))
     training = Training(run.with_name("fresh"))
     (training.path / "checkpoints").mkdir()
@@ -403,49 +357,7 @@ def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys:
     assert look(good) == 7
 
 
-SUBTLE: dict[str, tuple[tuple[Any, ...], Any]] = {
-    "a generator that is none": (("ranks", 0, "generator"), torch.zeros(5056, dtype=torch.uint8)),
-    "no rank": (("ranks",), []),
-    "a step that was not the record's": (("step", "done"), 6),
-    "before the first step": (("step", "done"), 0),
-    "an epoch's seconds too many": (("timings", "seconds"), {"train": [1.0, 1.0], "eval": [1.0, 1.0]}),
-    "an optimizer that has done nothing": (("step", "optimizer"), {}),
-    "an optimizer of another kind": (("step", "optimizer", 0), {"momentum_buffer": torch.zeros(2, 1, 3, 3)}),
-}
-
-
-@pytest.mark.parametrize("kind", SUBTLE)
-def test_what_has_the_right_types_must_fit_too(
-    kind: str, run: Path, at_6: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = sealed(changed(opened(file(run, 7)), *SUBTLE[kind]))
-    check_falls_back(run, content, at_6, lambda: capsys.readouterr().out)
-
-
-def test_every_rank_s_part_is_looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also of ranks that this start has not: another start may have them."""
-    state = opened(file(run, 7))
-    mine = state["ranks"][0]
-    file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine | {"buffers": []}]}))
-    assert Training(run).state.done == 6 and "its part 'ranks'" in capsys.readouterr().out
-    file(run, 7).write_bytes(sealed(state | {"ranks": [mine, mine, mine]}))
-    assert Training(run).state.done == 7
-
-
-def test_one_that_was_written_beside_a_card_is_read_without_one(run: Path) -> None:
-    before = Training(run).everything()
-    state = opened(file(run, 7))
-    state["ranks"][0]["cuda_generator"] = torch.zeros(16, dtype=torch.uint8)
-    file(run, 7).write_bytes(sealed(state))
-    assert same(Training(run).everything(), before)
-
-
-# --- Nothing usable is left -------------------------------------------------------------------------------------
-
-
-def test_without_one_that_can_be_used_the_run_begins_again(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_one_that_can_be_used_the_run_begins_again(run: Path, tmp_path: Path, capsys: Screen) -> None:
     file(run, 6).write_bytes(b"")
     file(run, 7).write_bytes(file(run, 7).read_bytes()[:-1])
     again = Training(run)
@@ -460,41 +372,26 @@ def test_without_one_that_can_be_used_the_run_begins_again(
     assert "warning" not in capsys.readouterr().out
 
 
-def test_a_run_without_checkpoints_says_nothing_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Training(tmp_path / "run").state.done == 0 and "warning" not in capsys.readouterr().out
+@pytest.mark.parametrize(("call", "what"), [("read_bytes", "read"), ("replace", "renamed")])
+def test_a_disk_that_is_away_ends_the_start_and_costs_no_checkpoint(
+    call: str, what: str, run: Path, monkeypatch: Patch
+) -> None:
+    content = file(run, 7).read_bytes()
+    if call == "replace":  # of what is broken
+        file(run, 7).write_bytes(b"")
 
+    def away(path: Path, *args: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-def test_a_file_that_cannot_be_read_is_not_taken_for_broken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its disk may be away for a while: to begin anew would throw away what is there."""
-    read = Path.read_bytes
-
-    def away(path: Path) -> bytes:
-        if path.suffix == ".pt":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", away)
-    with pytest.raises(TrainingFailed, match=re.escape("step-000000007.pt cannot be read (Input/output error)")):
-        Training(run)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, away)
+        with pytest.raises(TrainingFailed, match=rf"step-000000007\.pt cannot be {what} \(Input/output error\)"):
+            Training(run)
+    file(run, 7).write_bytes(content)
     assert Training(run).state.done == 7
 
 
-def test_a_broken_file_that_cannot_be_renamed_ends_the_start(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file(run, 7).write_bytes(b"")
-
-    def refuse(path: Path, target: Path) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(TrainingFailed, match=re.escape("step-000000007.pt cannot be renamed (Read-only file system)")):
-        Training(run)
-
-
-# --- A save that fails ------------------------------------------------------------------------------------------
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
+def failing(monkeypatch: Patch, name: str, calls: int) -> None:
     """os.<name> fails for the next so many calls: the disk is full."""
     function, left = getattr(os, name), [calls]
 
@@ -507,29 +404,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
     monkeypatch.setattr(os, name, full)
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_save_that_fails_is_a_warning_and_is_tried_again(
-    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    training = Training(run)
-    failing(monkeypatch, name, 1)
-    training.until(8)
-    out = capsys.readouterr().out
-    assert (
-        out.count("warning") == 1 and "no checkpoint at step 8" in out and out.endswith("(No space left on device)\n")
-    )
-    assert training.names() == ["step-000000006.pt", "step-000000007.pt"]
-    assert Training(run).state.done == 7
-    training.until(9)
-    assert training.names() == ["step-000000007.pt", "step-000000009.pt"] and "warning" not in capsys.readouterr().out
-    training.until(10)
-    whole = Training(tmp_path / "whole").until(10)
-    assert same(of_steps(Training(run).everything()), of_steps(whole.everything()))
-
-
-def test_a_checkpoint_that_cannot_be_removed_harms_nothing(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_that_cannot_be_removed_harms_nothing(run: Path, monkeypatch: Patch, capsys: Screen) -> None:
     training = Training(run)
     with monkeypatch.context() as patch:
 
@@ -545,9 +420,7 @@ def test_a_checkpoint_that_cannot_be_removed_harms_nothing(
 
 
 @pytest.mark.parametrize("last", ["the end", "a stop"])
-def test_a_last_save_that_fails_ends_the_run(
-    last: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_last_save_that_fails_ends_the_run(last: str, run: Path, monkeypatch: Patch, capsys: Screen) -> None:
     training = Training(run).until(9)
     failing(monkeypatch, "replace", 1)
     if last == "a stop":
@@ -557,23 +430,7 @@ def test_a_last_save_that_fails_ends_the_run(
     assert Training(run).state.done == 9 and "warning" not in capsys.readouterr().out
 
 
-def test_a_stop_saves_and_says_where(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(run, checkpoint_every=1000.0)
-    monkeypatch.setattr("fashion_ddp.distributed.signals.stop_requests", lambda: [True, False, False, False, False])
-    with pytest.raises(Stopped, match=r"stopped \(SIGTERM\) and saved in epoch 2, at step 8 of 10"):
-        training.until(10)
-    assert Training(run).state.done == 8
-
-
-def test_no_more_is_saved_than_was_asked_for(tmp_path: Path) -> None:
-    training = Training(tmp_path / "run", checkpoint_every=1000.0).until(9)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert training.until(10).names() == ["step-000000010.pt"]
-
-
-def test_the_record_is_on_the_disk_before_the_checkpoint_that_counts_its_lines(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_record_is_on_the_disk_before_the_checkpoint_that_counts_its_lines(run: Path, monkeypatch: Patch) -> None:
     """Else a machine that dies could lose lines and keep the checkpoint, and the lines would not be written again."""
     training, order = Training(run), []
     (run / "metrics.jsonl").touch()

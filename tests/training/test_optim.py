@@ -55,16 +55,12 @@ def ours(name: str, total: int, warmup: float = 0) -> list[float]:
     return [optim.factor(name, step, total, warmup) for step in range(total)]
 
 
-@pytest.mark.parametrize("total", [1, 2, 3, 4, 7, 10, 100, 1407])
-def test_one_cycle_is_torchs(total: int) -> None:
-    expected = torchs(lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=total, cycle_momentum=False), total)
-    assert ours("one_cycle", total) == pytest.approx(expected, rel=1e-9, abs=1e-15)
-
-
-@pytest.mark.parametrize("total", [1, 2, 10, 1407])
-def test_cosine_is_torchs(total: int) -> None:
-    expected = torchs(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total), total)
-    assert ours("cosine", total) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 1407])
+def test_one_cycle_and_cosine_are_torchs(total: int) -> None:
+    cycle = torchs(lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=total, cycle_momentum=False), total)
+    assert ours("one_cycle", total) == pytest.approx(cycle, rel=1e-9, abs=1e-15)
+    cosine = torchs(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total), total)
+    assert ours("cosine", total) == pytest.approx(cosine, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [2, 5, 60, 99])
@@ -97,18 +93,3 @@ def test_the_schedule_spans_the_run() -> None:
     assert max(rates) == 0.2 == rates[4] and rates[-1] < 0.001
     scaled = make_config({"model": "linear", "batch_size": 256, "lr_scaling": "linear"})
     assert optim.schedule(scaled, steps_per_epoch=7) == [0.2] * 21
-
-
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
-def test_what_a_checkpoint_is_to_hold_is_what_torch_keeps(name: str) -> None:
-    model = nn.Linear(2, 3)
-    cfg = make_config({"optimizer": name, "lr": 0.1})
-    optimizer = optim.build(cfg, model, CPU)
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    kept = optimizer.state_dict()["state"]
-    like = optim.state_like(cfg, optimizer)
-    assert kept.keys() == like.keys()
-    for number, entry in kept.items():
-        shapes = {name: (value.shape, value.dtype) for name, value in entry.items()}
-        assert shapes == {name: (value.shape, value.dtype) for name, value in like[number].items()}

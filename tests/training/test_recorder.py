@@ -54,35 +54,6 @@ def epoch_of(steps: int, seed: int) -> list[Trained]:
     return [Trained(n * draw.uniform(0, 3), draw.randrange(n), n, lr=0.1 / (k + 1)) for k, n in enumerate(rows)]
 
 
-@pytest.mark.parametrize("window", [1, 7, 10_000])
-@pytest.mark.parametrize("steps", [1, 2, 99, 100, 101, 150, 469, 1875])
-def test_points_of_an_epoch_add_up_to_its_figures(steps: int, window: int, folder: Path) -> None:
-    epochs = [epoch_of(steps, seed) for seed in (1, 2)]
-    with recorder(folder) as record:
-        for number, trained in enumerate(epochs, start=1):
-            record.begin_epoch(number, steps)
-            for start in range(0, steps, window):
-                record.steps(trained[start : start + window])
-            record.epoch(SCORES, TIMINGS)
-    run = load_run(folder)
-    for number, (trained, row) in enumerate(zip(epochs, run.metrics, strict=True), start=1):
-        done, images = (number - 1) * steps, sum(t.rows for t in trained)
-        points = [point for point in run.steps if point["epoch"] == number]
-        assert min(steps, 50) <= len(points) <= 100 and points[-1]["step"] == done + steps == row["step"]
-        loss = accuracy = 0.0
-        for point in points:
-            of_point = trained[done - (number - 1) * steps : point["step"] - (number - 1) * steps]
-            rows = sum(t.rows for t in of_point)
-            assert point["loss"] == pytest.approx(sum(t.loss for t in of_point) / rows)
-            assert point["lr"] == of_point[-1].lr
-            loss, accuracy = loss + rows * point["loss"], accuracy + rows * point["accuracy"]
-            done = point["step"]
-        assert row["train/loss"] == pytest.approx(loss / images, rel=1e-12)
-        assert row["train/loss"] == pytest.approx(sum(t.loss for t in trained) / images, rel=1e-12)
-        assert row["train/accuracy"] == pytest.approx(accuracy / images) == sum(t.hits for t in trained) / images
-        assert row == row | {"epoch": number, "lr": trained[-1].lr, "test/loss": 0.5, "test/accuracy": 0.75} | TIMINGS
-
-
 def play(record: Any, epochs: list[list[Trained]], window: int, start: int = 0, stop: int = 10**6) -> None:
     """Record the steps start .. stop - 1 of a run, as training would."""
     steps = len(epochs[0])
@@ -96,6 +67,32 @@ def play(record: Any, epochs: list[list[Trained]], window: int, start: int = 0, 
             record.steps(trained[at : min(at + window, last)])
         if last == steps:
             record.epoch(SCORES, TIMINGS)
+
+
+@pytest.mark.parametrize("window", [1, 7, 10_000])
+@pytest.mark.parametrize("steps", [1, 2, 99, 100, 101, 150, 469, 1875])
+def test_points_of_an_epoch_add_up_to_its_figures(steps: int, window: int, folder: Path) -> None:
+    epochs = [epoch_of(steps, seed) for seed in (1, 2)]
+    with recorder(folder) as record:
+        play(record, epochs, window)
+    run = load_run(folder)
+    for number, (trained, row) in enumerate(zip(epochs, run.metrics, strict=True), start=1):
+        before = done = (number - 1) * steps
+        images = sum(t.rows for t in trained)
+        points = [point for point in run.steps if point["epoch"] == number]
+        assert min(steps, 50) <= len(points) <= 100 and points[-1]["step"] == before + steps == row["step"]
+        loss = accuracy = 0.0
+        for point in points:
+            of_point = trained[done - before : point["step"] - before]
+            rows = sum(t.rows for t in of_point)
+            assert point["loss"] == pytest.approx(sum(t.loss for t in of_point) / rows)
+            assert point["lr"] == of_point[-1].lr
+            loss, accuracy = loss + rows * point["loss"], accuracy + rows * point["accuracy"]
+            done = point["step"]
+        exact = pytest.approx(sum(t.loss for t in trained) / images, rel=1e-12)
+        assert row["train/loss"] == exact == loss / images
+        assert row["train/accuracy"] == pytest.approx(accuracy / images) == sum(t.hits for t in trained) / images
+        assert row == row | {"epoch": number, "lr": trained[-1].lr, "test/loss": 0.5, "test/accuracy": 0.75} | TIMINGS
 
 
 @pytest.mark.parametrize("steps", [3, 150])
@@ -127,61 +124,46 @@ def record_an_epoch(record: Any) -> None:
 
 
 def test_summary_while_running_and_at_the_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = {
-        "time/train_total_s": 4.0,
-        "time/eval_total_s": 1.0,
-        "time/total_s": 9.0,
-        "time/step_p50_ms": float("nan"),
-    }
+    figures = {"time/train_total_s": 4.0, "time/eval_total_s": 1.0, "time/total_s": 9.0}
+    known = {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460}
     lock.acquire(folder)  # else it would read as interrupted
     with recorder(folder, model="cnn", parameters=29_460) as record:
-        assert load_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460}
+        assert load_run(folder).summary == known
         record_an_epoch(record)
         row = load_run(folder).metrics[0]
-        assert (
-            load_run(folder).summary == {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460} | row
-        )
-        assert row["val/accuracy"] == 0.75
-        record.finish(figures, NO_IMAGES)
-    summary = load_run(folder).summary
-    assert summary == {"format": 1, "status": "finished", "model": "cnn", "parameters": 29_460} | row | figures | {
-        "time/step_p50_ms": None
-    }
+        assert load_run(folder).summary == known | row and row["val/accuracy"] == 0.75
+        record.finish(figures | {"time/step_p50_ms": float("nan")}, NO_IMAGES)
+    assert load_run(folder).summary == known | row | figures | {"status": "finished", "time/step_p50_ms": None}
     shown = capsys.readouterr().out
     assert "epoch 1/2" in shown and "test loss 0.5000 accuracy 75.00 %" in shown and str(folder) in shown
 
 
-ENDS: list[tuple[BaseException, dict[str, str]]] = [
-    (TrainingFailed("the loss is nan at step 3"), {"status": "failed", "error": "the loss is nan at step 3"}),
-    (RuntimeError("out of memory"), {"status": "failed", "error": "RuntimeError: out of memory"}),
-    (RuntimeError(), {"status": "failed", "error": "RuntimeError"}),
-    (
-        RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
-        {"status": "failed", "error": "another rank ended before its time; its own words, or its launcher's, tell why"},
-    ),
+# What ends a run -> its status, its error, and what stopped it.
+GONE = "another rank ended before its time; its own words, or its launcher's, tell why"
+ENDS: list[tuple[BaseException, tuple[str, str, str | None]]] = [
+    (TrainingFailed("the loss is nan at step 3"), ("failed", "the loss is nan at step 3", None)),
+    (RuntimeError("out of memory"), ("failed", "RuntimeError: out of memory", None)),
+    (RuntimeError(), ("failed", "RuntimeError", None)),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), ("failed", GONE, None)),
     (
         Stopped("epoch 1", "SIGUSR2"),
-        {
-            "status": "stopped",
-            "error": "stopped (SIGUSR2) and saved in epoch 1: the same command continues",
-            "stopped_by": "SIGUSR2",
-        },
+        ("stopped", "stopped (SIGUSR2) and saved in epoch 1: the same command continues", "SIGUSR2"),
     ),
-    (KeyboardInterrupt(), {"status": "stopped", "error": "KeyboardInterrupt"}),
+    (KeyboardInterrupt(), ("stopped", "KeyboardInterrupt", None)),
 ]
 
 
 @pytest.mark.parametrize("epochs_done", [0, 1])
 @pytest.mark.parametrize(("error", "says"), ENDS, ids=[repr(error) for error, _ in ENDS])
 def test_summary_tells_how_a_run_ended(
-    error: BaseException, says: dict[str, str], epochs_done: int, folder: Path
+    error: BaseException, says: tuple[str, str, str | None], epochs_done: int, folder: Path
 ) -> None:
     with pytest.raises(type(error)), recorder(folder) as record:
         if epochs_done:
             record_an_epoch(record)
         raise error
     summary = load_run(folder).summary
-    assert summary == summary | says and ("stopped_by" in summary) == ("stopped_by" in says)
+    assert tuple(summary.get(name) for name in ("status", "error", "stopped_by")) == says
     assert summary.get("epoch") == (epochs_done or None)
 
 

@@ -61,20 +61,15 @@ def saved_and_restored(clock: StepClock) -> StepClock:
     return later
 
 
-def test_every_step_is_timed_once_and_nothing_else(advance: Callable[[float], None]) -> None:
-    clock = StepClock(CPU)
-    assert clock.first is None
-    take_steps(clock, [[1.0], [2.0, 3.0, 4.0], [5.0]], advance)
-    assert clock.first == 1.0 and clock.seconds == [2.0, 3.0, 4.0, 5.0]
-
-
 @pytest.mark.parametrize("windows", [[[1.0], [2.0, 3.0]], [[1.0, 2.0, 3.0]], [[1.0]]])
-def test_a_process_that_continues_adds_its_steps_but_the_first(
+def test_every_step_is_timed_once_but_the_first_of_a_process_that_continues(
     windows: list[list[float]], advance: Callable[[float], None]
 ) -> None:
     clock = StepClock(CPU)
+    assert clock.first is None
     take_steps(clock, windows, advance)
-    before = clock.seconds[:]
+    before = [seconds for window in windows for seconds in window][1:]
+    assert clock.first == 1.0 and clock.seconds == before
     for later in ([[70.0], [8.0, 9.0]], [[70.0, 8.0, 9.0]]):
         clock = saved_and_restored(clock)
         take_steps(clock, later, advance)
@@ -91,81 +86,65 @@ def test_a_process_that_does_nothing_changes_no_figure(advance: Callable[[float]
     assert clock.first == 1.0 and clock.seconds == pytest.approx([0.1, 0.2, 0.4], rel=1e-6)
 
 
-def timings(train: list[float], evaluation: list[float]) -> Timings:
+def figures_of(images: int, ranks: int, steps: StepClock) -> dict[str, Any]:
+    """Of a run whose epochs trained for 6 s and 2 s."""
     measured = Timings(started=time.time() - 1)
     with measured.measure("train"):
         pass
-    measured.seconds["train"], measured.seconds["eval"] = train, evaluation
-    return measured
-
-
-def test_figures_of_an_epoch_are_the_last_ones() -> None:
-    row = timings([9.0, 2.0], [3.0, 0.5]).of_epoch(images=600)
-    assert row == {"time/train_s": 2.0, "time/eval_s": 0.5, "throughput/images_per_s": 300.0}
+    measured.seconds["train"], measured.seconds["eval"] = [6.0, 2.0], [1.0, 0.5]
+    return measured.of_run(images, ranks, steps)
 
 
 def test_figures_of_the_run_are_over_all_of_it() -> None:
     steps = steps_of([5.0, *np.linspace(0.001, 0.101, 41).tolist()])  # the first is kept apart
-    figures = timings([6.0, 2.0], [1.0, 0.5]).of_run(images=1600, ranks=4, steps=steps)
-    assert figures["time/train_total_s"] == 8.0 and figures["time/eval_total_s"] == 1.5
-    assert figures["throughput/images_per_s"] == 200.0 and figures["throughput/images_per_s_per_rank"] == 50.0
-    assert figures["time/first_step_s"] == 5.0
-    assert figures["time/step_p50_ms"] == pytest.approx(51) and figures["time/step_p95_ms"] == pytest.approx(96)
-    assert 0 < figures["time/startup_s"] <= figures["time/total_s"]  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("count", [3, 4, 10, 100])
-def test_quantiles_lie_among_the_steps(count: int) -> None:
-    steps = np.random.default_rng(count).uniform(0.01, 0.02, count).tolist()
-    expected = np.percentile(1000 * np.array(steps[1:]), [50, 95])
-    for clock in (steps_of(steps), saved_and_restored(steps_of(steps))):
-        figures = timings([1.0], [1.0]).of_run(images=1, ranks=1, steps=clock)
-        assert [figures["time/step_p50_ms"], figures["time/step_p95_ms"]] == pytest.approx(expected.tolist())
+    figures = figures_of(1600, 4, steps)
+    expected = {"time/train_total_s": 8.0, "time/eval_total_s": 1.5, "time/first_step_s": 5.0}
+    expected |= {"throughput/images_per_s": 200.0, "throughput/images_per_s_per_rank": 50.0}
+    expected |= {"time/step_p50_ms": pytest.approx(51), "time/step_p95_ms": pytest.approx(96)}
+    assert figures == figures | expected and 0 < figures["time/startup_s"] <= figures["time/total_s"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_run_of_hardly_any_steps_has_no_quantiles(count: int) -> None:
-    figures = timings([1.0], [1.0]).of_run(images=1, ranks=1, steps=steps_of([0.5] * count))
+    figures = figures_of(1, 1, steps_of([0.5] * count))
     assert figures["time/first_step_s"] == 0.5 and str(figures["time/step_p95_ms"]) == "nan"  # null in summary.json
 
 
 def test_the_seconds_of_all_processes_are_added_up(advance: Callable[[float], None]) -> None:
     """Three processes: the first saves 3 s into its second epoch and is killed later, the second 2 s further on."""
-    first = Timings(started=time.time())
-    advance(10)  # start-up
-    with first.measure("train"):
-        advance(5)
-    with first.measure("eval"):
-        advance(1)
+
+    def spend(timings: Timings, phase: str, seconds: float) -> None:
+        with timings.measure(phase):
+            advance(seconds)
+
+    def start(startup: float, state: dict[str, Any] | None = None) -> Timings:
+        timings = Timings(started=time.time())
+        if state:
+            timings.restore(state)
+        advance(startup)
+        return timings
+
+    first = start(10)
+    spend(first, "train", 5)
+    spend(first, "eval", 1)
     with first.measure("train"):
         advance(3)
         state = saved(first.state())
         advance(50)  # lost: no checkpoint holds it
     assert state["total"] == 19
-
     advance(1000)  # between two processes
-    second = Timings(started=time.time())
-    second.restore(state)
-    advance(20)
+    second = start(20, state)
     with second.measure("train"):
         advance(2)
         state = saved(second.state())
         advance(50)
-
-    third = Timings(started=time.time())
-    third.restore(state)
-    advance(30)
-    with third.measure("train"):
-        advance(4)
-    assert third.of_epoch(images=900) | {"time/eval_s": 1} == {
-        "time/train_s": 3 + 2 + 4, "time/eval_s": 1, "throughput/images_per_s": 100,
-    }  # fmt: skip
-    with third.measure("eval"):
-        advance(1.5)
-    with third.measure("train"):  # an epoch of its own owes nothing to the processes before
-        advance(6)
-    with third.measure("eval"):
-        advance(1)
+    third = start(30, state)
+    spend(third, "train", 4)
+    spend(third, "eval", 1.5)
+    expected = {"time/train_s": 3 + 2 + 4, "time/eval_s": 1.5, "throughput/images_per_s": 100}
+    assert third.of_epoch(images=900) == expected
+    spend(third, "train", 6)  # an epoch of its own owes nothing to the processes before
+    spend(third, "eval", 1)
     figures = third.of_run(images=1, ranks=1, steps=steps_of([1.0]))
     assert third.seconds == {"train": [5, 9, 6], "eval": [1, 1.5, 1]}
     assert figures["time/startup_s"] == 10 + 20 + 30
@@ -174,5 +153,4 @@ def test_the_seconds_of_all_processes_are_added_up(advance: Callable[[float], No
 
 
 def test_memory_is_counted_in_bytes() -> None:
-    held = np.ones(64_000_000, np.uint8)
-    assert held.nbytes < peak_memory_bytes(CPU)
+    assert np.ones(64_000_000, np.uint8).nbytes < peak_memory_bytes(CPU)
