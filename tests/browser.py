@@ -1,6 +1,5 @@
 """A real browser at a page: Chromium without a window, driven over a pipe (Chrome DevTools Protocol)."""
 
-import base64
 import json
 import os
 import subprocess
@@ -15,8 +14,7 @@ class Browser:
 
     def __init__(self, profile: Path):
         there, self.writer = os.pipe()
-        self.reader, back = os.pipe()
-        # Chromium reads commands from file 3 and writes to file 4.
+        self.reader, back = os.pipe()  # Chromium reads commands from file 3 and writes to file 4
         line = ["bash", "-c", f'exec "$@" 3<&{there} 4>&{back}', "bash", *COMMAND, f"--user-data-dir={profile}"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(line, pass_fds=(there, back), **quiet)  # type: ignore[call-overload]
@@ -59,10 +57,6 @@ class Browser:
         message, _, self.waiting = self.waiting.partition(b"\0")
         return json.loads(message)
 
-    def wait_for(self, event: str) -> None:
-        while not any(e.get("method") == event for e in self.events):
-            self.events.append(self._receive())
-
     def open(self, page: Path, width: int = 1280, dark: bool = False) -> None:
         """Show a file, this many pixels wide. A phone's screen has three of its own to each."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 2 if width < 500 else 1, "mobile": width < 500}
@@ -71,7 +65,8 @@ class Browser:
         self("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
         self("Page.navigate", url=page.as_uri())
-        self.wait_for("Page.loadEventFired")
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._receive())
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
@@ -88,8 +83,3 @@ class Browser:
         """What was asked for since the page was opened; pictures that the page itself holds do not count."""
         sent = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
         return [url for url in sent if not url.startswith("data:")]
-
-    def picture(self, to: Path, whole: bool = True) -> None:
-        """A PNG of the page, or of what of it is on the screen."""
-        shot = self("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        to.write_bytes(base64.b64decode(shot["data"]))

@@ -71,24 +71,18 @@ def make_run(
     (path / "config.yaml").write_text(cfg.to_yaml())
     folder = RunFolder(path, finished)
     made_by = {"code": "c0de" * 16, "python": "3.11.2", "torch": "2.15.0", "data": data}
-    start: dict[str, Any] = {
-        "started": "2026-11-21T12:00:00+00:00",
-        "command": ["train.py", "--model", cfg.model],
-        "made_by": made_by,
-    }
-    start |= {"git_commit": "a" * 40, "world_size": ranks, "ranks": [{"host": "box", "device": device}] * ranks}
+    start: dict[str, Any] = {"started": "2026-11-21T12:00:00+00:00", "command": ["train.py", "--model", cfg.model]}
+    start |= {"made_by": made_by, "git_commit": "a" * 40, "world_size": ranks}
+    start |= {"ranks": [{"host": "box", "device": device}] * ranks}
     folder.write_json("environment.json", [start])
     last: dict[str, Any] = {}
     for epoch in range(1, (cfg.epochs if finished else 1) + 1):
-        first = (epoch - 1) * 469
-        steps = [first + s for s in range(5, 470, 5)]
-        losses = [0.4 + 1.8 * np.exp(-s / 150) + 0.05 * np.sin(s * 0.7 + cfg.seed) for s in steps]
-        rows = [
-            {"epoch": epoch, "step": s, "loss": v, "accuracy": 0.8, "lr": cfg.lr}
-            for s, v in zip(steps, losses, strict=True)
-        ]
+        rows = []
+        for step in range((epoch - 1) * 469 + 5, epoch * 469 + 1, 5):
+            loss = 0.4 + 1.8 * np.exp(-step / 150) + 0.05 * np.sin(step * 0.7 + cfg.seed)
+            rows.append({"epoch": epoch, "step": step, "loss": loss, "accuracy": 0.8, "lr": cfg.lr})
         folder.append("steps.jsonl", rows)
-        last = {"epoch": epoch, "step": 469 * epoch, "lr": cfg.lr, "train/loss": losses[-1], "train/accuracy": 0.8}
+        last = {"epoch": epoch, "step": 469 * epoch, "lr": cfg.lr, "train/loss": loss, "train/accuracy": 0.8}
         last |= {"test/loss": 0.47 + 0.1 / epoch, "test/accuracy": accuracy - 0.02 * (cfg.epochs - epoch)}
         last |= {"time/train_s": 4.5, "time/eval_s": 0.25, "throughput/images_per_s": 13333.3}
         folder.append("metrics.jsonl", [last])
@@ -115,7 +109,7 @@ class Page(HTMLParser):
         self.elements: list[str] = []
         self.attributes: list[tuple[str, str]] = []
         self.bold: list[str] = []  # the words in <b>
-        self.in_cell = self.in_figure = self.in_bold = False
+        self.within: set[str] = set()  # the elements that are open
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -127,23 +121,19 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
-            self.in_cell = True
         elif tag == "svg":
             self.drawn.append([])
-            self.in_figure = True
-        self.in_bold = tag == "b"
+        self.within.add(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        self.in_cell = self.in_cell and tag not in ("td", "th")
-        self.in_figure = self.in_figure and tag != "svg"
-        self.in_bold = False
+        self.within.discard(tag)
 
     def handle_data(self, data: str) -> None:
-        if self.in_cell:
+        if self.within & {"td", "th"}:
             self.tables[-1][-1][-1] += data
-        if self.in_bold:
+        if "b" in self.within:
             self.bold.append(data)
-        if self.in_figure and data.strip():
+        if "svg" in self.within and data.strip():
             self.drawn[-1].append(data)
 
 

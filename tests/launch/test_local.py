@@ -18,14 +18,14 @@ from fashion_ddp.config.layers import make_config
 from launch import local, processes
 
 EX_TEMPFAIL = 75
-SMALL = ["--dataset", "synthetic", "--device", "cpu", "--tracker", "none", "--epochs", "2"]
-SMALL += ["--checkpoint-every", "1000"]
+SMALL = ["--dataset", "synthetic", "--device", "cpu", "--tracker", "none", "--epochs", "2", "--checkpoint-every", "999"]
 ONE = [*LOCAL, "--models", "mlp", *SMALL, "--ranks", "2"]
 TWO = [*LOCAL, "--models", "linear", "mlp", *SMALL, "--ranks", "2"]
 
 
-def summary(folder: Path, model: str) -> dict[str, Any]:
-    [path] = folder.glob(f"runs/{model}-*/summary.json")
+def of(folder: Path, model: str, name: str = "summary") -> Any:
+    """The content of a JSON file of a model's run."""
+    [path] = folder.glob(f"runs/{model}-*/{name}.json")
     return json.loads(path.read_text())
 
 
@@ -40,8 +40,7 @@ def steps(folder: Path, model: str) -> list[int]:
 
 def report(folder: Path) -> dict[str, str]:
     """The status of each model's run as the report says."""
-    runs = json.loads((folder / "report" / "report.json").read_text())["runs"]
-    return {run["model"]: run["status"] for run in runs}
+    return {run["model"]: run["status"] for run in json.loads((folder / "report/report.json").read_text())["runs"]}
 
 
 def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_path: Path) -> None:
@@ -52,7 +51,7 @@ def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_
         assert run.wait() == EX_TEMPFAIL, run.printed()
     assert "2 runs of" in run.printed() and "about" in run.printed()
     assert run.printed().count("stopped (") == run.printed().count("the same command continues") == 1
-    assert summary(tmp_path, "mlp")["status"] == "stopped" and saved(tmp_path, "mlp") == [1]
+    assert of(tmp_path, "mlp")["status"] == "stopped" and saved(tmp_path, "mlp") == [1]
     [made] = tmp_path.glob("runs/linear-*/summary.json")
     content = made.read_bytes()
     (tmp_path / "screen").unlink()
@@ -63,6 +62,20 @@ def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_
     assert "report.html" in run.printed().splitlines()[-1]
     assert report(tmp_path) == {"linear": "finished", "mlp": "finished"}
     assert len(list((tmp_path / "runs").iterdir())) == 2  # nothing was kept aside
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """In an empty folder, what launch.local says to flags that it refuses."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            local.main([*flags])
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return call
 
 
 @pytest.mark.quick
@@ -78,32 +91,20 @@ def test_local_stops_continues_compares_and_takes_finished_runs_as_they_are(tmp_
         (("--lr", "-1"), "lr must be greater than 0"),
     ],
 )
-def test_local_refuses_a_mistake_before_any_run(
-    flags: tuple[str, ...],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        local.main(["--dataset", "synthetic", *flags])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_local_refuses_a_mistake_before_any_run(refused: Any, flags: tuple[str, ...], said: str) -> None:
+    error = refused("--dataset", "synthetic", *flags)
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.quick
-def test_a_login_node_of_a_cluster_is_refused_with_the_command_for_the_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "sinfo").write_text("#!/bin/sh\n")
-    (tmp_path / "sinfo").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(SystemExit) as end:
-        local.main(["--models", "linear", "--jobs", "3", "--dataset", "synthetic"])
-    [line] = re.findall(r"`python -m launch.submit (.*?)`", capsys.readouterr().err)
-    assert end.value.code == 2
+def test_a_login_node_of_a_cluster_is_refused_with_the_command_for_the_cluster(refused: Any) -> None:
+    Path("sinfo").write_text("#!/bin/sh\n")
+    Path("sinfo").chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.getcwd(), prepend=os.pathsep)
+        error = refused("--models", "linear", "--jobs", "3", "--dataset", "synthetic")
+    [line] = re.findall(r"`python -m launch.submit (.*?)`", error)
     assert line == "--models linear --recipe blog --seeds 42 --at-once 3 --dataset synthetic"
 
 
@@ -158,7 +159,7 @@ def test_ranks_save_and_end_when_local_is_killed_and_the_same_command_continues(
         run.process.wait()
         run.let_through()
         until_gone(run, pids)
-    assert summary(tmp_path, "mlp")["error"].startswith("stopped (the launcher died)") and saved(tmp_path, "mlp") == [1]
+    assert of(tmp_path, "mlp")["error"].startswith("stopped (the launcher died)") and saved(tmp_path, "mlp") == [1]
     with Started(tmp_path, ONE) as run:
         assert run.wait() == 0
     assert steps(tmp_path, "mlp") == list(range(1, 2 * 94 + 1))
@@ -175,28 +176,23 @@ def test_nothing_is_left_when_local_is_killed_while_it_estimates(tmp_path: Path)
     assert "Traceback" not in run.printed() and not (tmp_path / "runs").exists()
 
 
+GATES = {"import": gate("fashion_ddp.runs.claim", program="launch.local"), "data": gate("load", program="launch.local")}
+GATES |= {"estimate": gate("torch", program="spawned"), "run": gate("sync point")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "where",
-    [
-        gate("fashion_ddp.runs.claim", program="launch.local"),
-        gate("load", program="launch.local"),
-        gate("torch", program="spawned"),
-        gate("sync point"),
-    ],
-    ids=["import", "data", "estimate", "run"],
-)
-def test_ctrl_c_stops_local_wherever_it_is(where: list[Any], tmp_path: Path) -> None:
-    with Started(tmp_path, ONE, where, terminal=True) as run:
+@pytest.mark.parametrize("where", GATES)
+def test_ctrl_c_stops_local_wherever_it_is(where: str, tmp_path: Path) -> None:
+    with Started(tmp_path, ONE, GATES[where], terminal=True) as run:
         run.at_gate()
         run.type(b"\x03")
         run.until(lambda: "interrupted: ends when all is saved" in run.printed())
-        if where[0] == "fashion_ddp.train":
+        if where == "run":
             run.told(2)
         assert run.wait() == EX_TEMPFAIL, run.printed()
     assert "Traceback" not in run.printed() and run.printed().count("interrupted") == 1
     assert run.printed().count("stopped (SIGINT)") == run.printed().count("the same command continues") == 1
-    assert (tmp_path / "runs").exists() == (where[0] == "fashion_ddp.train")
+    assert (tmp_path / "runs").exists() == (where == "run")
 
 
 @pytest.mark.slow
@@ -207,7 +203,7 @@ def test_local_told_between_two_runs_begins_no_other_and_told_in_the_report_fini
         run.told()
         assert run.wait() == EX_TEMPFAIL, run.printed()
     assert "stopped (SIGUSR2) before run 2 of 2: the same command continues" in run.printed()
-    assert summary(tmp_path, "linear")["status"] == "finished" and not list(tmp_path.glob("runs/mlp-*"))
+    assert of(tmp_path, "linear")["status"] == "finished" and not list(tmp_path.glob("runs/mlp-*"))
     with Started(tmp_path, TWO, gate("fashion_ddp.compare:write", program="launch.local")) as run:
         run.at_gate()
         run.process.send_signal(signal.SIGUSR1)
@@ -227,15 +223,14 @@ def test_ranks_under_a_storm_of_signals_from_their_first_moment_to_their_last_st
                         os.kill(pid, number)
             time.sleep(0.001)
         assert run.process.returncode == EX_TEMPFAIL, run.printed()
-    assert summary(tmp_path, "mlp")["error"].startswith("stopped (SIGTERM)") and saved(tmp_path, "mlp") == [1]
+    assert of(tmp_path, "mlp")["error"].startswith("stopped (SIGTERM)") and saved(tmp_path, "mlp") == [1]
     assert "Traceback" not in run.printed()
 
 
 @pytest.mark.slow
 def test_local_goes_on_with_the_next_run_when_a_rank_is_killed(tmp_path: Path) -> None:
-    with Started(
-        tmp_path, [*LOCAL, "--models", "mlp", "linear", *SMALL, "--ranks", "2"], gate("sync point", word="mlp")
-    ) as run:
+    words = [*LOCAL, "--models", "mlp", "linear", *SMALL, "--ranks", "2"]
+    with Started(tmp_path, words, gate("sync point", word="mlp")) as run:
         ranks = run.at_gate(2)
         os.kill(ranks[0], signal.SIGKILL)
         assert run.wait() == 1, run.printed()

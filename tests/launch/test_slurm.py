@@ -27,8 +27,8 @@ from cluster import Cluster, why_impossible
 pytestmark = pytest.mark.slurm
 
 SUBMIT = ("python", "-m", "launch.submit", "--nodes", "2", "--ranks-per-node", "1", "--cpus-per-rank", "1")
-TRAIN = ("--batch-size", "1000", "--epochs", "40", "--checkpoint-every", "0", "--dataset", "synthetic", "--tracker")
-TRAIN += ("none",)
+FREE = ("--dataset", "synthetic", "--tracker", "none")
+TRAIN = ("--batch-size", "1000", "--epochs", "40", "--checkpoint-every", "0", *FREE)
 SLOW = ("--models", "slow:Net", *TRAIN)
 NAME = "slow_Net-blog-seed42-epochs40-batch_size1000-datasetsynthetic"
 
@@ -62,6 +62,7 @@ class Submitted:
     """A run of the slow model (test_submit) on two nodes, from its submission on."""
 
     cwd: Path
+    reference: dict[str, torch.Tensor]  # the weights of the same run, undisturbed
     job: str = ""
     report: str = ""
 
@@ -69,12 +70,11 @@ class Submitted:
     def folder(self) -> Path:
         return self.cwd / "runs" / NAME
 
-    def submit(self, *words: str) -> "Submitted":
-        (self.cwd / "slow.py").write_text(SLOW_MODEL)
+    def submit(self, *words: str) -> None:
         self._read(command(*SUBMIT, *SLOW, *words, cwd=self.cwd))
-        return self
 
     def resubmit(self) -> None:
+        self.hurry()
         self._read(self.status("resubmit"))
 
     def _read(self, done: subprocess.CompletedProcess[str]) -> None:
@@ -127,12 +127,12 @@ class Submitted:
         self.until(lambda: self.state(self.report) in ("COMPLETED", "FAILED"))
         return self.state(self.report) == "COMPLETED"
 
-    def whole(self, reference: dict[str, Any]) -> None:
+    def whole(self) -> None:
         """The run is finished, each of its epochs is recorded once, and its weights are the reference's."""
         assert self.summary()["status"] == "finished", self.log()
         epochs = [json.loads(line)["epoch"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         assert epochs == list(range(1, 41))
-        same(load_file(self.folder / "model.safetensors"), reference)
+        same(load_file(self.folder / "model.safetensors"), self.reference)
 
 
 def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
@@ -157,7 +157,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tenso
     return on_this_machine(folder, 2, "slow:Net", *TRAIN)
 
 
-# --- To the report ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def run(cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path) -> Submitted:
+    """A run that can be submitted."""
+    (tmp_path / "slow.py").write_text(SLOW_MODEL)
+    return Submitted(tmp_path, reference)
 
 
 def test_an_array_of_models_on_two_nodes_to_the_report_equals_the_same_runs_here(
@@ -173,16 +177,14 @@ def test_an_array_of_models_on_two_nodes_to_the_report_equals_the_same_runs_here
     assert all(run["status"] == "finished" and run["world_size"] == 4 for run in report["runs"])
     table = command("python", "-m", "launch.status", cwd=tmp_path).stdout
     assert [line.split()[2] for line in table.splitlines()[1:4]] == ["finished"] * 3
-    for run in (tmp_path / "runs").glob("[!.]*"):
-        [start] = json.loads((run / "environment.json").read_text())
+    for path in tmp_path.glob("runs/[!.]*/environment.json"):
+        [start] = json.loads(path.read_text())
         assert len(start["ranks"]) == 4
-    [run] = (tmp_path / "runs").glob("cnn-*")
-    same(load_file(run / "model.safetensors"), on_this_machine(tmp_path, 4, "cnn", *flags))
+    [weights] = tmp_path.glob("runs/cnn-*/model.safetensors")
+    same(load_file(weights), on_this_machine(tmp_path, 4, "cnn", *flags))
 
 
 # --- Disturbed, and continued -----------------------------------------------------------------------------------------
-
-
 def preempt(_: Submitted) -> None:
     slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
 
@@ -208,77 +210,62 @@ DISTURBED: dict[str, tuple[Callable[[Submitted], Any], str, bool]] = {
 
 
 @pytest.mark.parametrize("what", DISTURBED)
-def test_a_disturbed_run_continues_to_the_same_bits(
-    what: str, cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_a_disturbed_run_continues_to_the_same_bits(what: str, run: Submitted) -> None:
     disturb, partition, by_us = DISTURBED[what]
-    run = Submitted(tmp_path).submit("--partition", partition)
+    run.submit("--partition", partition)
     run.trained()
     disturb(run)
     run.started(2)
     assert run.reported()
-    run.whole(reference)
+    run.whole()
     assert len(run.starts()) == 2 and f"saved in epoch {run.starts()[1]['step'] // 12 + 1}" in run.log()
     assert (f"job {run.job} is queued again" in run.log()) == by_us
     assert " 1 " in run.status().stdout.splitlines()[1]  # one restart
 
 
-def test_a_run_longer_than_its_job_is_continued_by_the_next(
-    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_longer_than_its_job_is_continued_by_the_next(run: Submitted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAUSE", "0.6")  # 5 minutes in all; the job is told after half a minute to one and a half
-    run = Submitted(tmp_path).submit("--time", "3")
+    run.submit("--time", "3")
     run.started(2, patience=240)
     assert run.reported()
-    run.whole(reference)
+    run.whole()
     assert "stopped (SIGUSR2)" in run.log()
 
 
 # --- Ended, and submitted again ---------------------------------------------------------------------------------------
-
-
-def test_a_cancelled_run_is_saved_and_stays_so_until_it_is_resubmitted(
-    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    run = Submitted(tmp_path).submit()
+def test_a_cancelled_run_is_saved_and_stays_so_until_it_is_resubmitted(run: Submitted) -> None:
+    run.submit()
     run.trained()
-    refused = command(*SUBMIT, *SLOW, cwd=tmp_path)
+    refused = command(*SUBMIT, *SLOW, cwd=run.cwd)
     assert refused.returncode == 2 and f"{NAME} is RUNNING (job {run.job})" in refused.stderr
     shown = run.status().stdout
     assert f" {run.job} " in shown and " RUNNING " in shown and " fashion-n[1-2] " in shown
     assert run.status("cancel").returncode == 0
     assert not run.reported()  # it waits for nothing any more, and says what is missing
-    assert "PARTIAL: of 1 runs 1 are not finished" in "".join(
-        path.read_text() for path in tmp_path.glob(f"runs/.submissions/*/{run.report}_*_log.out")
-    )
+    logs = run.cwd.glob(f"runs/.submissions/*/{run.report}_*_log.out")
+    assert any("PARTIAL: of 1 runs 1 are not finished" in log.read_text() for log in logs)
     assert run.summary()["status"] == "stopped" and len(run.starts()) == 1
     assert "stopped (CANCELLED" in run.status().stdout
-    run.hurry()
     run.resubmit()
     assert run.reported()
-    run.whole(reference)
+    run.whole()
     assert run.starts()[1]["step"] > 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_fails_its_run_and_resubmit_continues_it(
-    rank: int, cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    run = Submitted(tmp_path).submit()
+def test_a_rank_that_is_killed_fails_its_run_and_resubmit_continues_it(rank: int, run: Submitted) -> None:
+    run.submit()
     run.trained()
     os.kill(ranks_of(run.cwd, "SLURM_PROCID")[rank], signal.SIGKILL)
     assert not run.reported()
     assert len(run.starts()) == 1 and run.state(run.job) == "FAILED"
     assert NAME in (shown := run.status().stdout) and "(FAILED)" in shown
-    run.hurry()
     run.resubmit()
     assert run.reported()
-    run.whole(reference)
+    run.whole()
 
 
 # --- Not begun --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -289,8 +276,7 @@ def test_a_rank_that_is_killed_fails_its_run_and_resubmit_continues_it(
 def test_what_slurm_would_not_take_is_told_before_anything_is_written(
     words: tuple[str, ...], told: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    given = ("--models", "linear", "--dataset", "synthetic", "--tracker", "none", *words)
-    done = command("python", "-m", "launch.submit", *given, cwd=tmp_path)
+    done = command("python", "-m", "launch.submit", "--models", "linear", *FREE, *words, cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr and "What there is: low: 2 x 4 cores" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
@@ -305,10 +291,10 @@ def test_a_login_node_is_not_trained_on_unless_that_is_meant(cluster: Cluster, t
     assert command(*line, cwd=tmp_path, SLURM_CONF="/nowhere").returncode == 0  # installed, and no cluster
 
 
-def test_nodes_that_do_not_find_each_other_say_so(cluster: Cluster, tmp_path: Path) -> None:
+def test_nodes_that_do_not_find_each_other_say_so(cluster: Cluster, run: Submitted) -> None:
     cluster.name_nodes(False)
     try:
-        run = Submitted(tmp_path).submit()
+        run.submit()
         assert not run.reported()
     finally:
         cluster.name_nodes(True)
@@ -317,36 +303,30 @@ def test_nodes_that_do_not_find_each_other_say_so(cluster: Cluster, tmp_path: Pa
 
 
 # --- Without Submitit, and without accounting -------------------------------------------------------------------------
-
-
-def test_a_script_without_submitit_is_requeued_to_the_same_bits(
-    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    run = Submitted(tmp_path)
-    (tmp_path / "slow.py").write_text(SLOW_MODEL)
+def test_a_script_without_submitit_is_requeued_to_the_same_bits(run: Submitted) -> None:
     options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--output=log")
     script = (str(CHECKOUT / "slurm" / "train.sbatch"), "--model", "slow:Net", "--device", "cpu", *TRAIN)
     environment = f"--export=ALL,PYTHON={sys.executable},PYTHONPATH={CHECKOUT}"
-    said = slurm("sbatch", f"--chdir={tmp_path}", environment, *options, *script)
-    run.job = said.split()[-1]
+    run.job = slurm("sbatch", f"--chdir={run.cwd}", environment, *options, *script).split()[-1]
     run.trained()
     slurm("scancel", "--signal=USR1", run.job)  # saved, and queued again by the first rank
     run.until(lambda: len(run.starts()) == 2)
     slurm("scontrol", "requeue", run.job)  # by SLURM, at a point of its start
     run.started(3)
     run.until(lambda: run.state(run.job) == "COMPLETED")
-    run.whole(reference)
-    assert f"job {run.job} is queued again" in (tmp_path / "log").read_text()
+    run.whole()
+    assert f"job {run.job} is queued again" in (run.cwd / "log").read_text()
 
 
 def test_without_accounting_the_folders_tell_how_it_ended(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_MODEL)
     for _ in make_cluster(accounting=False):
-        run = Submitted(tmp_path).submit()
+        run = Submitted(tmp_path, {})
+        run.submit()
         run.trained()
         slurm("scancel", run.job)
         run.until(lambda: not slurm("squeue", "-h").strip())
         assert " stopped " in (shown := run.status().stdout) and "CANCELLED" not in shown
-        run.hurry()
         run.resubmit()
         run.until(lambda: not slurm("squeue", "-h").strip())
         assert " finished " in run.status().stdout

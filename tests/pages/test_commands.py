@@ -28,6 +28,8 @@ PAGES.remove("docs/change.md")
 PROGRAMS = ["python", "python3", "make", "accelerate", "torchrun", "sbatch", "srun", "wandb", "pip", "uv", "source"]
 PROGRAMS += ["export", "tail", "git", "apt-get"]
 RUN = "runs/cnn-blog-seed42"  # the finished run that the pages speak of
+PICTURE = {"RUN": RUN, "IMAGE...": "boot.jpg"}
+ONE_CASE = "--cases linear-10 --recipes blog"
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,14 @@ class Never:
     why: str
 
 
+SLURM, SETUP = "tests/launch/test_slurm.py", "tests/setup/test_setup.py"
 BRIEFLY = "--epochs 1 --tracker none"
 SMALL = f"--dataset ./mine {BRIEFLY}"
 TRAIN = f"{SMALL} --fresh"
 SHORT = f"--device cpu {SMALL}"
-PROGRAMS_NAMED = [
-    r"accelerate launch( --cpu| --num_processes 2)?",
-    r"torchrun -n2",
-    r"sbatch --test-only",
-    r"wandb sync",
-    r"nohup python -m \.\.\.",
-    r"python -m (fashion_ddp\.(train|push|predict)|launch\.submit( --sweep)?)",
-    r'python -c "import package\..*',
-    r"git pull",
-    r"uv python install \S+",
-    r"export( [A-Z0-9_]+=\S+)+",
-]
+PROGRAMS_NAMED = [r"accelerate launch( --cpu| --num_processes 2)?", "torchrun -n2", "sbatch --test-only", "wandb sync"]
+PROGRAMS_NAMED += [r"nohup python -m \.\.\.", r'python -c "import package\..*', "git pull", r"export( [A-Z0-9_]+=\S+)+"]
+PROGRAMS_NAMED += [r"python -m (fashion_ddp\.(train|push|predict)|launch\.submit( --sweep)?)", r"uv python install \S+"]
 
 # The first that matches the whole command counts.
 COMMANDS: list[tuple[str, Here | There | Never]] = [
@@ -87,10 +81,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"make compare (SEEDS|GPUS|JOBS|RANKS|FORCE)=.*", Here(SHORT, "MODELS=linear")),
     (r"(make compare|python -m launch\.local).*", Here(SHORT)),
     # What a reader does with runs and data
-    (
-        r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict )\b.*",
-        Here(instead={"RUN": RUN, "IMAGE...": "boot.jpg"}),
-    ),
+    (r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict )\b.*", Here(instead=PICTURE)),
     (r"pip install wandb-workspaces|.* --saved-report", There("tests/tracking/test_push.py", "--saved-report")),
     (r"python -m fashion_ddp\.push .*", Here(env={"WANDB_MODE": "offline"})),
     (r"(accelerate launch|python) -m fashion_ddp\.check", Here()),
@@ -98,35 +89,26 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"wandb login", Never("needs an account; without one: tests/tracking/test_mirror.py")),
     (r"python -m pytest tests/test_gpu\.py|python benchmarks/bench\.py --device cuda", Never("needs an NVIDIA card")),
     # Setting up
-    (r"make setup.*", There("tests/setup/test_setup.py", "test_make_setup_on_a_fresh_machine")),
+    (r"make setup.*", There(SETUP, "test_make_setup_on_a_fresh_machine")),
     (r"source \.venv/bin/activate", Here("&& python -c 'import fashion_ddp'")),
-    (r"pip install -e \.", There("tests/setup/test_setup.py", "test_make_setup_on_a_fresh_machine")),  # its last step
+    (r"pip install -e \.", There(SETUP, "test_make_setup_on_a_fresh_machine")),  # its last step
     (r"export FASHION_DDP_DATA_DIR=\.\./shared/data", Here("&& python -m fashion_ddp.data")),
     (r"apt-get install python3-venv", There(".ci/run", "python3-venv")),
     (r"apt-get install slurmctld .*", There(".ci/run", "slurmctld slurmd slurm-client slurmdbd munge mariadb-server")),
     # A cluster
-    (
-        r"python -m launch\.submit --models cnn --gpus-per-node 8",
-        There("tests/launch/test_slurm.py", '"--gpus-per-node", "8"'),
-    ),
+    (r"python -m launch\.submit --models cnn --gpus-per-node 8", There(SLURM, '"--gpus-per-node", "8"')),
     (r"python -m launch\.submit .*--(gpus-per-node|nodes|sweep) .*", Here("--dry-run --dataset synthetic")),
-    (
-        r"python -m launch\.status( cancel .*| resubmit)",
-        There("tests/launch/test_slurm.py", "test_a_cancelled_run_is_saved"),
-    ),
+    (r"python -m launch\.status( cancel .*| resubmit)", There(SLURM, "test_a_cancelled_run_is_saved")),
     (r"python -m launch\.status", Here()),
-    (r"(PYTHON=\S+ )?sbatch .*slurm/train\.sbatch .*", There("tests/launch/test_slurm.py", '"slurm" / "train.sbatch"')),
-    (r"sbatch --partition=high .*", There("tests/launch/test_slurm.py", "def preempt(")),
+    (r"(PYTHON=\S+ )?sbatch .*slurm/train\.sbatch .*", There(SLURM, '"slurm" / "train.sbatch"')),
+    (r"sbatch --partition=high .*", There(SLURM, "def preempt(")),
     (r"tail -n 1 fashion_ddp-19\.log", Never("shows what the command above it printed")),
-    (r"python3 slurm/cluster/cluster\.py (up|down) .*", There("tests/launch/test_slurm.py", "def make_cluster(")),
+    (r"python3 slurm/cluster/cluster\.py (up|down) .*", There(SLURM, "def make_cluster(")),
     # Developing
     (r"make (test|test-all|lint)", There(".ci/run")),
-    (r"make test-quick", There("tests/setup/test_setup.py", '"make", "test-quick"')),
+    (r"make test-quick", There(SETUP, '"make", "test-quick"')),
     (r"make soak.*", Here(variables="N=2")),
-    (
-        r"make bench",
-        Here("--cases linear-10 --recipes blog --repeats 1 --epochs 1", 'PARTS="--cases linear-10 --recipes blog"'),
-    ),
+    (r"make bench", Here(f"{ONE_CASE} --repeats 1 --epochs 1", f'PARTS="{ONE_CASE}"')),
     (r"make bench-scaling", Here("--cases linear-10 --ranks 1 2 --kinds strong --repeats 1")),
     (r"make lock", Never("asks the registry, and changes the locks")),
     (r"\.venv/bin/pre-commit install", Here()),
@@ -179,12 +161,8 @@ def how(typed: str) -> Here | There | Never | None:
 @pytest.mark.parametrize("typed", SHOWN)
 def test_a_command_has_its_test(typed: str) -> None:
     way = how(typed)
-    if way is None:
-        pytest.fail(
-            f"{SHOWN[typed]} shows `{typed}`, and nothing runs it: add it to COMMANDS in {Path(__file__).name}, with "
-            "how it is run, the test that runs it, or why none can. Where it is no command, mark its block as ```text",
-            pytrace=False,
-        )
+    said = f"{SHOWN[typed]} shows `{typed}`, and nothing runs it: add it to COMMANDS in {Path(__file__).name}, with how"
+    assert way, f"{said} it is run, the test that runs it, or why none can; mark as ```text what is no command"
     if isinstance(way, There):
         assert (way.name or typed) in (CHECKOUT / way.file).read_text()
 
@@ -202,8 +180,6 @@ def test_flags_are_understood(typed: str) -> None:
 
 
 # --- Run --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout as its reader has it after a while."""
@@ -216,13 +192,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(["git", "init", "--quiet"], cwd=place, check=True)
     (place / ".venv").symlink_to(sys.prefix)
     random = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for name in ("boot", "shirt"):
-            folder = place / "mine" / part / name
-            folder.mkdir(parents=True)
-            for number in range(20):
-                pixels = random.integers(0, 256, (28, 28), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+    for folder in (place / "mine" / part / name for part in ("train", "test") for name in ("boot", "shirt")):
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.fromarray(random.integers(0, 256, (28, 28), np.uint8)).save(folder / f"{number}.png")
     for name in ("boot.jpg", "shirt.png"):
         Image.fromarray(random.integers(0, 256, (60, 40, 3), np.uint8)).save(place / name)
     for line in (

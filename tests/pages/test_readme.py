@@ -42,10 +42,10 @@ def test_a_page_stays_short(page: str, lines: int) -> None:
     assert len((CHECKOUT / f"{page}.md").read_text().splitlines()) <= lines
 
 
-@pytest.mark.parametrize(
-    ("program", "page"),
-    [("scaling_model.py", "scaling.md"), ("page.py scaling", "scaling.md"), ("page.py", "performance.md")],
-)
+PRINTED = {"scaling_model.py": "scaling.md", "page.py scaling": "scaling.md", "page.py": "performance.md"}
+
+
+@pytest.mark.parametrize(("program", "page"), PRINTED.items())
 def test_what_a_program_prints_stands_in_its_page(program: str, page: str) -> None:
     name, *words = program.split()
     line = [sys.executable, str(CHECKOUT / "benchmarks" / name), *words]

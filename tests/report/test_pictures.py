@@ -30,9 +30,8 @@ def test_a_png_holds_the_pixels(shape: tuple[int, ...]) -> None:
 
 def test_images_become_pixels_of_a_bounded_size() -> None:
     random = np.random.default_rng(0)
-    grey, coloured, large = (
-        random.integers(0, 256, size=shape, dtype=np.uint8) for shape in ((1, 28, 28), (3, 32, 32), (3, 224, 160))
-    )
+    shapes = ((1, 28, 28), (3, 32, 32), (3, 224, 160))
+    grey, coloured, large = (random.integers(0, 256, size=shape, dtype=np.uint8) for shape in shapes)
     assert np.array_equal(as_pixels(grey), grey[0])
     assert np.array_equal(as_pixels(coloured)[..., 2], coloured[2])
     assert as_pixels(large).shape == (56, 40, 3) and max(as_pixels(large).shape) <= LARGEST

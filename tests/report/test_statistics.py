@@ -8,18 +8,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
-from fashion_ddp.report.statistics import (
-    RESAMPLES,
-    bootstrap,
-    calibration_error,
-    f1_by_class,
-    holm,
-    mcnemar,
-    percentile_interval,
-    t_interval,
-    t_quantile,
-    wilson,
-)
+from fashion_ddp.report import statistics
 from fashion_ddp.runs.reading import softmax
 
 pytestmark = pytest.mark.quick
@@ -32,8 +21,8 @@ pytestmark = pytest.mark.quick
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson(hits: int, n: int, low: float, high: float) -> None:
-    assert wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert statistics.wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+    assert statistics.wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 # The t table of any textbook, two-sided 95 %.
@@ -42,33 +31,31 @@ T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.22
 
 @pytest.mark.parametrize(("df", "quantile"), T_TABLE.items())
 def test_t_quantile(df: int, quantile: float) -> None:
-    assert t_quantile(df) == pytest.approx(quantile, abs=5e-4)
+    assert statistics.t_quantile(df) == pytest.approx(quantile, abs=5e-4)
 
 
 def test_t_interval_of_student_s_own_example() -> None:
     # Hours of sleep gained (Student 1908); the interval is that of R's help for t.test, on its data set "sleep".
     gained = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
-    assert t_interval(gained) == pytest.approx((0.7001142, 2.4598858), abs=5e-8)
+    assert statistics.t_interval(gained) == pytest.approx((0.7001142, 2.4598858), abs=5e-8)
 
 
 def test_mcnemar_of_a_published_table() -> None:
     # M. P. Fay, "Exact McNemar's test and matching confidence intervals" (vignette of R's exact2x2): 2 against 9.
-    assert mcnemar(2, 9) == mcnemar(9, 2) == pytest.approx(0.06543, abs=5e-6)
+    assert statistics.mcnemar(2, 9) == statistics.mcnemar(9, 2) == pytest.approx(0.06543, abs=5e-6)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(0, 0), (0, 1), (0, 6), (5, 5), (5, 6), (3, 40), (260, 300), (900, 1100)]
-)
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (5, 5), (5, 6), (3, 40), (900, 1100)])
 def test_mcnemar_is_the_binomial_sum(first: int, second: int) -> None:
     n = first + second
     tail = sum(Fraction(math.comb(n, k), 2**n) for k in range(min(first, second) + 1))
-    assert mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-9)
+    assert statistics.mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-9)
 
 
 def test_holm_of_a_published_example() -> None:
     # The example of Wikipedia's "Holm-Bonferroni method": at 0.05 the fourth and the first are rejected, no other.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
 
 
 def answers() -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,14 +73,14 @@ def test_calibration_error_is_torchmetrics() -> None:
     probabilities = softmax(logits.numpy())
     correct = (logits.argmax(1) == labels).numpy()
     theirs = multiclass_calibration_error(torch.from_numpy(probabilities), labels, num_classes=10, n_bins=15)
-    assert calibration_error(probabilities.max(axis=1), correct) == pytest.approx(theirs.item(), abs=1e-6)
+    assert statistics.calibration_error(probabilities.max(axis=1), correct) == pytest.approx(theirs.item(), abs=1e-6)
 
 
 def test_calibration_error_by_hand() -> None:
     # Two bins are used: 0.9 with half right (gap 0.4, 2 of 4 images), 0.55 with all right (gap 0.45, 2 of 4).
     confidence, correct = np.array([0.9, 0.9, 0.55, 0.55]), np.array([True, False, True, True])
-    assert calibration_error(confidence, correct) == pytest.approx(0.5 * 0.4 + 0.5 * 0.45)
-    assert calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
+    assert statistics.calibration_error(confidence, correct) == pytest.approx(0.5 * 0.4 + 0.5 * 0.45)
+    assert statistics.calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
 
 
 def test_f1_is_torchmetrics() -> None:
@@ -102,20 +89,17 @@ def test_f1_is_torchmetrics() -> None:
     counts = np.zeros((10, 10), dtype=int)
     np.add.at(counts, (labels.numpy(), predicted.numpy()), 1)
     theirs = multiclass_f1_score(predicted, labels, num_classes=10, average=None)
-    assert f1_by_class(counts) == pytest.approx(theirs.numpy(), abs=1e-6)
-
-
-def test_f1_of_a_class_that_is_never_seen_is_0() -> None:
-    assert f1_by_class(np.array([[3, 0], [0, 0]])).tolist() == [1, 0]
+    assert statistics.f1_by_class(counts) == pytest.approx(theirs.numpy(), abs=1e-6)
+    assert statistics.f1_by_class(np.array([[3, 0], [0, 0]])).tolist() == [1, 0]  # of a class that is never seen: 0
 
 
 def test_bootstrap_agrees_with_the_normal_interval_of_a_paired_difference() -> None:
     random = np.random.default_rng(3)
     first = random.random(10_000) < 0.86
     second = np.where(random.random(10_000) < 0.1, random.random(10_000) < 0.5, first)  # mostly right together
-    resampled = bootstrap(np.stack([first, second]), [[0], [1]])
-    assert resampled.shape == (RESAMPLES, 2)
-    low, high = percentile_interval(resampled[:, 0] - resampled[:, 1])
+    resampled = statistics.bootstrap(np.stack([first, second]), [[0], [1]])
+    assert resampled.shape == (statistics.RESAMPLES, 2)
+    low, high = statistics.percentile_interval(resampled[:, 0] - resampled[:, 1])
     difference = first.astype(float) - second
     half = 1.96 * difference.std() / 100
     assert (low, high) == pytest.approx((difference.mean() - half, difference.mean() + half), abs=0.1 * half)
@@ -124,8 +108,8 @@ def test_bootstrap_agrees_with_the_normal_interval_of_a_paired_difference() -> N
 def test_bootstrap_pairs_images_and_draws_runs() -> None:
     random = np.random.default_rng(4)
     runs = random.random((4, 2_000)) < np.array([0.9, 0.9, 0.5, 0.7])[:, None]
-    resampled = bootstrap(runs, [[0], [0], [2, 3]])
+    resampled = statistics.bootstrap(runs, [[0], [0], [2, 3]])
     assert np.array_equal(resampled[:, 0], resampled[:, 1])  # the same images for each
-    low, high = percentile_interval(resampled[:, 2])
+    low, high = statistics.percentile_interval(resampled[:, 2])
     assert low < 0.55 and high > 0.65  # another pair of seeds might have been 0.5 twice, or 0.7 twice
-    assert np.array_equal(resampled, bootstrap(runs, [[0], [0], [2, 3]]))  # the same report from the same runs
+    assert np.array_equal(resampled, statistics.bootstrap(runs, [[0], [0], [2, 3]]))  # the same each time
