@@ -66,8 +66,7 @@ compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 
 # Tests wait for processes more than they compute, so two run at once. No more: they start up to four ranks, of a
-# gigabyte each. Each process begins at its end of the list, and takes of the other's when it is done. SLURM's tests have
-# one cluster; they come first, so that the end is the count of all others.
+# gigabyte each. A process that is done takes over tests of the other. SLURM's tests have one cluster.
 AT_ONCE := -n 2 --dist worksteal
 test: setup
 	$(RUN) pytest $(AT_ONCE) -m "not slow and not slurm"
@@ -75,8 +74,8 @@ test: setup
 test-quick: setup
 	$(RUN) pytest $(AT_ONCE) -m quick
 
-test-all: test-slurm
-	$(RUN) pytest $(AT_ONCE) -m "not slurm"
+test-all: test test-slurm
+	$(RUN) pytest $(AT_ONCE) -m "slow and not slurm"
 
 test-slurm: setup
 	$(RUN) pytest -m slurm

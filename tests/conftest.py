@@ -148,7 +148,7 @@ def _receive(answer: Any) -> tuple[Any, str | None]:
         return None, "died without an answer"
 
 
-def command(*words: str, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def command(*words: str, cwd: Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment by name, or this Python's `-m`, as a user would; its output as text."""
     program = Path(sys.executable).parent / words[0]
     line = [str(program) if program.exists() else words[0], *words[1:]]
@@ -171,7 +171,7 @@ def _as_main(module: str, words: tuple[str, ...], cwd: Path, env: dict[str, str]
         atexit._run_exitfuncs()  # as a Python of its own would, and not one that multiprocessing started
 
 
-def forked(module: str, *words: str, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def forked(module: str, *words: str, cwd: Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
     """What `python -m module words` does, in a process of its own that has torch loaded: it starts seconds sooner."""
     surroundings = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | env
     with tempfile.TemporaryDirectory() as folder:

@@ -229,7 +229,7 @@ class Ranks:
                 with contextlib.suppress(ProcessLookupError):  # it has ended since
                     os.kill(process.pid, number)
 
-    def wait(self, timeout: float = 120.0, patience: float = 20.0) -> list[int]:
+    def wait(self, timeout: float = 300.0, patience: float = 20.0) -> list[int]:
         """The ranks' exit codes; -n where signal n killed it. As launchers do, a rank that fails ends the others:
         asked first, killed when `patience` is over."""
         limit, kill = time.monotonic() + timeout, float("inf")

@@ -155,7 +155,7 @@ class Started:
             time.sleep(0.5)
         self.until(lambda: "interrupted twice" in self.printed())
 
-    def until(self, true: Callable[[], Any], timeout: float = 120.0) -> Any:
+    def until(self, true: Callable[[], Any], timeout: float = 300.0) -> Any:
         """Wait until `true` returns something true, and return that."""
         end = time.monotonic() + timeout
         while not (found := true()):
@@ -183,7 +183,7 @@ class Started:
     def let_through(self) -> None:
         (self.folder / ".let_through").touch()
 
-    def wait(self, timeout: float = 120.0) -> int:
+    def wait(self, timeout: float = 300.0) -> int:
         """Open the gate, wait for the command's end, and return its exit code."""
         self.let_through()
         self.until(lambda: self.process.poll() is not None, timeout)
