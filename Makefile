@@ -8,7 +8,7 @@
 ## make bench         how much faster than the tutorials' loop, and where a step's time goes (hours; ARGS=, PARTS= shorten)
 ## make bench-scaling what 2 and 4 ranks bring on this machine
 ## make lint          ruff check, ruff format --check, mypy
-## make lock          resolve the two locks anew (CONTRIBUTING.md says when)
+## make lock          resolve the two locks anew (docs/design.md says when)
 ## make clean         remove caches; never runs, data or the environment
 ##
 ## Variables, as in `make compare MODELS=cnn SEEDS="1 2 3"`:
