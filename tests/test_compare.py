@@ -19,6 +19,9 @@ from fashion_ddp.report.text import markdown_text
 from fashion_ddp.report.tutorials import FIGURES
 from fashion_ddp.runs import lock
 
+MISTAKES = {"nowhere": "nowhere: no run folder there", "damaged": "damaged/predictions.safetensors"}
+MISTAKES |= {"runs --ot x": "--ot", "runs --out runs/one/config.yaml": "--out"}
+
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
@@ -44,6 +47,7 @@ def test_four_files_agree(tmp_path: Path, runs: Path, report: Any) -> None:
     r = report()
     assert r.column("model") == ["cnn", "mlp", "linear", "relu"]
     by_model = {run["model"]: run for run in r.json["runs"]}
+    scalars = {key for run in r.json["runs"] for key, value in run.items() if not isinstance(value, dict | list)}
     intervals = {row["runs"][0]: row["interval"] for row in r.json["rows"]}
     for row in r.page.tables[0][1:]:
         cells = dict(zip(r.page.tables[0][0], row, strict=True))
@@ -59,20 +63,13 @@ def test_four_files_agree(tmp_path: Path, runs: Path, report: Any) -> None:
         assert f"| {' | '.join(markdown_text(cell) for cell in row)} |\n" in r.markdown
         printed = [re.split(r" {2,}", line.strip()) for line in r.printed.splitlines()]
         assert any(line[0] == row[0] and set(line) < set(row) for line in printed if len(line) == 10)
+        assert json.loads((runs / run["name"] / "summary.json").read_text()).items() <= run.items()
+        assert run["path"] == r.csv[run["name"]]["path"] == str(runs / run["name"])
+        assert set(r.csv[run["name"]]) == scalars
         assert float(r.csv[run["name"]]["test/accuracy"]) == run["test/accuracy"]
     assert r.printed.splitlines()[-1] == f"report: {tmp_path / 'report' / 'report.html'}"
     for text in (r.text, r.markdown, r.printed):  # each run was alone
         assert "shared" not in text and "at once" not in text
-
-
-def test_json_keeps_the_summary_and_csv_its_scalars(runs: Path, report: Any) -> None:
-    run = make_run(runs / "one", model="linear")
-    r = report()
-    summary = json.loads((run / "summary.json").read_text())
-    assert {key: r.runs["one"][key] for key in summary} == summary
-    scalars = {key for key, value in r.runs["one"].items() if not isinstance(value, dict | list)}
-    assert set(r.csv["one"]) == scalars
-    assert r.runs["one"]["path"] == str(run) and r.csv["one"]["path"] == str(run)
 
 
 @pytest.mark.quick
@@ -193,8 +190,10 @@ def test_a_relu_class_may_be_alive_and_never_predicted(runs: Path, report: Any) 
 
 @pytest.mark.quick
 def test_unfinished_and_failed_runs_are_listed_not_ranked(runs: Path, report: Any) -> None:
-    make_run(runs / "good", model="linear")
     make_run(runs / "bad", model="cnn", status="failed", summary={"error": "TrainingFailed: loss is nan | step 12"})
+    r = report()
+    assert "None of 1 run is finished" in r.html and r.json["rows"] == [] and "failed" in r.printed
+    make_run(runs / "good", model="linear")
     make_run(runs / "halted", model="mlp", status="stopped")
     make_run(runs / "gone", model="relu", status="running")  # killed: no process holds its folder
     going = lock.acquire(make_run(runs / "going", model="relu", status="running"))
@@ -210,12 +209,6 @@ def test_unfinished_and_failed_runs_are_listed_not_ranked(runs: Path, report: An
     assert "loss is nan" in r.markdown and "loss is nan" in r.printed
     assert set(r.runs) == {"good", "bad", "halted", "gone", "going", "empty"}
     assert [row["runs"] for row in r.json["rows"]] == [["good"]]
-
-
-def test_no_finished_run(runs: Path, report: Any) -> None:
-    make_run(runs / "bad", model="cnn", status="failed")
-    r = report()
-    assert "None of 1 run is finished" in r.html and r.json["rows"] == [] and "failed" in r.printed
 
 
 def test_a_figure_that_is_not_finite_is_said_so_and_ranks_last(runs: Path, report: Any) -> None:
@@ -269,9 +262,10 @@ def test_names_are_escaped_everywhere(runs: Path, report: Any) -> None:
     assert "<b>" not in r.markdown and "<img" not in r.markdown and name in r.runs
 
 
-def test_the_page_needs_no_other_file(runs: Path, report: Any) -> None:
+def test_the_page_needs_no_other_file_and_is_the_same_each_time(runs: Path, report: Any) -> None:
     four_models(runs)
-    r = report()
+    r, again = report(), report()
+    assert (r.html, r.markdown, r.json) == (again.html, again.markdown, again.json)
     references = [value for name, value in r.page.attributes if name in ("src", "href", "xlink:href", "data", "srcset")]
     assert references and all(value.startswith(("#", "data:")) for value in references)
     assert not re.search(r"@import|url\((?!#)", r.html) and r.page.elements.count("link") == 1  # an empty icon
@@ -279,12 +273,6 @@ def test_the_page_needs_no_other_file(runs: Path, report: Any) -> None:
     identifiers = [value for name, value in r.page.attributes if name == "id"]
     assert len(identifiers) == len(set(identifiers))
     assert {value[1:] for value in references if value.startswith("#")} <= set(identifiers)
-
-
-def test_same_runs_same_report(runs: Path, report: Any) -> None:
-    four_models(runs)
-    first, second = report(), report()
-    assert (first.html, first.markdown, first.json) == (second.html, second.markdown, second.json)
 
 
 def test_other_files_in_the_report_folder_stay(tmp_path: Path, runs: Path, report: Any) -> None:
@@ -307,31 +295,22 @@ def test_environment_tells_what_differs_and_what_does_not(runs: Path, report: An
     make_run(runs / "one", model="linear")
     make_run(runs / "two", model="linear", ranks=2)
     r = report()
-    differing, common = r.page.tables[-2:]
-    assert differing[0] == ["run", "world_size", "ranks"]
-    assert differing[2] == ["two", "2", "2 x host box, device cpu"]
+    (titles, _, other), common = r.page.tables[-2:]
+    assert titles == ["run", "world_size", "ranks"] and other == ["two", "2", "2 x host box, device cpu"]
     assert ["made_by/torch", "2.15.0"] in common and ["git_commit", "a" * 12] in common
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["nowhere"], "nowhere: no run folder there"),
-        (["runs", "--ot", "x"], "--ot"),
-        (["runs", "--out", "runs/one/config.yaml"], "--out"),
-        (["damaged"], "damaged/predictions.safetensors"),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), MISTAKES.items())
 def test_mistakes_end_with_2_and_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path / "runs" / "one", model="linear")
     path = make_run(tmp_path / "damaged", model="linear") / "predictions.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        compare.main(arguments)
+        compare.main(words.split())
     printed = capsys.readouterr()
     assert stop.value.code == 2 and said in printed.err and not printed.out
     assert not (tmp_path / "report").exists()

@@ -1,6 +1,7 @@
 """launch.local: many runs on this machine and their comparison; what is refused, what fails, and what is stopped."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -31,11 +32,6 @@ def of(folder: Path, model: str, name: str = "summary") -> Any:
 
 def saved(folder: Path, model: str) -> list[int]:
     return sorted(int(p.stem.removeprefix("step-")) for p in folder.glob(f"runs/{model}-*/checkpoints/*"))
-
-
-def steps(folder: Path, model: str) -> list[int]:
-    [path] = folder.glob(f"runs/{model}-*/steps.jsonl")
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
 def report(folder: Path) -> dict[str, str]:
@@ -145,12 +141,6 @@ def until_gone(run: Started, pids: list[int]) -> None:
     run.until(lambda: not any(living(pid) for pid in pids))
 
 
-def started_ranks(launcher: int) -> list[int]:
-    """The ranks that a launcher has started, once they run fashion_ddp.train."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(pid) for pid in children if b"fashion_ddp.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 @pytest.mark.slow
 def test_ranks_save_and_end_when_local_is_killed_and_the_same_command_continues(tmp_path: Path) -> None:
     with Started(tmp_path, ONE, gate("sync point")) as run:
@@ -162,7 +152,8 @@ def test_ranks_save_and_end_when_local_is_killed_and_the_same_command_continues(
     assert of(tmp_path, "mlp")["error"].startswith("stopped (the launcher died)") and saved(tmp_path, "mlp") == [1]
     with Started(tmp_path, ONE) as run:
         assert run.wait() == 0
-    assert steps(tmp_path, "mlp") == list(range(1, 2 * 94 + 1))
+    [path] = tmp_path.glob("runs/mlp-*/steps.jsonl")
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 2 * 94 + 1))
 
 
 @pytest.mark.slow
@@ -218,9 +209,10 @@ def test_ranks_under_a_storm_of_signals_from_their_first_moment_to_their_last_st
     with Started(tmp_path, ONE) as run:
         while run.process.poll() is None:
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                for pid in started_ranks(run.process.pid):
-                    for number in storm:
-                        os.kill(pid, number)
+                children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+                ranks = [pid for pid in children if b"fashion_ddp.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+                for pid, number in itertools.product(ranks, storm):
+                    os.kill(int(pid), number)
             time.sleep(0.001)
         assert run.process.returncode == EX_TEMPFAIL, run.printed()
     assert of(tmp_path, "mlp")["error"].startswith("stopped (SIGTERM)") and saved(tmp_path, "mlp") == [1]
