@@ -20,6 +20,7 @@ class WandbServer:
         self.told: dict[str, dict[str, Any]] = defaultdict(dict)  # of each run: what it said of itself
         self.reports: list[dict[str, Any]] = []  # each that was saved, as often as it was
         self.artifacts: list[tuple[str, str]] = []  # type and name of each; their files are not asked for
+        self.asked: list[str] = []  # the path of each request
         self.silent = threading.Event()  # from when on nothing is answered
 
     def __enter__(self) -> Self:
@@ -69,25 +70,14 @@ class WandbServer:
             return {"createArtifact": {"artifact": there}}
         if name == "UpsertBucket":
             self.told[given["name"]].update({k: v for k, v in given.items() if v is not None})
-            bucket |= {
-                "description": None,
-                "config": "{}",
-                "sweepName": None,
-                "historyLineCount": len(self.history.get(given["name"], {})),
-            }
-            return {
-                "upsertBucket": {"bucket": bucket | {"project": project}, "inserted": given["name"] not in self.history}
-            }
+            known = self.history.get(given["name"], {})
+            bucket |= {"description": None, "config": "{}", "sweepName": None, "historyLineCount": len(known)}
+            return {"upsertBucket": {"bucket": bucket | {"project": project}, "inserted": not known}}
         if name == "RunResumeStatus" and (rows := self.history.get(given["name"])):
             lines = {"logLineCount": 0, "historyLineCount": len(rows), "eventsLineCount": 0}
             tails = {"historyTail": json.dumps([json.dumps(rows[max(rows)])]), "eventsTail": "[]"}
-            rest = {
-                "summaryMetrics": self.summaries.get(given["name"], "{}"),
-                "config": "{}",
-                "tags": [],
-                "notes": None,
-                "wandbConfig": '{"t": {}}',
-            }
+            rest = {"config": "{}", "tags": [], "notes": None, "wandbConfig": '{"t": {}}'}
+            rest["summaryMetrics"] = self.summaries.get(given["name"], "{}")
             return {"model": project | {"bucket": bucket | lines | tails | rest}}
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/upload"} for file in given["files"]]
@@ -115,6 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
+        self.known.asked.append(self.path)
         if self.known.silent.is_set():
             threading.Event().wait()
         answer: dict[str, Any] = {"exitcode": None, "limits": {}}

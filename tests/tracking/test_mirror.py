@@ -7,35 +7,29 @@ others do their worst.
 import atexit
 import json
 import math
-import os
 import signal
-import socket
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import faults
+import psutil
 import pytest
 from conftest import _server, command, on_a_terminal
-from faults import Fault, Ranks
+from faults import Fault, Ranks, eventually
 from wandb_server import WandbServer
 
 from fashion_ddp.runs.reading import Run, load_run
 from fashion_ddp.tracking import mirror
 
 STEPS = 3 * faults.TINY_STEPS
-KEY = "0123456789" * 4  # of the right length, and nobody's
 
 
 def _prepared(packages: Path | None, limits: dict[str, float], target: Callable[..., None], args: Any) -> None:
     if packages:
         sys.path.insert(0, str(packages))
-
     for name, value in limits.items():
         setattr(mirror, name, value)
     try:
@@ -70,11 +64,13 @@ def whole(folder: Path, *args: Any, **kwargs: Any) -> tuple[Run, list[str]]:
     return finished(folder), wandb_lines(ranks.printed())
 
 
-def finished(folder: Path) -> Run:
+def finished(folder: Path, expected: bytes | None = None) -> Run:
+    """The finished run in a folder, which has these weights."""
     run = load_run(folder / "run")
     assert run.summary["status"] == "finished"
     assert [row["epoch"] for row in run.metrics] == [1, 2, 3]
     assert [point["step"] for point in run.steps] == list(range(1, STEPS + 1))
+    assert expected in (None, weights(folder))
     return run
 
 
@@ -86,16 +82,6 @@ def wandb_lines(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith("W&B: ")]
 
 
-def until(found: Callable[[], Any], seconds: float = 120) -> Any:
-    """What `found` returns once that is something."""
-    limit = time.monotonic() + seconds
-    while not (result := found()):
-        if time.monotonic() > limit:
-            pytest.fail("waited in vain")
-        time.sleep(0.02)
-    return result
-
-
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights of the run that W&B has nothing to do with."""
@@ -105,45 +91,29 @@ def untracked(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return weights(folder)
 
 
-@contextmanager
-def silent_server() -> Iterator[tuple[str, list[bytes]]]:
-    """A server that takes every connection and never answers, as behind a firewall; what it was sent."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        connections, sent = [], list[bytes]()
-
-        def attend() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                    connections.append(connection)
-                    sent.append(connection.recv(200))
-                except OSError:  # closed
-                    return
-
-        threading.Thread(target=attend, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", sent
-        for connection in connections:
-            connection.close()
+def inspected(fragment: Path, *words: str) -> str:
+    """What W&B says of a folder that it wrote offline."""
+    done = command("wandb", "leet", "inspect", "--json", *words, str(fragment), cwd=fragment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-# --- Offline, the real W&B --------------------------------------------------------------------------------------
+def overview_of(fragment: Path) -> dict[str, Any]:
+    """What W&B shows of all of it."""
+    return json.loads(inspected(fragment, "--summary"))
 
 
-def inspected(fragment: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What W&B has in a folder that it wrote offline: its overview, and the rows that were logged."""
-    inspect = "wandb", "leet", "inspect", "--json"
-    overview = command(*inspect, "--summary", str(fragment), cwd=fragment)
-    records = command(*inspect, str(fragment), cwd=fragment)
-    assert overview.returncode == records.returncode == 0, overview.stderr + records.stderr
-    rows = [json.loads(line) for line in records.stdout.splitlines()]
-    return json.loads(overview.stdout), [row["history"]["item"] for row in rows if row["type"] == "history"]
+def records_of(fragment: Path) -> dict[str, list[dict[str, Any]]]:
+    """All that W&B has in such a folder, by type."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in map(json.loads, inspected(fragment).splitlines()):
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
 
 
-def told_of(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What W&B is to be told of a run."""
-    names = ("loss", "accuracy", "lr")
-    points = [{"step": point["step"], **{f"step/{name}": point[name] for name in names}} for point in run.steps]
-    return points, run.metrics
+def logged(fragment: Path) -> list[dict[str, Any]]:
+    """The rows that were logged to such a folder."""
+    return [record["item"] for record in records_of(fragment)["history"]]
 
 
 def sorted_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -155,11 +125,17 @@ def sorted_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
     return sorted(points, key=lambda row: row["step"]), sorted(epochs, key=lambda row: row["epoch"])
 
 
-def check_whole(run: Run, fragment: Path) -> dict[str, Any]:
-    """The fragment holds all of the run, each point and row once; its overview."""
-    overview, rows = inspected(fragment)
-    for found, expected in zip(sorted_out(rows), told_of(run), strict=True):
+def check_told(run: Run, rows: list[dict[str, Any]]) -> None:
+    """These rows that W&B was told hold all of the run, each point and epoch once."""
+    points = [{"step": p["step"], **{f"step/{k}": p[k] for k in ("loss", "accuracy", "lr")}} for p in run.steps]
+    for found, expected in zip(sorted_out(rows), (points, run.metrics), strict=True):
         assert found == [pytest.approx(row) for row in expected]
+
+
+def check_whole(run: Run, fragment: Path) -> dict[str, Any]:
+    """The fragment holds all of the run; its overview."""
+    check_told(run, logged(fragment))
+    overview = overview_of(fragment)
     assert (overview["state"], overview["exit_code"]) == ("finished", 0)
     assert overview["run_id"] == run.summary["wandb_id"]
     numbers = {k: v for k, v in run.summary.items() if isinstance(v, int | float | str) and k != "step"}
@@ -168,9 +144,10 @@ def check_whole(run: Run, fragment: Path) -> dict[str, Any]:
 
 
 def test_without_an_account_wandb_mirrors_the_run_offline(tmp_path: Path, untracked: bytes) -> None:
-    with silent_server() as (url, sent):
-        run, lines = whole(tmp_path, WANDB_PROJECT="mine", WANDB_NAME="ignored", WANDB_BASE_URL=url)
-    assert sent == []  # not to report its own use, either: that would hold up the end behind a firewall
+    with WandbServer() as server:
+        server.silent.set()
+        run, lines = whole(tmp_path, WANDB_PROJECT="mine", WANDB_NAME="ignored", WANDB_BASE_URL=server.url)
+    assert server.asked == []  # not to report its own use, either: that would hold up the end behind a firewall
     assert len(lines) == 1 and lines[0].startswith("W&B: offline, in run/wandb; `wandb sync run/wandb/offline-run-*`")
     [fragment] = (tmp_path / "run" / "wandb").glob("offline-run-*")
     overview = check_whole(run, fragment)
@@ -187,16 +164,6 @@ def test_without_an_account_wandb_mirrors_the_run_offline(tmp_path: Path, untrac
     assert "memory_percent" in records["stats"][0]["item"]  # system metrics
     kinds = {artifact["type"]: artifact["name"] for artifact in records["artifact"]}
     assert set(kinds) == {"run_table"}  # and no weights
-
-
-def records_of(fragment: Path) -> dict[str, list[dict[str, Any]]]:
-    """All that W&B has in a folder that it wrote offline, by type."""
-    told = command("wandb", "leet", "inspect", "--json", str(fragment), cwd=fragment)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in told.stdout.splitlines():
-        record = json.loads(line)
-        found.setdefault(record["type"], []).append(record[record["type"]])
-    return found
 
 
 def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
@@ -223,20 +190,15 @@ def test_at_the_end_it_shows_tables_figures_and_weights(tmp_path: Path) -> None:
         logits = run.predictions["logits"][at].astype(float)
         assert confidence == pytest.approx(math.exp(logits.max()) / sum(map(math.exp, logits)))
     counted = {(true, found): count for true, found, count in table("confusion_matrix_table")["data"]}
-    assert counted == {
-        (name(i), name(j)): list(zip(labels, predictions, strict=True)).count((i, j))
-        for i in range(10)
-        for j in range(10)
-    }
+    pairs = list(zip(labels, predictions, strict=True))
+    assert counted == {(name(i), name(j)): pairs.count((i, j)) for i in range(10) for j in range(10)}
     seconds = dict(table("timings_table")["data"])
     assert sum(seconds.values()) == pytest.approx(run.summary["time/total_s"])
     assert seconds["training"] == run.summary["time/train_total_s"]
     [row] = [row["item"] for row in records["history"] if "prediction_grid.count" in row["item"]]
     assert row["prediction_grid.count"] == 9
-    assert {(a["type"], a["name"]) for a in records["artifact"]} >= {
-        ("model", "run"),
-        ("run_table", f"run-{told['run_id']}-predictions"),
-    }
+    artifacts = {(artifact["type"], artifact["name"]) for artifact in records["artifact"]}
+    assert artifacts >= {("model", "run"), ("run_table", f"run-{told['run_id']}-predictions")}
     staged = tmp_path / "run" / "wandb" / "artifacts" / "staging"
     assert weights(tmp_path) in [path.read_bytes() for path in staged.iterdir()]
 
@@ -253,25 +215,15 @@ def test_a_sweep_s_id_is_read_back_and_wandbs_own_settings_hold_where_nobody_say
     assert (told["project"], told["run_group"]) == ("of the file", "of the flag")
 
 
-def child_named(parent: int, name: str) -> int | None:
-    """The process id of a process's child by name."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, _, rest = stat.read_text().partition(" (")
-        except OSError:  # it ended
-            continue
-        comm, _, rest = rest.rpartition(") ")
-        if comm == name and int(rest.split()[1]) == parent:
-            return int(pid)
-    return None
-
-
-def stands(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+def service_of(run: Ranks) -> psutil.Process:
+    """W&B's service of a run whose rank stands still, or soon will."""
+    process = psutil.Process(run.processes[0].pid)
+    eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+    [service] = [child for child in process.children() if child.name() == "wandb-core"]
+    return service
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
 def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untracked: bytes) -> None:
     def names(folder: str) -> set[str]:
         return {path.name for path in (tmp_path / "run" / "wandb" / folder).glob("offline-run-*")}
@@ -282,23 +234,20 @@ def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untr
 
     # Killed while its service lives on.
     killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "stand still", count=10)])
-    process = killed.processes[0].pid
-    until(lambda: stands(process))
-    service = child_named(process, "wandb-core")
-    assert service is not None
-    os.kill(service, signal.SIGSTOP)
-    os.kill(process, signal.SIGKILL)
+    service = service_of(killed)
+    service.suspend()
+    killed.send(signal.SIGKILL)
     assert killed.wait() == [-9]
     try:
         stopped = start(tmp_path, strikes=[Fault("step", "TERM", count=12)])
         assert stopped.wait() == [75], stopped.printed()
         fragments = names(".")
         assert len(fragments) == 1 and len(names("superseded")) == 2
-        overview, rows = inspected(tmp_path / "run" / "wandb" / fragments.pop())
-        assert overview["exit_code"] == 1 and len(sorted_out(rows)[0]) == 12
+        fragment = tmp_path / "run" / "wandb" / fragments.pop()
+        assert overview_of(fragment)["exit_code"] == 1 and len(sorted_out(logged(fragment))[0]) == 12
     finally:
-        os.kill(service, signal.SIGCONT)
-    until(lambda: not Path(f"/proc/{service}").exists())  # it notices, and leaves
+        service.resume()
+    eventually(lambda: not service.is_running())  # it notices, and leaves
 
     run, _ = whole(tmp_path)
     [newest] = (tmp_path / "run" / "wandb").glob("offline-run-*")
@@ -307,9 +256,6 @@ def test_the_newest_file_of_a_run_with_many_starts_is_whole(tmp_path: Path, untr
     assert run.summary["wandb_id"] == first and run.summary["starts"] == 4
     assert all(name.endswith(first) for name in names("superseded") | {newest.name})
     assert weights(tmp_path) == untracked
-
-
-# --- Online, the real W&B and as much of its server as it talks to --------------------------------------------------
 
 
 @pytest.mark.slow
@@ -322,12 +268,9 @@ def test_its_server_has_all_of_a_run_with_many_starts_once(tmp_path: Path, untra
         killed = start(tmp_path, ["--checkpoint-every", "1000"], [Fault("step", "kill", count=10)], **server.env)
         assert killed.wait() == [-9], killed.printed()
         run, lines = whole(tmp_path, **server.env)
-        assert len(lines) == 3 and set(lines) == {
-            f"W&B: online at {server.url}/me/fashion_ddp/runs/{run.summary['wandb_id']}"
-        }
+        assert lines == [f"W&B: online at {server.url}/me/fashion_ddp/runs/{run.summary['wandb_id']}"] * 3
         assert len(server.history) == 1 and server.exits == [1, 0]
-        for found, expected in zip(sorted_out(server.rows(run.summary["wandb_id"])), told_of(run), strict=True):
-            assert found == [pytest.approx(row) for row in expected]
+        check_told(run, server.rows(run.summary["wandb_id"]))
     assert run.summary["wandb_mode"] == "online" and weights(tmp_path) == untracked
 
 
@@ -335,19 +278,19 @@ def test_its_server_has_all_of_a_run_with_many_starts_once(tmp_path: Path, untra
 def test_a_server_that_falls_silent_holds_nothing_up(tmp_path: Path, untracked: bytes) -> None:
     with WandbServer() as server:
         ranks = start(tmp_path, strikes=[Fault("step", "wait", count=10)], limits={"FINISH_TIMEOUT": 2.0}, **server.env)
-        until(lambda: server.history)
+        eventually(lambda: server.history)
         server.silent.set()
         (tmp_path / "go").touch()
         assert ranks.wait() == [0], ranks.printed()
     assert [line.partition(" ")[2][:7] for line in wandb_lines(ranks.printed())] == ["online ", "did not"]
-    finished(tmp_path)
-    assert weights(tmp_path) == untracked
+    finished(tmp_path, untracked)
 
-
-# --- Over many starts, told to a W&B that writes it down ---------------------------------------------------------
 
 SCRIBE = """
-import json, os, types
+import json, os, time, types
+def never(*args, **settings):
+    while True: time.sleep(3600)
+def fail(*args, **settings): raise ConnectionResetError('the service is gone')
 def told(*what):
     with open("told.jsonl", "a") as file:
         file.write(json.dumps(what) + "\\n")
@@ -386,10 +329,10 @@ told("import", os.environ["RANK"])
 """
 
 
-def package(tmp_path: Path, source: str) -> Path:
+def package(tmp_path: Path, source: str = SCRIBE) -> Path:
     """A folder whose package wandb is this."""
     folder = tmp_path / "packages"
-    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    (folder / "wandb").mkdir(parents=True)
     (folder / "wandb" / "__init__.py").write_text(source)
     return folder
 
@@ -415,7 +358,7 @@ class Told:
 
 
 def test_an_online_run_is_told_each_point_once_over_all_starts(tmp_path: Path, untracked: bytes) -> None:
-    scribe = package(tmp_path, SCRIBE)
+    scribe = package(tmp_path)
 
     def started(code: int, *words: str, strikes: Sequence[Fault] = (), account: str = "yes") -> Told:
         ranks = start(tmp_path, words, strikes, scribe, ACCOUNT=account)
@@ -457,43 +400,22 @@ def test_an_online_run_is_told_each_point_once_over_all_starts(tmp_path: Path, u
     assert started(0).lines == []  # it is finished: W&B is not even imported
 
 
-# --- W&B at its worst -------------------------------------------------------------------------------------------
-
-GOES_WRONG = """
-import time
-def never(*args, **settings):
-    while True: time.sleep(3600)
-def fail(*args, **settings): raise ConnectionResetError('the service is gone')
-def nothing(*args, **settings): return True
-class Summary:
-    update = nothing
-    def get(self, name): pass
-class Run:
-    url, id, summary = 'nowhere', 'x', Summary()
-    define_metric = log = mark_preempting = finish = nothing
-class Setup:
-    class settings: project = run_job_type = None
-class plot: confusion_matrix = bar = nothing
-login = Settings = teardown = Table = Image = nothing
-def setup(): return Setup
-def init(**settings): return Run()
-"""
 WORST = {
     "missing": "raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')",
     "broken": "raise SyntaxError('two versions of protobuf')",
-    "the tables raise": GOES_WRONG + "Table = fail",
+    "the tables raise": SCRIBE + "Table = fail",
     "everything raises": "def __getattr__(name): raise RuntimeError(f'{name}: no such luck')",
-    "every call raises": GOES_WRONG + "login = Settings = init = teardown = fail",
-    "log raises": GOES_WRONG + "Run.log = fail",
-    "the summary raises": GOES_WRONG + "Summary.update = fail",
-    "finish raises": GOES_WRONG + "Run.finish = teardown = fail",
-    "it has no address": GOES_WRONG + "del Run.url",
-    "its import never ends": GOES_WRONG + "never()",
-    "login never ends": GOES_WRONG + "login = never",
-    "init never ends": GOES_WRONG + "init = never",
-    "log never ends": GOES_WRONG + "Run.log = never",
-    "finish never ends": GOES_WRONG + "Run.finish = never",
-    "its teardown never ends": GOES_WRONG + "teardown = never",
+    "every call raises": SCRIBE + "login = Settings = init = teardown = fail",
+    "log raises": SCRIBE + "Run.log = fail",
+    "the summary raises": SCRIBE + "Summary.update = fail",
+    "finish raises": SCRIBE + "Run.finish = teardown = fail",
+    "it has no address": SCRIBE + "del Run.url",
+    "its import never ends": SCRIBE + "never()",
+    "login never ends": SCRIBE + "login = never",
+    "init never ends": SCRIBE + "init = never",
+    "log never ends": SCRIBE + "Run.log = never",
+    "finish never ends": SCRIBE + "Run.finish = never",
+    "its teardown never ends": SCRIBE + "teardown = never",
 }
 FIRST = ("missing", "every call raises", "log never ends", "init never ends")  # the others are slow tests
 SOON = {"START_TIMEOUT": 1.0, "FINISH_TIMEOUT": 1.0, "EARLY_FINISH_TIMEOUT": 1.0, "INIT_TIMEOUT": 1.0}
@@ -501,18 +423,18 @@ SOON = {"START_TIMEOUT": 1.0, "FINISH_TIMEOUT": 1.0, "EARLY_FINISH_TIMEOUT": 1.0
 
 @pytest.mark.parametrize("worst", [w if w in FIRST else pytest.param(w, marks=pytest.mark.slow) for w in WORST])
 def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path, untracked: bytes) -> None:
-    ranks = start(tmp_path, packages=package(tmp_path, WORST[worst]), limits=SOON)
+    ranks = start(tmp_path, packages=package(tmp_path, WORST[worst]), limits=SOON, ACCOUNT="yes")
     assert ranks.wait() == [0] and "Traceback" not in ranks.printed(), ranks.printed()
-    finished(tmp_path)
-    assert weights(tmp_path) == untracked
+    finished(tmp_path, untracked)
     lines = wandb_lines(ranks.printed())
     assert 1 <= len(lines) <= 2, lines
 
 
 @pytest.mark.slow
 def test_a_wandb_that_does_not_keep_up_is_left_in_one_line(tmp_path: Path, untracked: bytes) -> None:
-    packages = package(tmp_path, GOES_WRONG + "Run.log = never")
-    run, lines = whole(tmp_path, packages=packages, limits={"MAX_PENDING": 10, "EARLY_FINISH_TIMEOUT": 1.0})
+    packages = package(tmp_path, SCRIBE + "Run.log = never")
+    limits = {"MAX_PENDING": 10, "EARLY_FINISH_TIMEOUT": 1.0}
+    run, lines = whole(tmp_path, packages=packages, limits=limits, ACCOUNT="yes")
     assert len(lines) == 2 and "does not keep up, and is left" in lines[1] and weights(tmp_path) == untracked
     assert run.summary["wandb_mode"] is None  # so that a later start tells it all
 
@@ -531,9 +453,9 @@ def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) 
         "    wait('go')\n"
         "Run.finish = finish\n"
     )
-    scribe = package(tmp_path, SCRIBE + "import time\n" + waits)
+    scribe = package(tmp_path, SCRIBE + waits)
     ranks = start(tmp_path, ["--timeout", "8"], packages=scribe, world_size=2, ACCOUNT="no")
-    until(lambda: ranks.processes[1].exitcode is not None or not ranks.processes[0].is_alive())
+    eventually(lambda: ranks.processes[1].exitcode is not None or not ranks.processes[0].is_alive())
     assert ranks.processes[1].exitcode == 0 and ranks.processes[0].is_alive(), ranks.printed()
     (tmp_path / "go").touch()
     assert ranks.wait() == [0, 0], ranks.printed()
@@ -543,7 +465,6 @@ def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) 
     assert finished(tmp_path).summary["wandb_mode"] == "offline"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the service in /proc")
 @pytest.mark.parametrize(
     ("number", "at", "said"),
     [
@@ -557,28 +478,23 @@ def test_other_ranks_wait_neither_for_its_start_nor_for_its_end(tmp_path: Path) 
 def test_training_outlives_wandbs_service(
     number: signal.Signals, at: str, said: str, tmp_path: Path, untracked: bytes
 ) -> None:
-    ranks = start(
-        tmp_path, strikes=[Fault(at, "stand still", count=10 if at == "step" else 1)], limits={"FINISH_TIMEOUT": 3.0}
-    )
-    process, service = ranks.processes[0], None
+    strikes = [Fault(at, "stand still", count=10 if at == "step" else 1)]
+    ranks = start(tmp_path, strikes=strikes, limits={"FINISH_TIMEOUT": 3.0})
+    service = service_of(ranks)
     try:
-        until(lambda: stands(process.pid))
-        service = child_named(process.pid, "wandb-core")
-        assert service is not None, ranks.printed()
-        os.kill(service, number)
+        service.send_signal(number)
         ranks.send(signal.SIGCONT)
         assert ranks.wait() == [0], ranks.printed()
     finally:
-        if service is not None and number == signal.SIGSTOP:
-            os.kill(service, signal.SIGKILL)
+        if number == signal.SIGSTOP:
+            service.kill()
     assert "Traceback" not in ranks.printed() and "Exception" not in ranks.printed(), ranks.printed()
     lines = wandb_lines(ranks.printed())
     assert len(lines) == 2 and lines[1].startswith(said), lines
-    finished(tmp_path)
-    assert weights(tmp_path) == untracked
+    finished(tmp_path, untracked)
 
 
-# --- No account, no network -------------------------------------------------------------------------------------
+REFUSED = ["W&B: online failed", "W&B: offline"]
 
 
 @pytest.mark.parametrize(
@@ -586,27 +502,20 @@ def test_training_outlives_wandbs_service(
     [
         ({"WANDB_MODE": "disabled"}, []),
         ({"WANDB_API_KEY": "too-short"}, ["W&B: offline"]),
-        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, ["W&B: online failed", "W&B: offline"]),
-        pytest.param(
-            {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "silent"},
-            ["W&B: online failed", "W&B: offline"],
-            marks=pytest.mark.slow,
-        ),
+        ({"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9"}, REFUSED),
+        pytest.param({}, REFUSED, marks=pytest.mark.slow),
     ],
     ids=["disabled", "malformed key", "server refuses", "server is silent"],
 )
 def test_no_network_and_no_key_stop_nothing(
     tmp_path: Path, env: dict[str, str], said: list[str], untracked: bytes
 ) -> None:
-    with silent_server() as (url, _):
-        env = {name: url if value == "silent" else value for name, value in env.items()}
-        _, lines = whole(tmp_path, limits={"INIT_TIMEOUT": 2.0}, **env)
+    with WandbServer() as server:
+        server.silent.set()
+        _, lines = whole(tmp_path, limits={"INIT_TIMEOUT": 2.0}, **(env or server.env))
     assert len(lines) == len(said) and all(map(str.startswith, lines, said)), lines
     assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == said.count("W&B: offline")
     assert weights(tmp_path) == untracked
-
-
-# --- The program as users start it ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
