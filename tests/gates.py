@@ -115,15 +115,9 @@ class Started:
         self.screen = folder / "screen"
         self.master = pty.openpty() if terminal else None
         output: Any = self.master[1] if self.master else open(self.screen, "ab")  # noqa: SIM115 - closed below
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BEFORE, *words],
-            cwd=folder,
-            env=surroundings,
-            stdin=output if terminal else subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        streams = {"stdin": output if terminal else subprocess.DEVNULL, "stdout": output, "stderr": output}
+        words = [sys.executable, "-c", BEFORE, *words]
+        self.process = subprocess.Popen(words, cwd=folder, env=surroundings, start_new_session=True, **streams)
         if self.master:
             os.close(self.master[1])
             os.set_blocking(self.master[0], False)

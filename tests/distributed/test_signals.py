@@ -149,12 +149,8 @@ def test_a_plain_process_is_stopped_from_its_first_import(tmp_path: Path) -> Non
 # Of each launcher: its ranks, and what it is sent, with its exit code then and the run's reason. accelerate does not
 # hand signals on: its rank notices that it is gone.
 STOPS: dict[str, tuple[list[str], int, list[tuple[int, int, str]]]] = {
-    "torchrun": (
-        TORCHRUN,
-        2,
-        [(signal.SIGTERM, 1, "SIGTERM"), (signal.SIGINT, 1, "SIGINT"), (signal.SIGHUP, 1, "SIGHUP")]
-        + [(signal.SIGKILL, -9, "the launcher died")],
-    ),
+    "torchrun": (TORCHRUN, 2, [(one, 1, one.name) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]),
+    "torchrun, killed": (TORCHRUN, 2, [(signal.SIGKILL, -9, "the launcher died")]),
     "accelerate": (ACCELERATE, 1, [(signal.SIGTERM, -15, "the launcher died")]),
 }
 
