@@ -231,9 +231,11 @@ BAD_FILES = {
     "duplicate": ("lr: 0.1\nseed: 1\nlr: 0.2\n", 3, "'lr' is set twice"),
     "text for a number": ("\n\nepochs: three\n", 3, "epochs must be a whole number, got 'three'"),
     "number for text": ("model: 3\n", 1, "model must be text, got 3"),
+    "quoted number": ("seed: '3'\n", 1, "seed must be a whole number, got '3'"),
     "true for a number": ("epochs: true\n", 1, "epochs must be a whole number, got True"),
     "number for a switch": ("shuffle: 1\n", 1, "shuffle must be true or false, got 1"),
     "a list": ("lr: [0.1, 0.2]\n", 1, "lr must be a number"),
+    "a mapping": ("optimizer: {name: sgd}\n", 1, "optimizer: unknown"),
     "null": ("seed: null\n", 1, "seed must be a whole number, got None"),
     "not YAML": ("seed: 1\nlr: [0.1\n", 3, "not valid YAML"),
     "key that YAML reads as true": ("yes: 1\n", 1, "yes"),
@@ -261,6 +263,7 @@ BAD_RECIPES = {
     "all is a number": ("all: 3\n", 1, "all must hold"),
     "models is a list": ("models: [cnn]\n", 1, "models must hold"),
     "a model's section is text": ("models:\n  cnn: small\n", 2, "models.cnn must hold"),
+    "key that YAML reads as true": ("on: {}\n", 1, "on"),
 }
 
 

@@ -67,6 +67,7 @@ MISTAKES = {
     "run --some-seeds 1 --name --force": "name needs a value, as in --name=VALUE",
     "run --force=yes": "--force takes no value, got 'yes'",
     "run --lr x": "lr must be a number, got 'x'",
+    "run --some-seeds 1 x": "some_seeds must be a whole number, got 'x'",
     "run --kind c": "kind: unknown 'c'; choices: a, b",
 }
 

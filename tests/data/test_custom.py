@@ -245,6 +245,10 @@ REFUSED: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
         lambda: art("train/red/3.png", lambda path: path.write_bytes(path.read_bytes()[:200])),
         ("art/train/red/3.png: cannot be read as a picture", "repair or remove"),
     ),
+    "no picture": (
+        lambda: art("test/red/x.png", lambda path: path.write_text("<html>")),
+        ("cannot be read as a picture",),
+    ),
     "16 bits": (lambda: art("train/red/x.png", picture("I;16")), ("red/x.png: has pixels of more than 8 bits",)),
     "no such function": (lambda: own("absent"), ("dataset own_sets_2:absent", "check the name after the colon")),
     "no such module": (lambda: "no_such_sets:f", ("no module 'no_such_sets'",)),
