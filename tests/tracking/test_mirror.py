@@ -27,13 +27,15 @@ from fashion_ddp.tracking import mirror
 STEPS = 3 * faults.TINY_STEPS
 
 
-def _prepared(packages: Path | None, limits: dict[str, float], target: Callable[..., None], args: Any) -> None:
+def _prepared(
+    packages: Path | None, limits: dict[str, float], target: Callable[..., None], args: Any, kwargs: Any
+) -> None:
     if packages:
         sys.path.insert(0, str(packages))
     for name, value in limits.items():
         setattr(mirror, name, value)
     try:
-        target(*args)
+        target(*args, **kwargs)
     finally:
         atexit._run_exitfuncs()  # as a Python of its own would, and not one that multiprocessing started
 
@@ -49,8 +51,8 @@ def start(
 ) -> Ranks:
     """Start the tiny run, mirrored to W&B: the one of `packages` where that is given, with other limits of time."""
 
-    def process(target: Callable[..., None], args: Any) -> Any:
-        return _server.Process(target=_prepared, args=(packages, limits or {}, target, args))
+    def process(target: Callable[..., None], args: Any, kwargs: Any) -> Any:
+        return _server.Process(target=_prepared, args=(packages, limits or {}, target, args, kwargs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faults, "_server", SimpleNamespace(Process=process))
