@@ -485,6 +485,8 @@ def test_training_outlives_wandbs_service(
     service = service_of(ranks)
     try:
         service.send_signal(number)
+        if number != signal.SIGSTOP:  # else the run might be done before its service is
+            eventually(lambda: service.status() == psutil.STATUS_ZOMBIE)
         ranks.send(signal.SIGCONT)
         assert ranks.wait() == [0], ranks.printed()
     finally:
