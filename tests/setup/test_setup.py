@@ -343,8 +343,12 @@ def test_without_a_network_it_says_so_and_keeps_what_works(small: Small) -> None
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Path]:
     """A copy of the checkout as a clone would have it; gone afterwards, with the gigabytes installed in it."""
-    made_here = [".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "runs", "data", "wandb"]
-    yield Path(shutil.copytree(CHECKOUT, tmp_path / "tree", ignore=shutil.ignore_patterns(*made_here)))
+    anywhere = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "wandb")
+
+    def made_here(folder: str, names: list[str]) -> set[str]:
+        return anywhere(folder, names) | ({"runs", "data"} if Path(folder) == CHECKOUT else set())
+
+    yield Path(shutil.copytree(CHECKOUT, tmp_path / "tree", ignore=made_here))
     shutil.rmtree(tmp_path / "tree")
 
 
