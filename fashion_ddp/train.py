@@ -51,7 +51,6 @@ def train(command: Command) -> None:
         from fashion_ddp.training.state import State
         from fashion_ddp.training.step import Step
         from fashion_ddp.training.sync import StepRecord, SyncPoint
-        from fashion_ddp.training.timing import Timings
         from fashion_ddp.training.trace import Trace
         from fashion_ddp.training.watchdog import Watchdog
 
@@ -78,8 +77,7 @@ def train(command: Command) -> None:
         folder = startup.claim(command, world, environment["made_by"])
         if folder is None:
             return
-        timings = Timings(STARTED)
-        state = State(cfg, world, model, optimizer, batches.steps, timings)
+        state = State(cfg, world, model, optimizer, batches.steps, STARTED)
         checkpoints = Checkpoints(cfg, world, folder, state)  # the newest is loaded into the state
         take_step, no_graph = cuda_graph.capture(step, state, rates)  # on a CPU the step itself
         known = startup.announce(cfg, world, folder, environment, data, batches, state, prepared, no_graph)
@@ -92,7 +90,7 @@ def train(command: Command) -> None:
         ):
             for epoch in state.epochs():
                 recorder.begin_epoch(epoch, batches.steps)
-                with timings.measure("train"):
+                with state.timings.measure("train"):
                     batches.draw(epoch)
                     for window in sync.windows(batches.steps, state.steps_of(epoch)):
                         for k in window:
@@ -105,9 +103,9 @@ def train(command: Command) -> None:
                             sync.saved_now()
                         if sync.stop:
                             raise Stopped(state.position, sync.stop)
-                with timings.measure("eval"):
+                with state.timings.measure("eval"):
                     scores = {name: evaluation(model) for name, evaluation in sets.items()}
-                recorder.epoch(scores, timings.of_epoch(batches.count))
+                recorder.epoch(scores, state.timings.of_epoch(batches.count))
 
             world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores["test"]))
             recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)

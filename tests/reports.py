@@ -36,7 +36,7 @@ def predictions(seed: int, skill: float, dead: tuple[int, ...], relu: bool) -> d
 
 
 def examples(saved: dict[str, np.ndarray], model: str, seed: int) -> dict[str, np.ndarray]:
-    """What results.py keeps to be drawn: random pictures, those of the first ten wrong images among them."""
+    """What artifacts.py keeps to be drawn: random pictures, those of the first ten wrong images among them."""
     random = np.random.default_rng(seed)
     wrong = np.flatnonzero(saved["predicted"] != saved["labels"])[:10]
     grid = np.arange(9) * IMAGES // 9

@@ -12,7 +12,6 @@ from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.state import State
 from fashion_ddp.training.step import Step
 from fashion_ddp.training.sync import StepRecord, SyncPoint, Trained
-from fashion_ddp.training.timing import Timings
 
 
 class Trainer:
@@ -27,7 +26,7 @@ class Trainer:
         self.step = Step(cfg, world, ddp, self.optimizer, batches, self.record)
         self.step.warm_up()
         self.take: Any = self.step  # what takes a step: it, or what counts for itself
-        self.state = State(cfg, world, model, self.optimizer, batches.steps, Timings(time.time()))
+        self.state = State(cfg, world, model, self.optimizer, batches.steps, time.time())
         self.sync = SyncPoint(cfg, world, self.record, self.state, self.rates)
 
     @property

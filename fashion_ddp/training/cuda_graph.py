@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fashion_ddp.distributed.world import World, entering_collective
-from fashion_ddp.training.batches import Position
 from fashion_ddp.training.state import State
 from fashion_ddp.training.step import Step, drop_gradient, random_state_kept
 
@@ -43,9 +42,8 @@ class CountingStep:
         self.expected = 0, 0  # what the host knows to stand in `counters`
         self.launch: Launch = self.take  # kernel by kernel, or as one graph
 
-    def __call__(self, k: Position, lr: float | Tensor) -> None:
+    def __call__(self, k: int, lr: float) -> None:
         """Do what the step does. `k` must be the next batch of the run, and `lr` its learning rate."""
-        assert isinstance(k, int)
         self.stand_at(k)
         self.launch()
 
@@ -66,7 +64,7 @@ class CountingStep:
         return self.lr.copy_(self.rates.index_select(0, self.update).squeeze(0))
 
 
-def capture(step: Step, state: State, rates: list[float]) -> tuple[Callable[[Position, float], None], str | None]:
+def capture(step: Step, state: State, rates: list[float]) -> tuple[Callable[[int, float], None], str | None]:
     """Return what does the same as `step`, on a card as one graph where that is possible; and why not, where not.
 
     A collective. Nothing of the run's state is changed; it must be in place, because the graph goes on from there.

@@ -60,14 +60,14 @@ class State:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         steps_per_epoch: int,
-        timings: Timings,
+        started: float,
     ):
-        """`model` is the module itself, without DDP's wrapper."""
+        """`model`: the module itself, without DDP's wrapper. `started`: time.time() when the process began."""
         self.cfg, self.device, self.scaler = cfg, world.device, world.accelerator.scaler
-        self.model, self.optimizer, self.timings = model, optimizer, timings
+        self.model, self.optimizer = model, optimizer
         self.steps, self.total_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.done = 0  # updates since the run began
-        self.clock = StepClock(world.device)
+        self.clock, self.timings = StepClock(world.device), Timings(started)
         self.recorded = Recorded()
 
     # --- Where the run stands ---------------------------------------------------------------------------------------
