@@ -25,7 +25,7 @@ def after_import_of(name: str) -> Callable[[Callable[[Any], None]], None]:
 
 @after_import_of("torch.backends.cudnn")
 def no_cudnn(cudnn: Any) -> None:
-    """cuDNN asks the card, through the driver, for what the stand-in lacks. torch's own convolutions are kernels, too."""
+    """cuDNN asks the driver for what the stand-in lacks. Without it, convolutions are kernels like all others."""
     cudnn.torch._C._set_cudnn_enabled(False)
 
 
