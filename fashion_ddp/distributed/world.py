@@ -9,7 +9,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed import machine, rendezvous, tuning
@@ -122,11 +123,24 @@ class World:
 
     def wrap(self, model: nn.Module, ddp: bool = True) -> nn.Module:
         """Let Accelerate put the model on its device, in the run's precision, and, with `ddp`, wrap it in
-        DistributedDataParallel, which averages gradients over the ranks."""
+        DistributedDataParallel, which averages gradients over the ranks of a process group."""
         with warnings.catch_warnings():
             # Later torch has another name for it, which earlier torch does not know.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-            return self.accelerator.prepare_model(model, evaluation_mode=not ddp)
+            model = self.accelerator.prepare_model(model, evaluation_mode=not ddp)
+            if ddp and dist.is_initialized() and not isinstance(model, DistributedDataParallel):
+                # Accelerate leaves a single rank on a card unwrapped: then it would not show what several do.
+                devices = [self.device] if self.device.type == "cuda" else None
+                keywords = self.accelerator.ddp_handler.to_kwargs()
+                model = DistributedDataParallel(model, device_ids=devices, **keywords)
+        if isinstance(model, DistributedDataParallel) and self.device.type == "cuda":
+            # For statistics of its own DDP waits for the card in its first ten passes, and then in every hundredth.
+            model._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+        return model
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, a model that `wrap` returned leaves gradients on their rank: backward passes add to them."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def release_graphs(self) -> None:
         """Release recorded CUDA graphs. NCCL waits for them when it ends, and would wait forever."""
