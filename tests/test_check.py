@@ -35,7 +35,7 @@ def test_a_machine_without_cards_can_train(data_dir: Path, hostile_home: Path, t
 
 @quick
 def test_cards_that_torch_cannot_use_are_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
-    monkeypatch.setattr(machine, "_cards_present", lambda: True)
+    monkeypatch.setattr(machine, "_cards_present", lambda: 1)
     with pytest.raises(SystemExit) as end:
         check.main()
     out, err = capsys.readouterr()

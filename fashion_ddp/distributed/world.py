@@ -209,6 +209,8 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     )
     torch.set_num_threads(threads)
     if device == "cuda":
+        # Accelerate hands this number to DDP as the card's, which is another where a rank sees its own card only.
+        accelerator.state.local_process_index = accelerator.device.index
         torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be recorded as a graph
     if dist.is_initialized():
         _groups.append(dist.group.WORLD)
