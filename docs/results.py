@@ -103,6 +103,7 @@ ENVIRONMENT = (
     Key("git_commit", "text", "of the source, with +changes where files differ from it; null outside git"),
     Key("cuda", "version", "that torch was built for; null for none"),
     Key("world_size", "count", "ranks"),
+    Key("backend", "text", "torch's class that carries tensors between the ranks, and NCCL's version; null without"),
     Key("ranks[].host", "text", "by rank: its machine"),
     Key("ranks[].device", "text", "its card, or cpu"),
     Key("ranks[].cpu", "text", "its processor"),

@@ -75,6 +75,14 @@ class World:
         """Return the card's name, or "cpu"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
+    @property
+    def backend(self) -> str | None:
+        """Return what carries tensors between the ranks, as torch names it; None for a process without a group."""
+        if not dist.is_initialized():
+            return None
+        name = type(dist.group.WORLD._get_backend(self.device)).__name__
+        return f"{name}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if self.device.type == "cuda" else name
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return every rank's tensor, by rank, along a new first dimension: [W, *tensor.shape]."""
         entering_collective()

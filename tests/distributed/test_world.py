@@ -1,5 +1,8 @@
-"""What a rank makes of the others: DDP that is always there."""
+"""What a rank makes of the others: DDP that is always there, and the backend that carries words between them."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -47,3 +50,21 @@ def test_a_rank_of_a_group_is_wrapped_in_ddp_whether_or_not_accelerate_does_it(
     assert ranks(world_size, gradients, by_accelerate) == [
         (True, [rank + 1.0, mean], settings) for rank in range(world_size)
     ]
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "0"), ({"TORCH_DIST_USE_NCCL2": "1"}, "1")])
+def test_torch_is_told_which_nccl_backend_before_it_is_imported(given: dict[str, str], used: str) -> None:
+    code = "import fashion_ddp.train, os, sys; print(os.environ['TORCH_DIST_USE_NCCL2'], 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "TORCH_DIST_USE_NCCL2"} | given
+    printed = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
+    assert printed.split() == [used, "False"]
+
+
+def backend() -> str | None:
+    with open_world(Config(device="cpu")) as world:
+        return world.backend
+
+
+def test_which_backend_ran_is_known() -> None:
+    assert ranks(2, backend) == ["ProcessGroupGloo"] * 2
+    assert backend() is None
