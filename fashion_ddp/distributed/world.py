@@ -78,9 +78,10 @@ class World:
     @property
     def backend(self) -> str | None:
         """Return what carries tensors between the ranks, as torch names it; None for a process without a group."""
-        if not dist.is_initialized():
+        group = dist.group.WORLD
+        if group is None:
             return None
-        name = type(dist.group.WORLD._get_backend(self.device)).__name__
+        name = type(group._get_backend(self.device)).__name__
         return f"{name}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if self.device.type == "cuda" else name
 
     def all_gather(self, tensor: Tensor) -> Tensor:
