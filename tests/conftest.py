@@ -33,7 +33,7 @@ CHECKOUT = Path(__file__).parent.parent
 _server = multiprocessing.get_context("forkserver")
 # What test files import is among it: a rank imports the file that its function is in.
 _server.set_forkserver_preload(
-    ["torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint", "fashion_ddp.train"]
+    ["fashion_ddp.train", "torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint"]
     + ["pytest", "torchmetrics.functional.classification", "safetensors.torch", "torch.profiler"]
 )
 

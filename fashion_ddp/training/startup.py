@@ -82,6 +82,7 @@ def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, A
         "git_commit": provenance.git_commit(),
         "cuda": torch.version.cuda,
         "world_size": world.size,
+        "backend": world.backend,
         "ranks": ranks,
         # No setting: the run is the same whatever is trained beside it. Its launcher alone knows.
         "side_by_side": int(os.environ.get("FASHION_DDP_SIDE_BY_SIDE", "1")),

@@ -53,7 +53,7 @@ class Step:
             for norm in self.norms:
                 norm.row_weights = weights
             # DDP averages the gradients over the ranks during the backward pass of the last piece.
-            with nullcontext() if piece == last else self.world.accelerator.no_sync(self.ddp):
+            with nullcontext() if piece == last else self.world.no_sync(self.ddp):
                 logits = self.ddp(images)
                 losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.cfg.label_smoothing)
                 self.record.write(k, piece, losses, logits)
