@@ -5,13 +5,17 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent / "fake_cuda"
+TINY = ["--dataset", "synthetic", "--epochs", "1", "--batch-size", "1000", "--tracker", "none", "--device", "cuda"]
+TINY += ["--model", "linear", "--run-dir", "run", "--threads", "1"]
 
 
 def headers() -> list[Path]:
@@ -44,6 +48,62 @@ def environment(library: Path, cards: int = 1) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "FAKE_CUDA_DEVICES": str(cards),
     }
+
+
+class StandIn:
+    """Commands on stand-in cards, in a test's own folder."""
+
+    def __init__(self, library: Path, folder: Path):
+        self.library, self.folder, self.reports = library, folder, folder / "reports"
+        self.reports.mkdir()
+
+    def start(self, cards: int, *words: str, **env: str) -> subprocess.Popen[str]:
+        """Start a program of this environment on a machine with so many cards."""
+        hidden = ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "TORCH_DIST_USE_NCCL2")
+        surroundings = {k: v for k, v in os.environ.items() if k not in hidden}
+        surroundings |= environment(self.library, cards) | {"FAKE_CUDA_REPORTS": str(self.reports)} | env
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        line = [str(Path(sys.executable).parent / words[0]), *words[1:]]
+        return subprocess.Popen(line, cwd=self.folder, env=surroundings, text=True, **streams)
+
+    def start_ranks(self, number: int, *flags: str, **env: str) -> list[subprocess.Popen[str]]:
+        """Start the ranks of a tiny run by themselves, which is seconds faster than by a launcher."""
+        from conftest import free_port
+
+        place = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": free_port()}
+        words = ["python", "-m", "fashion_ddp.train", *TINY, *flags]
+        return [
+            self.start(number, *words, **{k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}, **env)
+            for rank in range(number)
+        ]
+
+    def train(self, number: int, *flags: str, **env: str) -> tuple[list[int], str]:
+        """Return the exit codes of a tiny run's ranks, and what they print."""
+        return finish(self.start_ranks(number, *flags, **env))
+
+    def counts(self) -> list[dict[str, int]]:
+        """Return what the library counted in each rank that ended by itself, by rank."""
+        return [parse(file.read_text()) for file in sorted(self.reports.glob("rank*.txt"))]
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run" / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def parse(report: str) -> dict[str, int]:
+    """Return how often what was counted."""
+    return {what: int(times) for what, _, times in (line.rpartition(": ") for line in report.splitlines())}
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Wait until processes end, none of which outlives the test. Return their exit codes, and all that they print."""
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in processes], "".join(printed)
 
 
 def main() -> int:
