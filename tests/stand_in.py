@@ -1,6 +1,6 @@
 """Run a command on the stand-in for CUDA: cards that compute nothing, on a machine without any (fake_cuda/README.md).
 
-    python tests/stand_in.py --cards 2 torchrun --standalone --nproc-per-node 2 -m fashion_ddp.train --device cuda
+python tests/stand_in.py --cards 2 torchrun --standalone --nproc-per-node 2 -m fashion_ddp.train --device cuda
 """
 
 import argparse
@@ -56,6 +56,7 @@ class StandIn:
     def __init__(self, library: Path, folder: Path):
         self.library, self.folder, self.reports = library, folder, folder / "reports"
         self.reports.mkdir()
+        self.run = folder / "run"  # as TINY names it
 
     def start(self, cards: int, *words: str, **env: str) -> subprocess.Popen[str]:
         """Start a program of this environment on a machine with so many cards."""
@@ -66,17 +67,21 @@ class StandIn:
         line = [str(Path(sys.executable).parent / words[0]), *words[1:]]
         return subprocess.Popen(line, cwd=self.folder, env=surroundings, text=True, **streams)
 
-    def start_ranks(self, number: int, *flags: str, **env: str) -> list[subprocess.Popen[str]]:
-        """Start the ranks of a tiny run by themselves, which is seconds faster than by a launcher."""
+    def start_ranks(self, number: int, *flags: str, own_card: bool = False, **env: str) -> list[subprocess.Popen[str]]:
+        """Start the ranks of a tiny run by themselves, which is seconds faster than by a launcher.
+
+        `own_card`: each sees its own card only, as where SLURM binds tasks to cards.
+        """
         from conftest import free_port
 
-        place = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1"}
-        place |= {"MASTER_PORT": free_port()}
+        place = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": str(free_port())} | env
         words = ["python", "-m", "fashion_ddp.train", *TINY, *flags]
-        return [
-            self.start(number, *words, **{k: str(v) for k, v in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}, **env)
-            for rank in range(number)
-        ]
+        processes = []
+        for rank in map(str, range(number)):
+            card = {"CUDA_VISIBLE_DEVICES": rank} if own_card else {}
+            processes.append(self.start(number, *words, **place, **card, RANK=rank, LOCAL_RANK=rank))
+        return processes
 
     def train(self, number: int, *flags: str, **env: str) -> tuple[list[int], str]:
         """Return the exit codes of a tiny run's ranks, and what they print."""
@@ -87,7 +92,7 @@ class StandIn:
         return [parse(file.read_text()) for file in sorted(self.reports.glob("rank*.txt"))]
 
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "run" / "summary.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((self.run / "summary.json").read_text())  # type: ignore[no-any-return]
 
 
 def parse(report: str) -> dict[str, int]:

@@ -284,7 +284,14 @@ EXPORT cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cuda
         if (stream.capture && (pageable(to) || pageable(from)))
             return noted(invalidate(*stream.capture, "cudaMemcpyAsync of pageable memory",
                                     cudaErrorStreamCaptureUnsupported));
-        if (stream.capture && strcmp(what, "copy on the device")) count(std::string("captured: ") + what);
+        if (stream.capture && is_device_memory(to) && is_pinned_memory(from)) {
+            // A graph reads the host's memory anew at each launch: it must still be what was recorded.
+            auto recorded = std::make_shared<std::string>((const char*)from, size);
+            return perform(handle, what, [=] {
+                if (memcmp(from, recorded->data(), size)) count("graph copied host memory that had changed");
+                memcpy(to, from, size);
+            });
+        }
     }
     if (pageable(to)) wait_for_device();  // "returns only once the copy has completed" (API synchronization behavior)
     return perform(handle, what, [=] { memcpy(to, from, size); });
