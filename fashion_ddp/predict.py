@@ -108,7 +108,8 @@ def _progress(each: "Sequence[T]", doing: str) -> "tqdm[T]":
 def compute_logits(run: Run, images: np.ndarray, user_model: str | None) -> np.ndarray:
     """Return the model's logits [n, classes] for images uint8 [n, C, H, W], on the CPU, in the run's precision.
 
-    A CPU has no tf32: there such a run's products are in full. `user_model` names the model of a run with one of the user's own, as `Run.model` needs it.
+    A CPU has no tf32: there such a run's products are in full. `user_model` names the model of a run with one of the
+    user's own, as `Run.model` needs it.
     """
     model = run.model(user_model)
     import torch
