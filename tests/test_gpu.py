@@ -104,6 +104,27 @@ def test_half_precisions_gradient_is_near(precision: str) -> None:
     assert float((half - full).norm() / full.norm()) < 2e-2
 
 
+def product_errors(precision: str) -> list[float]:
+    """How far a matrix product and a convolution of float32 on the card are from those of float64, as shares."""
+    with open_world(make_config({"model": "linear", "precision": precision})) as world:
+        left, right = (torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        images, weight = left.view(16, 16, 16, 16), right[:, :144].reshape(256, 16, 3, 3)
+        errors = []
+        for multiply, one, other in ((torch.matmul, left, right), (torch.nn.functional.conv2d, images, weight)):
+            exact = multiply(one.double(), other.double())
+            found = multiply(one.to(world.device), other.to(world.device)).cpu().double()
+            errors.append(float((found - exact).norm() / exact.norm()))
+        return errors
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_products_are_in_full_but_for_tf32(precision: str) -> None:
+    if precision == "tf32" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs a card from Ampere on")
+    [errors] = ranks(1, product_errors, precision)
+    assert all((error > 1e-5) == (precision == "tf32") for error in errors), errors
+
+
 def test_a_run_that_was_stopped_continues_its_graphs(tmp_path: Path) -> None:
     # The last of two counts. A linear model, because rounding does not grow in it.
     words = [*SMALL, "--device", "cuda", "--model", "linear", "--optimizer", "sgd", "--lr", "0.1"]
