@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion_ddp.config import Config
-from fashion_ddp.distributed import failures, machine, rendezvous, tuning
+from fashion_ddp.distributed import failures, machine, precision, rendezvous, tuning
 from fashion_ddp.errors import CommandFailed, Stopped, TrainingFailed, UserError
 
 T = TypeVar("T")
@@ -234,7 +234,7 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     rendezvous.wait_for_rank_zero(here)
     accelerator = Accelerator(
         cpu=device == "cpu",
-        mixed_precision={"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision),
+        mixed_precision=precision.mixed_precision(cfg.precision),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=cfg.timeout + LATER)),
             # Buffers are equal on all ranks by construction; broadcasting them would cost a collective per step.
@@ -243,6 +243,7 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     )
     torch.set_num_threads(threads)
     if device == "cuda":
+        precision.set_products(cfg.precision)
         # Accelerate hands this number to DDP as the card's, which is another where a rank sees its own card only.
         if accelerator.device.index is not None:
             accelerator.state.local_process_index = accelerator.device.index
