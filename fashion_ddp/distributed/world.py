@@ -25,6 +25,7 @@ from fashion_ddp.errors import CommandFailed, Stopped, TrainingFailed, UserError
 
 T = TypeVar("T")
 
+CONNECTING = 20.0, 120.0  # seconds at least and at most, whatever --timeout says, for ranks that have met to connect
 LATER = 30.0  # seconds after a run's own watch at which torch gives up waiting: the watch knows what to say
 
 _entered = 0
@@ -256,7 +257,7 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
             f"start them with {machine.TORCHRUN}"
         )
     world = World(accelerator, here, threads)
-    with failures.time_limit(here.rank, "the first exchange (limited by --timeout)", cfg.timeout):
+    with failures.time_limit(here.rank, "the first exchange", min(max(cfg.timeout, CONNECTING[0]), CONNECTING[1])):
         float(all_reduce(torch.zeros((), device=world.device)))  # here ranks connect: what prevents it is told at once
     try:
         yield world
