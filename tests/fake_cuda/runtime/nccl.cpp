@@ -43,7 +43,7 @@ static bool wait_for_all(ncclComm& comm) {
         comm.shared->arrived = 0;
         comm.shared->round++;
     } else {
-        while (comm.shared->round == round && !comm.aborted) usleep(20);
+        while (comm.shared->round == round && !comm.aborted) usleep(100);
     }
     return !comm.aborted;
 }
