@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fashion_ddp.distributed.failures import nccl_words
 from fashion_ddp.distributed.world import World, entering_collective
 from fashion_ddp.training.state import State
 from fashion_ddp.training.step import Step, random_state_kept
@@ -109,7 +110,7 @@ def prove(counting: CountingStep, record: Callable[[CountingStep], Launch]) -> s
             with undone(counting):
                 recorded = record(counting)
         except RuntimeError as error:  # torch's word for what cannot be recorded, such as a read by the host
-            problem = f"torch cannot record it ({str(error).strip().splitlines()[0]})"
+            problem = f"torch cannot record it ({_first_of(error)})"
         # Together: a rank that replays a graph would wait for one that has none.
         problem = _of_any(world, problem)
         if problem is None:
@@ -160,6 +161,13 @@ def difference(recorded: Changes, ordinary: Changes) -> str | None:
             if not bool((ours - theirs).norm() <= TOLERANCE * theirs.norm() + floor):
                 return f"recorded, it changed {kind} in another way than kernel by kernel"
     return None
+
+
+def _first_of(error: BaseException) -> str:
+    """Return in one line what came first: a capture that an error breaks off ends with an error of its own."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return nccl_words(error) or str(error).strip().splitlines()[0]
 
 
 def _of_any(world: World, problem: str | None) -> str | None:
