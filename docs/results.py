@@ -48,6 +48,7 @@ EPOCH = (
     Key("time/eval_s", "seconds", "its evaluation"),
     Key("throughput/images_per_s", "images/s", "trained on in this epoch, over all ranks"),
 )
+PEAK = "most that a rank took: of its card, for tensors (not for CUDA itself, nor NCCL); or on a CPU of the machine"
 SUMMARY = (
     Key("format", "count", "of this folder; a reader refuses another one than it knows"),
     Key("status", "text", "running, finished, stopped or failed; a reader says interrupted where the process is gone"),
@@ -88,7 +89,7 @@ SUMMARY = (
     Key("time/step_p50_ms", "ms", "of the other updates, the median", "finished"),
     Key("time/step_p95_ms", "ms", "of the same, what 95 % stay below", "finished"),
     Key("flops_per_image", "FLOPs", "of one forward pass; 2 per multiply-add", "finished"),
-    Key("peak_memory_bytes", "bytes", "most that a rank took: of its card, or on a CPU of the machine", "finished"),
+    Key("peak_memory_bytes", "bytes", PEAK, "finished"),
 )
 ENVIRONMENT = (
     Key("started", "time", "UTC, ISO 8601"),
@@ -102,6 +103,7 @@ ENVIRONMENT = (
     Key("git_commit", "text", "of the source, with +changes where files differ from it; null outside git"),
     Key("cuda", "version", "that torch was built for; null for none"),
     Key("world_size", "count", "ranks"),
+    Key("backend", "text", "torch's class that carries tensors between the ranks, and NCCL's version; null without"),
     Key("ranks[].host", "text", "by rank: its machine"),
     Key("ranks[].device", "text", "its card, or cpu"),
     Key("ranks[].cpu", "text", "its processor"),

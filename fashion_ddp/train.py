@@ -10,6 +10,7 @@ the same command continues.
 
 import sys
 import time
+from contextlib import ExitStack
 
 from fashion_ddp.distributed import signals
 
@@ -55,7 +56,7 @@ def train(command: Command) -> None:
         from fashion_ddp.training.watchdog import Watchdog
 
     cfg = command.run
-    with open_world(cfg) as world:
+    with open_world(cfg) as world, ExitStack() as scope:
         data = startup.load_data(cfg, world)
         classes = len(data.classes)
         model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
@@ -79,36 +80,38 @@ def train(command: Command) -> None:
             return
         state = State(cfg, world, model, optimizer, batches.steps, STARTED)
         checkpoints = Checkpoints(cfg, world, folder, state)  # the newest is loaded into the state
-        take_step, no_graph = cuda_graph.capture(step, state, rates)  # on a CPU the step itself
-        known = startup.announce(cfg, world, folder, environment, data, batches, state, prepared, no_graph)
+        known = startup.announce(cfg, world, folder, environment, data, batches, state, prepared)
         sync = SyncPoint(cfg, world, record, state, rates)
-        with (
-            tuning.gc_frozen(),
-            Watchdog(world, folder, cfg.timeout),
-            open_recorder(folder, cfg, world, known, state.recorded) as recorder,
-            Trace(cfg, world, folder, state.done) as trace,
-        ):
-            for epoch in state.epochs():
-                recorder.begin_epoch(epoch, batches.steps)
-                with state.timings.measure("train"):
-                    batches.draw(epoch)
-                    for window in sync.windows(batches.steps, state.steps_of(epoch)):
-                        for k in window:
-                            take_step(k, rates[state.done])
-                            state.advance()
-                            trace.step()
-                        recorder.steps(sync.read(window))  # the one read from the device, and from other ranks
-                        if sync.save_due or sync.stop or state.trained_to_the_end:
-                            checkpoints.save(required=bool(sync.stop) or state.trained_to_the_end)
-                            sync.saved_now()
-                        if sync.stop:
-                            raise Stopped(state.position, sync.stop)
-                with state.timings.measure("eval"):
-                    scores = {name: evaluation(model) for name, evaluation in sets.items()}
-                recorder.epoch(scores, state.timings.of_epoch(batches.count))
+        scope.enter_context(tuning.gc_frozen())
+        scope.enter_context(Watchdog(world, folder, cfg.timeout))  # from here on a rank that hangs is named
+        take_step, no_graph = cuda_graph.capture(step, state, rates)  # on a CPU the step itself
+        known |= startup.announce_step(world, no_graph)
+        recorder = scope.enter_context(open_recorder(folder, cfg, world, known, state.recorded))
+        trace = scope.enter_context(Trace(cfg, world, folder, state.done))
 
-            world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores["test"]))
-            recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)
+        for epoch in state.epochs():
+            recorder.begin_epoch(epoch, batches.steps)
+            with state.timings.measure("train"):
+                batches.draw(epoch)
+                for window in sync.windows(batches.steps, state.steps_of(epoch)):
+                    for k in window:
+                        take_step(k, rates[state.done])
+                        state.advance()
+                        trace.step()
+                    if window.stop == batches.steps and not state.trained_to_the_end:
+                        batches.draw_ahead(epoch + 1)  # while a card is at work
+                    recorder.steps(sync.read(window))  # the one read from the device, and from other ranks
+                    if sync.save_due or sync.stop or state.trained_to_the_end:
+                        checkpoints.save(required=bool(sync.stop) or state.trained_to_the_end)
+                        sync.saved_now()
+                    if sync.stop:
+                        raise Stopped(state.position, sync.stop)
+            with state.timings.measure("eval"):
+                scores = {name: evaluation(model) for name, evaluation in sets.items()}
+            recorder.epoch(scores, state.timings.of_epoch(batches.count))
+
+        world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores["test"]))
+        recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import itertools
 import multiprocessing
@@ -19,7 +20,7 @@ import termios
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -33,7 +34,7 @@ CHECKOUT = Path(__file__).parent.parent
 _server = multiprocessing.get_context("forkserver")
 # What test files import is among it: a rank imports the file that its function is in.
 _server.set_forkserver_preload(
-    ["torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint", "fashion_ddp.train"]
+    ["fashion_ddp.train", "torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint"]
     + ["pytest", "torchmetrics.functional.classification", "safetensors.torch", "torch.profiler"]
 )
 
@@ -79,7 +80,39 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def need(program: str) -> None:
     """Skip a test whose program is not installed; fail it where everything must run."""
     if shutil.which(program) is None:
-        (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"{program} is not installed")
+        cannot_run(f"{program} is not installed")
+
+
+def cannot_run(why: str) -> NoReturn:
+    """Skip a test; fail it where everything must run."""
+    (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(why)
+
+
+@pytest.fixture(scope="session")
+def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for CUDA, built once for all processes of the tests."""
+    from stand_in import build, headers
+
+    need("c++")
+    if not headers():
+        cannot_run("this build of torch brings no headers of CUDA")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = folder / "libcuda.so.1"
+    with open(folder / "libcuda.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            build(folder / "libcuda.new")
+            (folder / "libcuda.new").rename(path)
+    return path
+
+
+@pytest.fixture
+def stand_in(stand_in_library: Path, tmp_path: Path) -> Any:
+    """Commands on stand-in cards."""
+    from stand_in import StandIn
+
+    return StandIn(stand_in_library, tmp_path)
 
 
 @functools.cache

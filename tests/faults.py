@@ -57,6 +57,30 @@ def _raise() -> None:
     raise RuntimeError("an injected error")
 
 
+# As torch 2.10 to 2.15 build the texts; only the names and sizes are ours.
+NCCL_ERROR = """\
+NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO \
+for details), NCCL version 2.27.7
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\x20
+Last error:
+Error while creating shared memory segment /dev/shm/nccl-x (size 9637888), error: No space left on device (28)"""
+FULL_CARD = """\
+CUDA out of memory. Tried to allocate 20.00 MiB. GPU 1 has a total capacity of 10.75 GiB of which 8.62 MiB is free. \
+Process 4711 has 9.90 GiB memory in use. Of the allocated memory 512.00 MiB is allocated by PyTorch."""
+
+
+def _nccl_fails() -> None:
+    from torch.distributed import DistBackendError
+
+    raise DistBackendError(NCCL_ERROR)
+
+
+def _card_is_full() -> None:
+    from torch import OutOfMemoryError
+
+    raise OutOfMemoryError(FULL_CARD)
+
+
 def _send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
@@ -87,6 +111,8 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "stand still": _send(signal.SIGSTOP),
     **{name: _send(signal.Signals[f"SIG{name}"]) for name in ("TERM", "INT", "USR1", "USR2")},
     "raise": _raise,
+    "NCCL fails": _nccl_fails,
+    "card is full": _card_is_full,
     "hang": _hang,
     "wait": _wait,  # until there is a file "go" beside the run folder
     # For a run folder on a file system of its own, see `Disk`.

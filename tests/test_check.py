@@ -1,9 +1,5 @@
 """What a doubtful user is told about the machine, and the probe of ranks."""
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +31,7 @@ def test_a_machine_without_cards_can_train(data_dir: Path, hostile_home: Path, t
 
 @quick
 def test_cards_that_torch_cannot_use_are_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
-    monkeypatch.setattr(machine, "_cards_present", lambda: True)
+    monkeypatch.setattr(machine, "_cards_present", lambda: 1)
     with pytest.raises(SystemExit) as end:
         check.main()
     out, err = capsys.readouterr()
@@ -75,14 +71,3 @@ def test_ranks_that_can_talk_say_how_fast(tmp_path: Path) -> None:
     assert [line.split(" on ")[0] for line in lines[:2]] == ["rank 0 of 2", "rank 1 of 2"]
     assert [line.partition(":")[0] for line in lines[2:4]] == [f"all-reduce of {name}" for name in probe.SIZES]
     assert lines[4:] == ["the 2 ranks can train together"] and not list(tmp_path.iterdir())
-
-
-@quick
-def test_ranks_that_hang_end_with_advice() -> None:
-    code = "import time; from fashion_ddp.distributed import probe\n"
-    code += "with probe.time_limit(0, 'an all-reduce', 0.2): time.sleep(60)"
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False, capture_output=True, text=True)
-    assert done.returncode == 1 and time.monotonic() - start < 50
-    assert "error: rank 0 on " in done.stdout and ": an all-reduce did not end within 0 s; " in done.stdout
-    assert "NCCL_P2P_DISABLE=1" in done.stdout and "IOMMU" in done.stdout and "a firewall" in done.stdout

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import torch
 from torch import nn
 
 from fashion_ddp.config import Config
@@ -17,10 +18,11 @@ from fashion_ddp.training.sync import StepRecord, SyncPoint, Trained
 class Trainer:
     """`trainer(k)` trains on global batch k of the epoch that its batches drew; `read` says how steps went."""
 
-    def __init__(self, cfg: Config, world: World, model: nn.Module, batches: Batches):
+    def __init__(self, cfg: Config, world: World, model: nn.Module, batches: Batches, device: str = ""):
+        """`device`: whose kind of optimizer it is, if not of the rank's own."""
         self.batches = batches
         ddp = world.wrap(model, ddp=not cfg.reduction_shards)
-        self.optimizer = optim.build(cfg, model, world.device)
+        self.optimizer = optim.build(cfg, model, torch.device(device or world.device))
         self.rates = optim.schedule(cfg, batches.steps)
         self.record = StepRecord(batches)
         self.step = Step(cfg, world, ddp, self.optimizer, batches, self.record)

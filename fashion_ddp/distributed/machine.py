@@ -18,6 +18,11 @@ from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, pluralize
 
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
+CARDS = (
+    ("/proc/driver/nvidia/gpus", "*"),
+    ("/dev", "nvidia[0-9]*"),
+)  # where Linux shows NVIDIA's cards: a folder, names
+AMPERE = (8, 0)  # the first compute capability with units for bf16
 
 
 class MachineError(UserError):
@@ -180,11 +185,30 @@ def threads_per_rank(cfg: Config, local_world_size: int) -> int:
     return cfg.threads or max(1, usable_cores() // local_world_size)
 
 
-def _cards_present() -> bool:
-    """Return whether this machine has NVIDIA cards that are not hidden, even if torch cannot use them."""
+def _cards_present() -> int:
+    """Return how many NVIDIA cards this machine has, even if torch cannot use them; 0 where they are hidden."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "none"):
-        return False
-    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/nvidia0").exists()
+        return 0
+    return max(len(list(Path(folder).glob(name))) for folder, name in CARDS)
+
+
+def choose_card(placement: RankPlacement, visible: int, env: Mapping[str, str] = os.environ) -> int:
+    """Return the index of this rank's card among the `visible` ones.
+
+    Raises MachineError where the machine has more ranks than cards.
+    """
+    if placement.local_world_size <= visible:
+        return placement.local_rank
+    # SLURM can show each task a card of its own (--gpus-per-task, --gpu-bind): each then sees one, number 0. Should it
+    # be the same one for several ranks, NCCL says so while they join.
+    one_named = "CUDA_VISIBLE_DEVICES" in env and "," not in env["CUDA_VISIBLE_DEVICES"]
+    bound = "SLURM_GPUS_PER_TASK" in env or "SLURM_GPU_BIND" in env
+    if visible == 1 and (one_named or bound or _cards_present() > 1):
+        return 0
+    raise MachineError(
+        f"{placement.local_world_size} ranks were started for {pluralize(visible, 'NVIDIA card')}: "
+        f"start {visible} (--num_processes {visible}), or add --device cpu"
+    )
 
 
 def choose_device(cfg: Config, placement: RankPlacement, env: Mapping[str, str] = os.environ) -> Literal["cpu", "cuda"]:
@@ -214,16 +238,10 @@ def choose_device(cfg: Config, placement: RankPlacement, env: Mapping[str, str] 
         if cfg.precision == "fp16":
             raise MachineError("precision fp16 needs an NVIDIA card: choose fp32 or bf16")
         return "cpu"
-    cards = torch.cuda.device_count()
-    if placement.local_world_size > cards:
-        raise MachineError(
-            f"{placement.local_world_size} ranks were started for {pluralize(cards, 'NVIDIA card')}: "
-            f"start {cards} (--num_processes {cards}), or add --device cpu"
-        )
+    card = choose_card(placement, torch.cuda.device_count(), env)
     if cfg.precision == "fp64":
         raise MachineError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
-    name = torch.cuda.get_device_name(placement.local_rank)
-    # By default torch says yes on older cards too: it emulates bf16 there, slowly.
-    if cfg.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise MachineError(f"precision bf16: {name} has no bf16 units; choose fp16 or fp32")
+    # Not torch.cuda.is_bf16_supported: that asks the current card, and says yes where bf16 is emulated, slowly.
+    if cfg.precision == "bf16" and torch.cuda.get_device_capability(card) < AMPERE:
+        raise MachineError(f"precision bf16: {torch.cuda.get_device_name(card)} has no bf16 units; choose fp16 or fp32")
     return "cuda"

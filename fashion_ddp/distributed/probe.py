@@ -3,47 +3,20 @@
 import os
 import socket
 import statistics
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
-from fashion_ddp.distributed import machine, rendezvous
+from fashion_ddp.distributed import machine
+from fashion_ddp.distributed.failures import time_limit
 from fashion_ddp.distributed.world import World, all_reduce, open_world
 from fashion_ddp.errors import TrainingFailed
 
+JOIN_LIMIT = 60.0  # seconds for the first exchange, and half as many more for ranks that start later
 TIME_LIMIT = 20.0  # seconds for what normally takes milliseconds
 SIZES = {"118 KB, the gradient of cnn": 29_460, "40 MB": 10_000_000}
-ADVICE = """\
-the ranks cannot talk to each other. What to try, one by one:
-  NCCL_P2P_DISABLE=1            cards of a machine that cannot reach each other's memory: IOMMU or ACS is on
-  NCCL_SHM_DISABLE=1            a container with little shared memory (--shm-size)
-  NCCL_SOCKET_IFNAME=eth0       several machines: the network that they share, as `ip address` names it
-  GLOO_SOCKET_IFNAME=eth0       the same for CPU ranks
-  a firewall between machines   ranks meet at MASTER_PORT, and then use ports that the system chooses
-  NCCL_DEBUG=INFO               says how far it came"""
-
-
-@contextmanager
-def time_limit(rank: int, what: str, seconds: float) -> Iterator[None]:
-    """End this process with advice if the block takes longer. (torch waits in C, where no exception reaches it.)"""
-
-    def give_up() -> None:
-        text = f"rank {rank} on {socket.gethostname()}: {what} did not end within {seconds:.0f} s"
-        say(f"error: {text}; {ADVICE if rank == 0 else 'see the advice of rank 0'}")
-        os._exit(1)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def describe_rank(world: World) -> str:
@@ -81,11 +54,9 @@ def time_all_reduces(world: World, size: int) -> list[float]:
 
 def main() -> None:
     """Print what each rank has, and how long all-reduces take. Raises TrainingFailed where a sum is wrong."""
-    rank = int(os.environ.get("RANK", "0"))
-    joining = time_limit(rank, "joining the other ranks", TIME_LIMIT + rendezvous.RENDEZVOUS_TIMEOUT)
-    with joining, open_world(Config()) as world:
-        with time_limit(rank, "the first exchange", TIME_LIMIT):
-            lines = world.all_gather_object(describe_rank(world))
+    with open_world(Config(timeout=JOIN_LIMIT)) as world:
+        rank = world.rank
+        lines = world.all_gather_object(describe_rank(world))
         if rank == 0:
             say("\n".join(lines))
         for name, size in SIZES.items():

@@ -9,7 +9,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fashion_ddp.config import Config
-from fashion_ddp.distributed import machine, rendezvous, tuning
-from fashion_ddp.errors import Stopped, TrainingFailed, UserError
+from fashion_ddp.distributed import failures, machine, rendezvous, tuning
+from fashion_ddp.errors import CommandFailed, Stopped, TrainingFailed, UserError
 
 T = TypeVar("T")
 
@@ -74,6 +75,15 @@ class World:
         """Return the card's name, or "cpu"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
+    @property
+    def backend(self) -> str | None:
+        """Return what carries tensors between the ranks, as torch names it; None for a process without a group."""
+        group = dist.group.WORLD
+        if group is None:
+            return None
+        name = type(group._get_backend(self.device)).__name__
+        return f"{name}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if self.device.type == "cuda" else name
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return every rank's tensor, by rank, along a new first dimension: [W, *tensor.shape]."""
         entering_collective()
@@ -122,11 +132,24 @@ class World:
 
     def wrap(self, model: nn.Module, ddp: bool = True) -> nn.Module:
         """Let Accelerate put the model on its device, in the run's precision, and, with `ddp`, wrap it in
-        DistributedDataParallel, which averages gradients over the ranks."""
+        DistributedDataParallel, which averages gradients over the ranks of a process group."""
         with warnings.catch_warnings():
             # Later torch has another name for it, which earlier torch does not know.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-            return self.accelerator.prepare_model(model, evaluation_mode=not ddp)
+            model = self.accelerator.prepare_model(model, evaluation_mode=not ddp)
+            if ddp and dist.is_initialized() and not isinstance(model, DistributedDataParallel):
+                # Accelerate leaves a single rank on a card unwrapped: then it would not show what several do.
+                devices = [self.device] if self.device.type == "cuda" else None
+                keywords = self.accelerator.ddp_handler.to_kwargs()
+                model = DistributedDataParallel(model, device_ids=devices, **keywords)
+        if isinstance(model, DistributedDataParallel) and self.device.type == "cuda":
+            # For statistics of its own DDP waits for the card in its first ten passes, and then in every hundredth.
+            model._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+        return model
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, a model that `wrap` returned leaves gradients on their rank: backward passes add to them."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def release_graphs(self) -> None:
         """Release recorded CUDA graphs. NCCL waits for them when it ends, and would wait forever."""
@@ -143,15 +166,33 @@ class World:
             time.sleep(0.05)  # gloo's thread has yet to drop the last call's tensors; at Python's end it would abort
 
 
-LOST_RANK = "another rank ended before its time; its own words, or its launcher's, tell why"
-
-
 def is_lost_rank(error: BaseException) -> bool:
     """Return whether an error means that another rank is gone. That rank's own message says why."""
+    if failures.nccl_words(error) is not None:
+        return False
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     )
+
+
+def explain(error: BaseException) -> str | None:
+    """Return in words what an error of NCCL or of a card means, or that another rank is gone; None for others."""
+    if isinstance(error, UserError | CommandFailed | Stopped):
+        return None
+    if (full := failures.explain_full_card(error)) is not None:
+        return full
+    if (words := failures.nccl_words(error)) is not None:
+        return f"NCCL failed with {words}"
+    return failures.LOST_RANK if is_lost_rank(error) else None
+
+
+def _is_first_to_say_it() -> bool:
+    """Return whether no other rank failed before: several may find the same error, and one message is enough."""
+    try:
+        return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store is gone, with the rank or the launcher that kept it
+        return True
 
 
 # Kept until the process ends, so that DDP's reducer never holds a group's last reference: torch 2.10 would then join
@@ -164,15 +205,22 @@ def open_world(cfg: Config) -> Iterator[World]:
     """Join the other ranks. Raises UserError where launcher, machine and command do not fit together or ranks do not
     meet, TrainingFailed where another one ends before its time."""
     here = machine.read_placement()
+    joined = False
     try:
         with _join(cfg, here) as world:
+            joined = True
             yield world
     except Exception as error:
         if isinstance(error, dist.DistError) and (plain := rendezvous.explain_failure(error, here)):
             raise plain from error
-        if is_lost_rank(error):
-            raise TrainingFailed(f"{LOST_RANK}; the same command continues from the last checkpoint") from error
-        raise
+        if (means := explain(error)) is None:
+            raise
+        if is_lost_rank(error) or not _is_first_to_say_it():
+            raise TrainingFailed(f"{failures.LOST_RANK}; {failures.CONTINUES}") from error
+        if not joined and (words := failures.nccl_words(error)):
+            raise failures.explain_joining(words, here.rank) from error
+        place = f"rank {here.rank} on {socket.gethostname()}"
+        raise failures.RankFailed(f"{place}: {means}; {failures.CONTINUES}") from error
 
 
 @contextmanager
@@ -195,6 +243,9 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     )
     torch.set_num_threads(threads)
     if device == "cuda":
+        # Accelerate hands this number to DDP as the card's, which is another where a rank sees its own card only.
+        if accelerator.device.index is not None:
+            accelerator.state.local_process_index = accelerator.device.index
         torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be recorded as a graph
     if dist.is_initialized():
         _groups.append(dist.group.WORLD)
@@ -204,6 +255,8 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
             f"start them with {machine.TORCHRUN}"
         )
     world = World(accelerator, here, threads)
+    with failures.time_limit(here.rank, "the first exchange (limited by --timeout)", cfg.timeout):
+        float(all_reduce(torch.zeros((), device=world.device)))  # here ranks connect: what prevents it is told at once
     try:
         yield world
     except (UserError, TrainingFailed, Stopped):

@@ -1,13 +1,14 @@
 """Which images each rank takes at each step, and how they are augmented.
 
-The whole set lives decoded on the rank's device. At an epoch's start one CPU generator, seeded by (seed, epoch) and
-so the same on every rank, draws the order of the images and an augmentation for each image; both go to the device
-once. Global batch k is rows [kB, (k+1)B) of that order, whatever the number of ranks; a row's place in it decides
-which rank takes it. There is no DataLoader and no worker: a position in the run is (epoch, step).
+The whole set lives decoded on the rank's device. For each epoch one CPU generator, seeded by (seed, epoch) and so the
+same on every rank, draws the order of the images and an augmentation for each image; both go to the device once.
+Global batch k is rows [kB, (k+1)B) of that order, whatever the number of ranks; a row's place in it decides which rank
+takes it. There is no DataLoader and no worker: a position in the run is (epoch, step).
 """
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -63,6 +64,18 @@ def split(cfg: Config, data: Dataset) -> tuple[Index, Index]:
     return np.sort(order[cfg.validation :]), np.sort(order[: cfg.validation])
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for an epoch, on the host: the tables of `Batches`, and the rows of each global batch."""
+
+    epoch: int
+    index: Tensor
+    weights: Tensor
+    loss_weights: Tensor
+    in_batch: list[int]
+    noise: Tensor | None
+
+
 class Batches:
     """The training set on one rank's device, cut into this rank's pieces of the global batches.
 
@@ -103,9 +116,25 @@ class Batches:
         self.weights = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.loss_weights = torch.zeros_like(self.weights)
         self.noise: Tensor | None = None
+        self.in_batch: list[int] = []  # the rows of each global batch
+        self.ahead: Drawn | None = None
 
     def draw(self, epoch: int) -> None:
-        """Draw the order and the augmentation of an epoch (from 1), and fill the tables."""
+        """Fill the tables with the order and the augmentation of an epoch (from 1)."""
+        if self.ahead is None or self.ahead.epoch != epoch:
+            self.draw_ahead(epoch)
+        assert self.ahead is not None
+        drawn, self.ahead = self.ahead, None
+        self.index.copy_(drawn.index, non_blocking=True)
+        self.targets.copy_(self.labels[self.index])
+        self.weights.copy_(drawn.weights, non_blocking=True)
+        self.loss_weights.copy_(drawn.loss_weights, non_blocking=True)
+        self.in_batch = drawn.in_batch
+        if drawn.noise is not None:
+            self.noise = drawn.noise.to(self.device) if self.noise is None else self.noise.copy_(drawn.noise)
+
+    def draw_ahead(self, epoch: int) -> None:
+        """Draw an epoch on the host, for `draw` to take, while a card trains on the one before."""
         draws = generator(self.cfg.seed, "epoch", epoch)
         order = torch.randperm(self.count, generator=draws) if self.cfg.shuffle else torch.arange(self.count)
         batches = _padded(order, self.steps * self.batch).view(self.steps, self.batch)
@@ -116,14 +145,12 @@ class Batches:
         mine = _padded(mine, per_group).reshape(self.steps, self.pieces, self.rows)
         real = mine >= 0
         weights = real.to(self.dtype)
-        self.index.copy_(torch.where(real, mine, batches[:, :1, None]))
-        self.targets.copy_(self.labels[self.index])
-        self.weights.copy_(weights)
-        self.loss_weights.copy_(weights * (self.ranks_averaged / in_batch.to(self.dtype))[:, None, None])
-        self.in_batch: list[int] = in_batch.tolist()
-        noise = self._draw_noise(draws)
-        if noise is not None:
-            self.noise = noise.to(self.device) if self.noise is None else self.noise.copy_(noise)
+        loss_weights = weights * (self.ranks_averaged / in_batch.to(self.dtype))[:, None, None]
+        index, noise = torch.where(real, mine, batches[:, :1, None]), self._draw_noise(draws)
+        if self.device.type == "cuda":  # from pinned memory a copy waits for nobody
+            index, weights, loss_weights = index.pin_memory(), weights.pin_memory(), loss_weights.pin_memory()
+            noise = None if noise is None else noise.pin_memory()
+        self.ahead = Drawn(epoch, index, weights, loss_weights, in_batch.tolist(), noise)
 
     def piece(self, k: Position, piece: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what one forward pass of global batch k takes: images [rows, C, H, W] in [0, 1], augmented; labels

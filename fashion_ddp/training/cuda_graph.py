@@ -14,15 +14,19 @@ from torch import Tensor
 
 from fashion_ddp.distributed.world import World, entering_collective
 from fashion_ddp.training.state import State
-from fashion_ddp.training.step import Step, drop_gradient, random_state_kept
+from fashion_ddp.training.step import Step, random_state_kept
 
 # DDP times its first ten passes with events that cannot be recorded (torch's notes on CUDA graphs).
 WARM_UPS = 11
-# How far a replayed step may be from an ordinary one, of what the step changes: kernels that add in any order differ in
-# the last bits, which Adam's first update and half precision make larger.
+# How far what a recorded step changes may be from what an ordinary one changes, as a share of the change: kernels that
+# add in any order differ in the last bits of the gradient, in half precision in the third digit.
 TOLERANCE = 0.02
+# And as a share of the change of all tensors of a kind: where the gradient is zero but for rounding, as that of a bias
+# before a batch norm, its digits mean nothing.
+FLOOR = 1e-4
 
 Launch = Callable[[], None]
+Changes = dict[str, list[Tensor]]
 
 
 class CountingStep:
@@ -39,20 +43,21 @@ class CountingStep:
         self.lr = self.rates.new_zeros(())  # a scalar, always at the same place in memory
         self.counters = torch.zeros(2, dtype=torch.int64, device=self.rates.device)
         self.batch, self.update = self.counters.split(1)
-        self.expected = 0, 0  # what the host knows to stand in `counters`
+        self.expected: tuple[int, int] | None = None  # what the host knows to stand in `counters`
         self.launch: Launch = self.take  # kernel by kernel, or as one graph
 
     def __call__(self, k: int, lr: float) -> None:
         """Do what the step does. `k` must be the next batch of the run, and `lr` its learning rate."""
-        self.stand_at(k)
-        self.launch()
-
-    def stand_at(self, k: int) -> None:
-        """Let batch k of the epoch, and the run's next update, be next."""
         if (k, self.state.done) != self.expected:
-            self.batch.fill_(k)
-            self.update.fill_(self.state.done)
+            self.stand_at(k, self.state.done)
+        self.launch()
         self.expected = k + 1, self.state.done + 1
+
+    def stand_at(self, k: int, update: int) -> None:
+        """Let batch k of the epoch and this update of the run be next."""
+        self.batch.fill_(k)
+        self.update.fill_(update)
+        self.expected = None
 
     def take(self) -> None:
         """Take the step at which the card's counters stand. Nothing in it comes from the host."""
@@ -81,46 +86,80 @@ def _unfit(step: Step, state: State) -> str | None:
         return "--no-cuda-graph"
     if step.cfg.reduction_shards:
         return "reduction_shards gathers gradients outside of DDP"
-    if any(True for _ in step.ddp.buffers()):
-        return "the model keeps statistics, as batch norm does, and a graph of it is not proven"
     if state.trained_to_the_end:
         return "no step is left to take"
     return None
 
 
 def prove(counting: CountingStep, record: Callable[[CountingStep], Launch]) -> str | None:
-    """Launch what `record` makes of an ordinary step from now on, if it does the same; otherwise return why not."""
-    step, state, world = counting.step, counting.state, counting.step.world
-    k = state.done % state.steps
-    counting.stand_at(k)
-    # Two, because a recorded step could have taken for fixed what is another for the next.
-    compared = min(2, state.steps - k)
-    with random_state_kept(world.device):
-        before = _random_state(world)
-        for _ in range(WARM_UPS):
+    """Launch what `record` makes of an ordinary step from now on, if it does the same; otherwise return why not.
+
+    A collective. Whatever happens, the run's state is as it was.
+    """
+    step, world = counting.step, counting.step.world
+    with undone(counting), _scale_kept(step), random_state_kept(world.device):
+        # Rates that move the weights, and two of them: a recorded step that took its own for fixed has to show.
+        rate = counting.rates.max()
+        counting.rates[::2] = rate
+        counting.rates[1::2] = rate / 2
+        if _draws(counting):
+            return "the model draws random numbers, as dropout does, and a graph of it is not proven"
+        recorded, problem = counting.take, None
+        try:
             with undone(counting):
-                counting.take()
-        ordinary = _changes(counting, counting.take, compared)
-        drawn = not torch.equal(before, _random_state(world))
-    if drawn:
-        return "the model draws random numbers, as dropout does, and a graph of it is not proven"
-    recorded, problem = counting.take, None
-    try:
-        with undone(counting):
-            recorded = record(counting)
-    except RuntimeError as error:  # torch's word for what cannot be recorded, such as a read by the host
-        problem = f"torch cannot record it ({str(error).strip().splitlines()[0]})"
-        drop_gradient(step.trained)
-    # Together: a rank that replays a graph would wait for one that has none.
-    problem = _of_any(world, problem)
-    if problem is None:
-        pairs = zip(_changes(counting, recorded, compared), ordinary, strict=True)
-        if not all(bool((ours - theirs).norm() <= TOLERANCE * theirs.norm()) for ours, theirs in pairs):
-            problem = "recorded, it did not do what it does kernel by kernel"
+                recorded = record(counting)
+        except RuntimeError as error:  # torch's word for what cannot be recorded, such as a read by the host
+            problem = f"torch cannot record it ({str(error).strip().splitlines()[0]})"
+        # Together: a rank that replays a graph would wait for one that has none.
         problem = _of_any(world, problem)
+        if problem is None:
+            problem = _of_any(world, _compare(counting, recorded))
+        else:
+            world.release_graphs()
+            step.start_over()
     if problem is None:
         counting.launch = recorded
+    else:
+        world.release_graphs()
     return problem
+
+
+def _draws(counting: CountingStep) -> bool:
+    """Take ordinary steps until DDP does what it does from then on. Return whether they draw random numbers."""
+    device = counting.step.world.device
+    before = _random_state(device)
+    for _ in range(WARM_UPS):
+        # fp16 skips updates until its scale is low enough, and each of these steps lowers it: it is not undone here.
+        with undone(counting):
+            counting.stand_at(0, 0)
+            counting.take()
+    return not torch.equal(before, _random_state(device))
+
+
+def _compare(counting: CountingStep, recorded: Launch) -> str | None:
+    """Return where a recorded step differs from an ordinary one: in two steps, each begun from the same state, so that
+    what the first one rounds does not grow in the second."""
+    problems = []
+    for update in range(min(2, counting.state.total_steps)):
+        counting.stand_at(min(update, counting.state.steps - 1), update)
+        problems.append(difference(_changes(counting, recorded), _changes(counting, counting.take)))
+        counting.take()
+    return next(filter(None, problems), None)
+
+
+def difference(recorded: Changes, ordinary: Changes) -> str | None:
+    """Return in which kind of tensor a recorded step's changes are not an ordinary one's; None where it does the same.
+
+    What is compared is linear in the gradient, or nearly, so that rounding stays as small as it is there.
+    """
+    if not all(any(bool(change.any()) for change in ordinary[kind]) for kind in ("weights", "losses", "counters")):
+        return "the steps that were to prove a graph of it moved nothing"
+    for kind, changes in ordinary.items():
+        floor = FLOOR * torch.stack([change.norm() for change in changes]).norm()
+        for ours, theirs in zip(recorded[kind], changes, strict=True):
+            if not bool((ours - theirs).norm() <= TOLERANCE * theirs.norm() + floor):
+                return f"recorded, it changed {kind} in another way than kernel by kernel"
+    return None
 
 
 def _of_any(world: World, problem: str | None) -> str | None:
@@ -132,39 +171,64 @@ def _of_any(world: World, problem: str | None) -> str | None:
 def undone(counting: CountingStep) -> Iterator[None]:
     """Within, steps may be taken; then everything is as it was, at the same places in memory, which a graph knows."""
     before = {tensor: tensor.detach().clone() for tensor in _changed(counting)}
-    scaler = counting.step.scaler
-    scale = scaler.state_dict() if scaler else {}
-    yield
-    with torch.no_grad():
-        for tensor in _changed(counting):
-            if tensor in before:
-                tensor.copy_(before[tensor])
-            else:
-                tensor.zero_()  # an optimizer makes its state at the first step, and all of it begins at zero
-    if scaler:
-        scaler.load_state_dict(scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor in _changed(counting):
+                if tensor in before:
+                    tensor.copy_(before[tensor])
+                else:
+                    tensor.zero_()  # an optimizer makes its state at the first step, and all of it begins at zero
+
+
+@contextmanager
+def _scale_kept(step: Step) -> Iterator[None]:
+    """Within, fp16's scale may change; then it is as it was."""
+    before = step.scaler.state_dict() if step.scaler else {}
+    try:
+        yield
+    finally:
+        if step.scaler:
+            step.scaler.load_state_dict(before)
+
+
+def _proving(counting: CountingStep) -> Changes:
+    """Return the tensors by which a step is judged, by kind."""
+    step = counting.step
+    kinds: Changes = {"weights": list(step.trained), "losses": [step.record.losses], "counters": [counting.counters]}
+    kinds["statistics"] = list(step.ddp.buffers())
+    for kept in step.optimizer.state.values():
+        for name, value in kept.items():
+            if isinstance(value, Tensor):
+                kinds.setdefault(name, []).append(value)
+    return {kind: tensors for kind, tensors in kinds.items() if tensors}
 
 
 def _changed(counting: CountingStep) -> list[Tensor]:
-    """Return all that a step changes on the device, but for fp16's scale."""
-    step = counting.step
-    kept = [value for state in step.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return [*step.trained, *kept, step.record.losses, step.record.predicted, counting.counters]
+    """Return all that a step, or its proof, changes on the device, but for fp16's scale."""
+    judged = [tensor for tensors in _proving(counting).values() for tensor in tensors]
+    return [*judged, counting.step.record.predicted, counting.rates]
 
 
-def _changes(counting: CountingStep, take: Launch, times: int) -> list[Tensor]:
-    """Return what so many steps change in the weights, in the record of losses and in the counters, as differences."""
-    shown = [*counting.step.trained, counting.step.record.losses, counting.counters]
+def _changes(counting: CountingStep, take: Launch) -> Changes:
+    """Return what a step changes, as differences in float64; of Adam's weights, times the change of their moment."""
     with undone(counting):
-        before = [tensor.detach().clone() for tensor in shown]
-        for _ in range(times):
-            take()
-        return [(tensor.detach() - old).double() for tensor, old in zip(shown, before, strict=True)]
+        before = {kind: [t.detach().clone() for t in tensors] for kind, tensors in _proving(counting).items()}
+        take()
+        changes = {
+            kind: [new.detach().double() - old for new, old in zip(tensors, before[kind], strict=True)]
+            for kind, tensors in _proving(counting).items()
+        }
+    if "exp_avg" in changes:
+        # Adam moves a weight as far where its gradient is mere rounding as where it is large. The latter counts.
+        changes["weights"] = [w * m for w, m in zip(changes["weights"], changes["exp_avg"], strict=True)]
+    return changes
 
 
-def _random_state(world: World) -> Tensor:
+def _random_state(device: torch.device) -> Tensor:
     """Return the state of the device's generator of random numbers."""
-    return torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else torch.get_rng_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _record(counting: CountingStep) -> Launch:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
-from fashion_ddp.distributed.world import LOST_RANK, World, is_lost_rank
+from fashion_ddp.distributed.world import World, explain
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError, pluralize
 from fashion_ddp.runs.folder import FORMAT, RunFolder
 from fashion_ddp.runs.reading import load_run
@@ -136,7 +136,7 @@ class Recorder(NullRecorder):
         if isinstance(error, Stopped | TrainingFailed | UserError):
             said = str(error)
         else:
-            said = LOST_RANK if is_lost_rank(error) else f"{type(error).__name__}: {error}".removesuffix(": ")
+            said = explain(error) or f"{type(error).__name__}: {error}".removesuffix(": ")
         why = {"error": said} | ({"stopped_by": error.reason} if isinstance(error, Stopped) else {})
         try:
             self.summary("stopped" if stopped else "failed", why)

@@ -82,6 +82,7 @@ def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, A
         "git_commit": provenance.git_commit(),
         "cuda": torch.version.cuda,
         "world_size": world.size,
+        "backend": world.backend,
         "ranks": ranks,
         # No setting: the run is the same whatever is trained beside it. Its launcher alone knows.
         "side_by_side": int(os.environ.get("FASHION_DDP_SIDE_BY_SIDE", "1")),
@@ -99,12 +100,10 @@ def announce(
     batches: Batches,
     state: State,
     prepared: list[str],
-    no_graph: str | None,
 ) -> dict[str, Any]:
     """Print and record how the run starts. Returns what its summary says from the start.
 
-    `prepared`: what was done to the new model, in words. `no_graph`: why the step is not one CUDA graph; None where it
-    is.
+    `prepared`: what was done to the new model, in words.
     """
     model, mixed, at_once = state.model, False, env["side_by_side"]
     described = describe.layers_table(model, dataset.image_shape)
@@ -116,7 +115,7 @@ def announce(
         at_once = max(_at_once(start) for start in [*went_before, env])
         notes = [*_continued(state, mixed), *_notes(cfg, dataset, dependent)]
         notes += [f"note: up to {at_once} runs are trained at once on this machine: times are shared"] * (at_once > 1)
-        for line in (_facts(cfg, world, env, dataset, batches, no_graph), described, *prepared, *notes):
+        for line in (_facts(cfg, world, env, dataset, batches), described, *prepared, *notes):
             say(line)
         folder.write_json("environment.json", [*starts, env])
         folder.write("model.txt", redact(described) + "\n")
@@ -137,7 +136,6 @@ def announce(
         "device": world.device_name,
         "threads": world.threads,
         "precision": cfg.precision,
-        "cuda_graph": no_graph is None,
         "batch_size": cfg.batch_size,
         "lr": cfg.scaled_lr(),
         "epochs": cfg.epochs,
@@ -147,6 +145,15 @@ def announce(
         "timings_mixed": mixed,
         "side_by_side": at_once,
     }
+
+
+def announce_step(world: World, no_graph: str | None) -> dict[str, Any]:
+    """Print how a card is given its steps, and return what the summary says of it. `no_graph`: why they are not one
+    CUDA graph; None where they are."""
+    if world.device.type == "cuda":
+        how = f"launched kernel by kernel: {no_graph}" if no_graph else "launched as one CUDA graph"
+        _say(world, f"{'step':<10}{how}")
+    return {"cuda_graph": no_graph is None}
 
 
 def _conditions(env: dict[str, Any]) -> tuple[Any, ...]:
@@ -167,9 +174,7 @@ def _continued(state: State, mixed: bool) -> list[str]:
     return [position + (marked if mixed else "")]
 
 
-def _facts(
-    cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, batches: Batches, no_graph: str | None
-) -> str:
+def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset, batches: Batches) -> str:
     machines = dict.fromkeys(rank["host"] for rank in env["ranks"])
     devices = dict.fromkeys(rank["device"] for rank in env["ranks"])
     last = batches.count - (batches.steps - 1) * batches.batch
@@ -186,8 +191,6 @@ def _facts(
         "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; "
         f"{pluralize(cfg.epochs, 'epoch')}",
     }
-    if world.device.type == "cuda":
-        lines["step"] = f"launched kernel by kernel: {no_graph}" if no_graph else "launched as one CUDA graph"
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed.world import World, entering_collective
@@ -52,7 +53,7 @@ class Step:
             for norm in self.norms:
                 norm.row_weights = weights
             # DDP averages the gradients over the ranks during the backward pass of the last piece.
-            with nullcontext() if piece == last else self.world.accelerator.no_sync(self.ddp):
+            with nullcontext() if piece == last else self.world.no_sync(self.ddp):
                 logits = self.ddp(images)
                 losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.cfg.label_smoothing)
                 self.record.write(k, piece, losses, logits)
@@ -91,6 +92,18 @@ class Step:
         for buffer, before in zip(self.ddp.buffers(), buffers, strict=True):
             buffer.copy_(before)
         drop_gradient(self.trained)
+
+    def start_over(self) -> None:
+        """Be ready for the next step after one that an error broke off. A collective.
+
+        Such a step leaves DDP in the midst of a reduction, and fp16's scaler in the midst of an update.
+        """
+        drop_gradient(self.trained)
+        if self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()
+        if isinstance(self.ddp, DistributedDataParallel):
+            self.ddp.reducer._reset_state()  # torch's own way; it groups the buckets anew
+        self.warm_up()
 
 
 def take_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -128,8 +128,9 @@ class Timings:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this rank took, in bytes: of the card by torch, or of the machine by the process."""
+    """Return the most memory that this rank took, in bytes: of its card for torch's tensors, which leaves out CUDA and
+    NCCL themselves; or of the machine by the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

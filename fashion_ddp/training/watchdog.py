@@ -142,6 +142,8 @@ class Watchdog(threading.Thread):
             self._note("it went on")
             return
         message = f"nothing happened for {self.timeout:g} s (--timeout): {self._describe_late_ranks()}"
+        if self.world.graphs:
+            message += "; its steps are one CUDA graph: --no-cuda-graph shows whether that is what hangs"
         self._note(message)
         if self._is_first_to_give_up():
             where = f"stacks are in {self.logs}; the same command continues from the last checkpoint"

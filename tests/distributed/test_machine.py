@@ -5,6 +5,7 @@ There is no card in a test: torch.cuda answers as the case says, and the machine
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,28 +106,27 @@ def test_what_changes_nothing_is_accepted(variable: str, value: str) -> None:
 
 @pytest.fixture
 def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Let the machine have `present` cards, of which torch can use all or none."""
+    """Let the machine have `present` cards, of which torch can use all or none, and this process sees all or some.
+    Those that are not in `ampere` are Turing."""
     import torch
 
-    def have(present: int, usable: bool = True, bf16: bool = True) -> None:
+    def have(present: int, usable: bool = True, visible: int | None = None, ampere: Sequence[int] = range(8)) -> None:
         (tmp_path / "dev").mkdir(exist_ok=True)
         for n in range(present):
             (tmp_path / "dev" / f"nvidia{n}").touch()
         monkeypatch.setattr(machine, "Path", lambda path: tmp_path / path.lstrip("/"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: usable and present > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: present)  # also where the driver is too old
+        seen = present if visible is None else visible
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)  # also where the driver is too old
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
-        # As torch does, which emulates bf16 on cards without units for it.
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16
-        )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6) if index in ampere else (7, 5))
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return have
 
 
-def here(ranks: int) -> RankPlacement:
-    return RankPlacement(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
+def here(ranks: int, rank: int = 0) -> RankPlacement:
+    return RankPlacement(rank=rank, world_size=ranks, local_rank=rank, local_world_size=ranks)
 
 
 @pytest.mark.parametrize(
@@ -177,11 +177,34 @@ def test_device_and_command_do_not_fit(
     assert all(words in str(told.value) for words in said)
 
 
-def test_bf16_wants_units_of_the_card(cards: Any) -> None:
-    cards(1, bf16=False)
-    with pytest.raises(MachineError, match=r"bf16: card 0 has no bf16 units; choose fp16 or fp32"):
-        choose_device(Config(precision="bf16"), here(1), {})
-    assert choose_device(Config(precision="fp16"), here(1), {}) == "cuda"
+def test_bf16_wants_units_of_this_ranks_card(cards: Any) -> None:
+    cards(2, ampere=[0])
+    assert choose_device(Config(precision="bf16"), here(2, rank=0), TORCHRUN) == "cuda"
+    with pytest.raises(MachineError, match=r"bf16: card 1 has no bf16 units; choose fp16 or fp32"):
+        choose_device(Config(precision="bf16"), here(2, rank=1), TORCHRUN)
+    assert choose_device(Config(precision="fp16"), here(2, rank=1), TORCHRUN) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("present", "env"),
+    [
+        (4, {}),  # the machine has more than this task sees
+        *[(1, {"CUDA_VISIBLE_DEVICES": name}) for name in ("2", "GPU-5b2f4c8e", "MIG-1f2a")],
+        (1, {"SLURM_GPUS_PER_TASK": "1"}),
+        (1, {"SLURM_GPU_BIND": "single:1"}),
+    ],
+)
+def test_a_task_that_sees_its_own_card_only_takes_it(cards: Any, present: int, env: dict[str, str]) -> None:
+    cards(present, visible=1, ampere=[0])
+    assert choose_device(Config(precision="bf16"), here(4, rank=3), TORCHRUN | env) == "cuda"
+    assert machine.choose_card(here(4, rank=3), 1, env) == 0
+
+
+def test_ranks_take_the_cards_that_they_see_by_their_number(cards: Any) -> None:
+    cards(4)
+    assert [machine.choose_card(here(4, rank=rank), 4, {}) for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(MachineError, match="4 ranks were started for 2 NVIDIA cards: start 2"):
+        machine.choose_card(here(4), 2, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 @pytest.mark.parametrize(

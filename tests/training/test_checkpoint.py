@@ -4,7 +4,6 @@ One rank in this process, with the real step, recorder and run folder; only the 
 ends in the same bits however often it was ended: tests/resume/test_resume.py.
 """
 
-import contextlib
 import copy
 import errno
 import hashlib
@@ -50,7 +49,7 @@ class Training:
 
     def __init__(self, path: Path, **given: Any):
         self.path, self.cfg = path, make_config(BASE | given)
-        accelerator: Any = SimpleNamespace(device=torch.device("cpu"), scaler=None, no_sync=contextlib.nullcontext)
+        accelerator: Any = SimpleNamespace(device=torch.device("cpu"), scaler=None)
         accelerator.prepare_model = lambda model, evaluation_mode: model
         world = World(accelerator, RankPlacement(), threads=1)
         self.model = architectures.build(self.cfg, (1, 8, 8), 10)

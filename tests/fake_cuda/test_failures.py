@@ -1,0 +1,50 @@
+"""What a user sees where NCCL, a capture, a replay or memory fails: one message, and how to go on."""
+
+import pytest
+from stand_in import StandIn
+
+pytestmark = pytest.mark.slow
+
+
+def test_nccls_own_words_are_told_where_ranks_cannot_join(stand_in: StandIn) -> None:
+    ends, printed = stand_in.train(2, FAKE_CUDA_FAIL="nccl-init")
+    assert 0 not in ends
+    assert printed.count("No space left on device") == 1 and "NCCL_SHM_DISABLE=1" in printed, printed
+    assert "Traceback" not in printed
+
+
+def test_two_ranks_on_one_card_are_told_so(stand_in: StandIn) -> None:
+    ends, printed = stand_in.train(2, CUDA_VISIBLE_DEVICES="1")
+    assert 0 not in ends
+    assert printed.count("Duplicate GPU detected") == 1 and "Traceback" not in printed, printed
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"FAKE_CUDA_FAIL": "nccl-capture"},  # in the backward pass, where DDP's all-reduce sits
+        {"FAKE_CUDA_FAIL": "nccl-capture", "FAKE_CUDA_FAIL_RANK": "1"},
+        {"FAKE_CUDA_FAIL": "capture", "FAKE_CUDA_FAIL_RANK": "1"},  # in the forward pass
+    ],
+    ids=str,
+)
+def test_where_a_capture_fails_the_run_goes_on_kernel_by_kernel(stand_in: StandIn, env: dict[str, str]) -> None:
+    ends, printed = stand_in.train(2, **env)
+    assert ends == [0, 0], printed
+    assert not stand_in.summary()["cuda_graph"] and "kernel by kernel" in printed
+    assert not any(one.get("NCCL end that would hang") for one in stand_in.counts())
+
+
+@pytest.mark.parametrize("where", ["nccl-capture-hangs", "replay-hangs"])
+def test_a_hang_in_capture_or_replay_ends_in_time_and_names_the_rank(stand_in: StandIn, where: str) -> None:
+    ends, printed = stand_in.train(2, "--timeout", "10", FAKE_CUDA_FAIL=where, FAKE_CUDA_FAIL_RANK="1")
+    assert 0 not in ends
+    assert "nothing happened for 10 s (--timeout)" in printed and "--no-cuda-graph" in printed, printed
+    assert "rank 1" in printed
+    assert any(path.stat().st_size for path in (stand_in.run / "logs").iterdir())
+
+
+def test_a_card_that_is_full_is_told_with_what_to_do(stand_in: StandIn) -> None:
+    ends, printed = stand_in.train(1, FAKE_CUDA_FREE_BYTES=str(24 * 2**20))
+    assert 0 not in ends
+    assert "memory" in printed and "Traceback" not in printed, printed

@@ -1,0 +1,60 @@
+"""What a step on a card asks of it, call by call, for every kind of configuration (steps.py takes them)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import command
+from stand_in import HERE, environment
+
+Observed = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=["every", pytest.param("few", marks=pytest.mark.slow)])
+def observed(
+    request: pytest.FixtureRequest, stand_in_library: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Observed:
+    """Every configuration, and a few of them with the newer NCCL backend of torch 2.15."""
+    env = environment(stand_in_library) | {"FAKE_CUDA_CARD": "hopper"}
+    env |= {"TORCH_DIST_USE_NCCL2": "1" if request.param == "few" else "0"}
+    env["PYTHONPATH"] += f":{HERE.parent}"
+    done = command("python", str(HERE / "steps.py"), request.param, cwd=tmp_path_factory.mktemp("steps"), **env)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def offenders(observed: Observed, graph: bool, wrong: Callable[[dict[str, Any]], Any]) -> Observed:
+    """The configurations that something is wrong with, among those with or without a graph."""
+    cases = [one for one in observed if one["graph"] == graph]
+    assert len(cases) >= 4
+    return [one for one in cases if wrong(one)]
+
+
+def test_a_capture_makes_no_call_that_cuda_forbids_and_launches_nothing_beside_it(observed: Observed) -> None:
+    def wrong(one: dict[str, Any]) -> bool:
+        capture = one["capture"]
+        broken = any(what.startswith(("forbidden", "beside a capture", "capture failed")) for what in capture)
+        return broken or bool(one["no_graph"]) or capture["capture ended"] != 1 or not capture.get("NCCL in a capture")
+
+    assert not offenders(observed, True, wrong)
+
+
+def test_a_step_is_one_launch_without_a_copy_or_a_wait(observed: Observed) -> None:
+    # The one event tells when the step began (training/timing.py).
+    assert not offenders(observed, True, lambda one: one["steps"] != {"graph launch": 5, "event recorded": 5})
+
+
+def test_a_step_kernel_by_kernel_waits_for_nothing_and_brings_nothing_back(observed: Observed) -> None:
+    def wrong(one: dict[str, Any]) -> bool:
+        return any("synchronize" in what or what == "copy device to host" for what in one["steps"])
+
+    assert not offenders(observed, False, wrong)
+
+
+def test_graphs_are_let_go_before_nccl_ends(observed: Observed) -> None:
+    def wrong(one: dict[str, Any]) -> bool:
+        return "NCCL end that would hang" in one["end"] or not one["end"].get("ncclCommDestroy")
+
+    assert not offenders(observed, True, wrong)
