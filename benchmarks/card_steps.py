@@ -87,7 +87,7 @@ def smoke(options: argparse.Namespace) -> None:
             "said": said[:8],
             "cuda_graph": summary["cuda_graph"],
             "loss": summary["test/loss"],
-            "nccl": {name: value for name, value in environment.items() if "nccl" in name},
+            "backend": environment["backend"],
         }
 
     models = options.models or list(architectures())

@@ -124,8 +124,9 @@ def smoke(result: dict[str, Any]) -> str:
     rows = []
     for name, one in sorted(result.get("smoke", {}).items()):
         said = [line.removeprefix("step ").strip() for line in one.get("said", []) if line.startswith("step ")]
-        rows.append([name, f"failed: {reason(one['failed'])}" if "failed" in one else said[0]])
-    return table(["first steps", "the step was"], rows) if rows else ""
+        took = [said[0], one["backend"] or ""] if said else [f"failed: {reason(one['failed'])}", ""]
+        rows.append([name, *took])
+    return table(["first steps", "the step was", "gradients went by"], rows) if rows else ""
 
 
 def tests(result: dict[str, Any]) -> str:
