@@ -84,7 +84,7 @@ def smoke(options: argparse.Namespace) -> None:
         summary = json.loads((folder / "summary.json").read_text())
         environment = json.loads((folder / "environment.json").read_text())[-1]
         return {
-            "said": said[:8],
+            "said": [line for line in said if not line.startswith("  ")],  # without the table of layers
             "cuda_graph": summary["cuda_graph"],
             "loss": summary["test/loss"],
             "backend": environment["backend"],
@@ -121,11 +121,15 @@ def tests(options: argparse.Namespace) -> None:
 def track(options: argparse.Namespace) -> None:
     """The closed track: every way to train each case, in turn, beside what earlier rounds found."""
     earlier = json.loads(Path(options.out).read_text()).get("track", {})
-    for case in options.cases:
-        known = earlier.get(name := f"{case} blog", {})
-        ways = [way for way in WAYS if way in known] or WAYS  # one that failed would fail again
-        rows = {way: list(known.get(way, {"runs": []})["runs"]) for way in ways}
-        for way in ways:
+
+    def known(case: str) -> dict[str, list[dict[str, Any]]]:
+        """The runs of earlier rounds, by way; a way that failed is not among them."""
+        found = earlier.get(f"{case} blog")
+        return {way: one["runs"] for way, one in found.items()} if found else {way: [] for way in WAYS}
+
+    for case in sorted(options.cases, key=lambda case: len(known(case)["plain"])):  # one that a round left out first
+        name, rows = f"{case} blog", known(case)
+        for way in list(rows):
             one = attempt(lambda: run(way, "cuda", case, "blog", options.epochs, options.scratch))  # noqa: B023
             rows[way].append(one)
             if "failed" in one:
@@ -143,7 +147,7 @@ def rounds(options: argparse.Namespace) -> None:
 
 def precision(options: argparse.Namespace) -> None:
     """Each precision: how fast the card is in it, how far it is from float64, and a run."""
-    case = options.cases[-1]
+    case = options.cases[0]
     for name in DTYPES:
         line = [sys.executable, __file__, "exactness", json.dumps({"precision": name, "cases": options.cases})]
 
@@ -199,7 +203,7 @@ def answers(model: nn.Module, images: Tensor, labels: Tensor, world: World | Non
 
 def memory(options: argparse.Namespace) -> None:
     """What a run takes of the card: by torch's own count, and by how much less is free while it trains."""
-    case = options.cases[-1]
+    case = options.cases[0]
     for way in (GRAPH, KERNELS, DDP):
         free, _ = torch.cuda.mem_get_info(0)
         least, ended = [free], threading.Event()

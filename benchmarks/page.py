@@ -124,8 +124,8 @@ def smoke(result: dict[str, Any]) -> str:
     rows = []
     for name, one in sorted(result.get("smoke", {}).items()):
         said = [line.removeprefix("step ").strip() for line in one.get("said", []) if line.startswith("step ")]
-        took = [said[0], one["backend"] or ""] if said else [f"failed: {reason(one['failed'])}", ""]
-        rows.append([name, *took])
+        how = said or ["trained"] if "said" in one else [f"failed: {reason(one['failed'])}"]
+        rows.append([name, how[0], one.get("backend") or ""])
     return table(["first steps", "the step was", "gradients went by"], rows) if rows else ""
 
 
