@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -95,12 +96,20 @@ def find_data(data_dir: Path | None) -> Path:
     return folder
 
 
+def without_names(text: str) -> str:
+    """A text for everybody: without this machine's name, and where things lie on it."""
+    names = {str(CHECKOUT): "CHECKOUT", sys.prefix: "PYTHON", tempfile.gettempdir(): "TMP", str(Path.home()): "HOME"}
+    for name, word in names.items():
+        text = text.replace(f"{name}/", f"{word}/")
+    return text.replace(f" on {socket.gethostname()}:", " on HOST:").replace(f"{socket.gethostname()}: ", "HOST: ")
+
+
 def measure(args: argparse.Namespace, source: Path, results: dict[str, Any]) -> None:
     """Go through the steps. `source`: the data's folder. `results` grows, and is written whenever it does."""
     begin = time.monotonic()
 
     def write() -> None:
-        write_whole(args.out, json.dumps(results, indent=1) + "\n")
+        write_whole(args.out, without_names(json.dumps(results, indent=1)) + "\n")
 
     def keep(finding: list[Any]) -> None:
         section, name, found = finding
@@ -108,6 +117,7 @@ def measure(args: argparse.Namespace, source: Path, results: dict[str, Any]) -> 
         write()
         print(f"  {section}: {name}", flush=True)
 
+    write()
     with tempfile.TemporaryDirectory() as scratch:
         unpack(source, Path(scratch))
         chosen = {name: getattr(args, name) for name in ("cases", "models", "epochs", "repeats", "tests")}
@@ -139,11 +149,6 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, signal.default_int_handler)
-    # The steps are programs, in other folders too, that import fashion_ddp and look for the data.
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *(path for path in given if path)])
-    if args.data_dir:
-        os.environ["FASHION_DDP_DATA_DIR"] = str(args.data_dir.absolute())
     try:
         if machine.choose_device(Config(), machine.RankPlacement()) == "cpu":
             raise UserError(
@@ -152,6 +157,10 @@ def main() -> None:
         source = find_data(args.data_dir)
     except UserError as error:
         sys.exit(f"error: {error}")
+    # The steps are programs, in other folders too, that import fashion_ddp and look for the data.
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *(path for path in given if path)])
+    os.environ["FASHION_DDP_DATA_DIR"] = str(source)
     results = made() | {"minutes": args.minutes, "epochs": args.epochs, "steps": {}}
     args.out = args.out.absolute()
     try:
@@ -159,8 +168,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted")
     finally:
-        args.page.write_text(page.page(results))
-        print(page.on_card(results))
+        written = json.loads(args.out.read_text())
+        args.page.write_text(page.page(written))
+        print(page.on_card(written))
 
 
 if __name__ == "__main__":

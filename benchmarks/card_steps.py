@@ -28,7 +28,7 @@ from fashion_ddp import data
 from fashion_ddp.config.names import architectures
 from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import World, open_world
-from fashion_ddp.errors import CommandFailed
+from fashion_ddp.errors import CommandFailed, UserError
 from fashion_ddp.models.architectures import build
 from fashion_ddp.training.batches import to_unit
 
@@ -84,7 +84,7 @@ def smoke(options: argparse.Namespace) -> None:
         summary = json.loads((folder / "summary.json").read_text())
         environment = json.loads((folder / "environment.json").read_text())[-1]
         return {
-            "said": [line for line in said if not line.startswith("  ")],  # without the table of layers
+            "said": [line for line in said if not line.startswith(("  ", "run ", "ranks ", "finished"))],
             "cuda_graph": summary["cuda_graph"],
             "loss": summary["test/loss"],
             "backend": environment["backend"],
@@ -110,7 +110,7 @@ def tests(options: argparse.Namespace) -> None:
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.when == "call" or not report.passed:
                 found = {"outcome": report.outcome, "seconds": report.duration}
-                tell("tests", report.nodeid, found | {"why": report.longreprtext.splitlines()[-20:]})
+                tell("tests", report.nodeid, found | {"why": report.longreprtext.splitlines()[-40:]})
 
     at_once = ["-n", str(AT_ONCE)] if importlib.util.find_spec("xdist") else []
     code = pytest.main([options.tests, "-p", "no:cacheprovider", *at_once], plugins=[Each()])
@@ -228,4 +228,7 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # whatever else is printed
     word, given = sys.argv[1:]
     [function] = [one for one in (*STEPS, exactness) if one.__name__ == word]
-    function(argparse.Namespace(**json.loads(given)))
+    try:
+        function(argparse.Namespace(**json.loads(given)))
+    except UserError as error:  # a precision that this card or code has not
+        sys.exit(f"error: {error}")

@@ -96,7 +96,7 @@ def origin(result: dict[str, Any]) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "accelerate", "python"))
     where = about.get("card") or f"{about['cores']} cores of {about['processor']}"
-    return f"{result['date']}, {where}, {versions}, commit {result['commit'][:8]}."
+    return f"{result['date']}, {where}, {versions}, commit {(result['commit'] or 'unknown')[:8]}."
 
 
 def on_card(result: dict[str, Any]) -> str:
@@ -115,8 +115,9 @@ def on_card(result: dict[str, Any]) -> str:
 
 def reason(lines: list[str]) -> str:
     """Why something failed: of its last lines the one that says so, and not a launcher's after it."""
-    saying = [line for line in lines if re.match(r"(E  +|error: |[\w.]+(Error|Failed|Exception): )", line)]
-    return f"`{(saying or lines)[-1].removeprefix('E ').strip()}`"
+    asserted = [line.removeprefix("E ") for line in lines if line.startswith("E  ")]  # by pytest, then where from
+    saying = [line for line in lines if re.match(r"(error: |[\w.]+(Error|Failed|Exception): )", line)]
+    return f"`{(asserted[:1] or saying or lines)[-1].strip()}`"
 
 
 def smoke(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ def processes_naming(word: str) -> list[str]:
 def test_a_step_that_takes_too_long_is_cut_with_all_that_it_started(card: Any, tmp_path: Path) -> None:
     step = f"""
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", {str(tmp_path)!r}], start_new_session=True)
+line = [sys.executable, "-c", "import time; time.sleep(600)", {str(tmp_path)!r}]
+subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True)
 print('["section", "name", 1]', flush=True)
 time.sleep(600)
 """
@@ -54,7 +56,9 @@ time.sleep(600)
 @pytest.mark.quick
 def test_a_step_that_fails_is_recorded_with_what_it_said(card: Any) -> None:
     found: list[Any] = []
-    step = "print('[1, 2, 3]'); import sys; sys.exit('error: why')"
+    host = socket.gethostname()
+    assert card.without_names(f"error: {host}: no, in {CHECKOUT}/a.py") == "error: HOST: no, in CHECKOUT/a.py"
+    step = "print('[1, 2, 3]; import sys; sys.exit('error: why')"
     ended = card.run([sys.executable, "-c", step], 600, found.append)
     assert (ended["ended"], ended["lines"], found) == ("failed (exit code 1)", ["error: why"], [[1, 2, 3]])
 
@@ -67,7 +71,7 @@ def test_the_page_says_what_failed(card: Any) -> None:
         {"date": "today", "commit": "0123456789", "machine": machine, "epochs": 3, "card": {"driver": "580"}}
         | {"steps": {"describe": {"ended": "done"}, "tests": {"ended": "out of time"}}}
         | {"smoke": {"cnn, ours, DDP of one rank": {"failed": torchrun}}}
-        | {"tests": {"test_a": {"outcome": "failed", "why": ["def test_a():", "E   assert 1 == 2", "test.py:1"]}}}
+        | {"tests": {"test_a": {"outcome": "failed", "why": ["def test_a():", "E   assert 1 == 2", "E    +  where"]}}}
         | {"track failed": {"cnn-10 blog, accelerate": ["Traceback:", "ValueError: no"]}}
         | {"precision": {"tf32": {"failed": ["error: precision tf32: needs another card"]}}}
     )
