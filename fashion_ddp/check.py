@@ -106,7 +106,7 @@ def _files(folder: Path) -> Iterable[Path]:
 
 def precisions() -> Iterator[CheckResult]:
     supported, unsupported = [], []
-    for precision in ("fp32", "fp16", "bf16", "fp64"):
+    for precision in ("fp32", "tf32", "fp16", "bf16", "fp64"):
         try:
             machine.choose_device(Config(precision=precision), machine.RankPlacement())
             supported.append(precision)

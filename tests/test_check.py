@@ -23,7 +23,7 @@ def test_a_machine_without_cards_can_train(data_dir: Path, hostile_home: Path, t
     found = found_in(done.stdout)
     assert done.returncode == 0 and done.stdout.endswith("training can start here\n") and not list(tmp_path.iterdir())
     assert found["device"] == "a run takes the CPU: there is no NVIDIA card"
-    assert "fp32" in found["precision"] and found["precision"].endswith("not fp16")
+    assert "fp32" in found["precision"] and found["precision"].endswith("not tf32, fp16")
     assert f"reads {hostile_home}/.cache/huggingface/accelerate/default_config.yaml" in found["accelerate"]
     assert found["data"].startswith(f"fashion_mnist in {data_dir}")
     assert "torch 2." in found["versions"] and ", commit " in found["versions"]

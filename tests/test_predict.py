@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import faults
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from fashion_ddp import data, load_run, predict, push
+from fashion_ddp.config.config import field_types
 from fashion_ddp.data import photo, synthetic
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs.reading import Run
@@ -239,6 +240,10 @@ def test_a_tie_within_rounding_is_told(run: Run, its_data: Any, tmp_path: Path, 
 def test_a_users_model_is_named(run: Run) -> None:
     with pytest.raises(UserError, match="model nobody:Net"):
         predict.compute_logits(run, np.zeros((1, *SHAPE), np.uint8), "nobody:Net")
+
+
+def test_every_precision_says_how_much_rounding_is_forgiven() -> None:
+    assert set(predict.ROUNDING) == set(get_args(field_types()["precision"]))
 
 
 def test_a_run_does_not_decide_which_code_makes_its_data(

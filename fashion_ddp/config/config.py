@@ -68,8 +68,9 @@ class Config:
     """Augmentation: probability of mirroring an image left to right."""
     erase: float = 0.0
     """Augmentation: probability of blanking a random rectangle (2 to 33 % of the image)."""
-    precision: Literal["fp32", "fp16", "bf16", "fp64"] = "fp32"
-    """fp16 (with loss scaling) and bf16 are mixed precision; fp64 is for proofs on CPU."""
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "fp64"] = "fp32"
+    """fp32 is IEEE on every device; tf32 multiplies with 11 bits (cards from Ampere on); fp16 (with loss scaling) and
+    bf16 are mixed precision; fp64 is for proofs on CPU."""
     validation: int = 0
     """Hold out so many training images, drawn by seed, and report val/* on them."""
 
@@ -183,9 +184,9 @@ class Config:
         if self.schedule == "one_cycle" and self.warmup_epochs:
             raise UserError("warmup_epochs: one_cycle has its own warm-up; set it to 0 or choose another schedule")
         if self.precision == "fp64" and self.device == "cuda":
-            raise UserError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
-        if self.precision == "fp16" and self.device == "cpu":
-            raise UserError("precision fp16 needs an NVIDIA card: choose fp32 or bf16, or --device cuda")
+            raise UserError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, tf32, fp16 or bf16")
+        if self.precision in ("fp16", "tf32") and self.device == "cpu":
+            raise UserError(f"precision {self.precision} needs an NVIDIA card: choose fp32 or bf16, or --device cuda")
         if self.init_from == "imagenet" and self.model != "resnet18":
             raise UserError(f"init_from imagenet is for resnet18, not {self.model!r}: name a file or a run's folder")
         if (self.batch_norm or self.model == "resnet18") and (self.micro_batch or self.reduction_shards):

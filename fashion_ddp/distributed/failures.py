@@ -73,7 +73,9 @@ def explain_full_card(error: BaseException) -> str | None:
         return None
     import torch
 
-    card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "the card"
+    card = "the card"
+    if torch.cuda.is_initialized():
+        card = f"{torch.cuda.get_device_name()} (cuda:{torch.cuda.current_device()})"
     asked, free = re.search(r"Tried to allocate ([\d.]+ \w+)", text), re.search(r"of which ([\d.]+ \w+) is free", text)
     sizes = f" ({asked[1]} were asked for, {free[1]} free)" if asked and free else ""
     return (

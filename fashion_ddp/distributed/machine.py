@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from fashion_ddp.config import Config
+from fashion_ddp.distributed.precision import mixed_precision
 from fashion_ddp.errors import UserError, pluralize
 
 TORCHRUN = "torchrun --standalone --nproc-per-node N -m fashion_ddp.train ..."
@@ -22,7 +23,7 @@ CARDS = (
     ("/proc/driver/nvidia/gpus", "*"),
     ("/dev", "nvidia[0-9]*"),
 )  # where Linux shows NVIDIA's cards: a folder, names
-AMPERE = (8, 0)  # the first compute capability with units for bf16
+AMPERE = (8, 0)  # the first compute capability with units for bf16 and tf32
 
 
 class MachineError(UserError):
@@ -91,7 +92,7 @@ def _is_true(env: Mapping[str, str], name: str) -> bool:
 def refuse_launcher_settings(cfg: Config, env: Mapping[str, str] = os.environ) -> None:
     """Raise UserError where `accelerate launch`, its files or ACCELERATE_* variables do more than place ranks."""
     mixed = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    ours = {"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision)
+    ours = mixed_precision(cfg.precision)
     # By variable that the launcher sets: whether it asks for more, and what for.
     refused = {
         "ACCELERATE_DYNAMO_BACKEND": (env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no", "dynamo"),
@@ -235,13 +236,14 @@ def choose_device(cfg: Config, placement: RankPlacement, env: Mapping[str, str] 
                 "add --device cpu to train on CPU ranks"
             )
     if not usable:
-        if cfg.precision == "fp16":
-            raise MachineError("precision fp16 needs an NVIDIA card: choose fp32 or bf16")
+        if cfg.precision in ("fp16", "tf32"):
+            raise MachineError(f"precision {cfg.precision} needs an NVIDIA card: choose fp32 or bf16")
         return "cpu"
     card = choose_card(placement, torch.cuda.device_count(), env)
     if cfg.precision == "fp64":
-        raise MachineError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, fp16 or bf16")
+        raise MachineError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, tf32, fp16 or bf16")
     # Not torch.cuda.is_bf16_supported: that asks the current card, and says yes where bf16 is emulated, slowly.
-    if cfg.precision == "bf16" and torch.cuda.get_device_capability(card) < AMPERE:
-        raise MachineError(f"precision bf16: {torch.cuda.get_device_name(card)} has no bf16 units; choose fp16 or fp32")
+    if cfg.precision in ("bf16", "tf32") and torch.cuda.get_device_capability(card) < AMPERE:
+        name = torch.cuda.get_device_name(card)
+        raise MachineError(f"precision {cfg.precision}: {name} has no {cfg.precision} units; choose fp16 or fp32")
     return "cuda"

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion_ddp.config import Config
-from fashion_ddp.distributed import failures, machine, rendezvous, tuning
+from fashion_ddp.distributed import failures, machine, precision, rendezvous, tuning
 from fashion_ddp.errors import CommandFailed, Stopped, TrainingFailed, UserError
 
 T = TypeVar("T")
 
+CONNECTING = 20.0, 120.0  # seconds at least and at most, whatever --timeout says, for ranks that have met to connect
 LATER = 30.0  # seconds after a run's own watch at which torch gives up waiting: the watch knows what to say
 
 _entered = 0
@@ -234,7 +235,7 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     rendezvous.wait_for_rank_zero(here)
     accelerator = Accelerator(
         cpu=device == "cpu",
-        mixed_precision={"fp32": "no", "fp64": "no"}.get(cfg.precision, cfg.precision),
+        mixed_precision=precision.mixed_precision(cfg.precision),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=cfg.timeout + LATER)),
             # Buffers are equal on all ranks by construction; broadcasting them would cost a collective per step.
@@ -243,6 +244,7 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     )
     torch.set_num_threads(threads)
     if device == "cuda":
+        precision.set_products(cfg.precision)
         # Accelerate hands this number to DDP as the card's, which is another where a rank sees its own card only.
         if accelerator.device.index is not None:
             accelerator.state.local_process_index = accelerator.device.index
@@ -255,7 +257,7 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
             f"start them with {machine.TORCHRUN}"
         )
     world = World(accelerator, here, threads)
-    with failures.time_limit(here.rank, "the first exchange (limited by --timeout)", cfg.timeout):
+    with failures.time_limit(here.rank, "the first exchange", min(max(cfg.timeout, CONNECTING[0]), CONNECTING[1])):
         float(all_reduce(torch.zeros((), device=world.device)))  # here ranks connect: what prevents it is told at once
     try:
         yield world

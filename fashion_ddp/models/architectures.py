@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fashion_ddp import user_code
 from fashion_ddp.config import Config
+from fashion_ddp.distributed.precision import channels_last
 from fashion_ddp.errors import UserError
 from fashion_ddp.models import transfer
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
@@ -119,8 +120,8 @@ def build(
         raise UserError(f"model {cfg.model} has no parameters to train")
     if rank > 0:  # from here on each rank draws other numbers: a user's Dropout must not drop the same units on each
         torch.manual_seed(cfg.seed + rank)
-    if trained_on == "cpu" and cfg.model in ARCHITECTURES:
-        # Convolutions on a CPU are up to twice as fast with channels last. A user's own model keeps its format: Dropout
-        # draws in memory order, and would drop other units than in the user's own loop.
+    if cfg.model in ARCHITECTURES and channels_last(cfg.precision, trained_on):
+        # A user's own model keeps its format: Dropout draws in memory order, and would drop other units than in the
+        # user's own loop.
         model = model.to(memory_format=torch.channels_last)
     return model.to(torch.float64 if cfg.precision == "fp64" else torch.float32)

@@ -146,11 +146,12 @@ def test_an_error_that_all_ranks_find_is_told_once(action: str, tmp_path: Path) 
     assert load_run(tmp_path / "run").summary["error"] in told[0]
 
 
+@pytest.mark.slow
 def test_a_first_exchange_that_hangs_ends_with_advice(tmp_path: Path) -> None:
     run = start_tiny(2, tmp_path, ["--timeout", "3"], [Fault("all-reduce", "hang", 1, 1)])
     assert run.wait(patience=60) == [1, 1]
-    late = [f"error: rank {rank} on {HOST}: the first exchange (limited by --timeout) did not end" for rank in range(2)]
-    assert [line.partition(" within 3 s; ")[0] for line in run.errors()] == late
+    late = [f"error: rank {rank} on {HOST}: the first exchange did not end" for rank in range(2)]
+    assert [line.partition(" within 20 s; ")[0] for line in run.errors()] == late
     assert "NCCL_P2P_DISABLE=1" in run.printed() and run.printed().count("see the advice of rank 0") == 1
 
 

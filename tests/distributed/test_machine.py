@@ -66,7 +66,7 @@ def test_ranks_half_described_or_lost(env: dict[str, str], said: tuple[str, ...]
 
 
 @pytest.mark.parametrize("env", [{}, TORCHRUN, ACCELERATE_FOUR, ACCELERATE_ONE])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp64"])
 def test_a_plain_launch_is_accepted(env: dict[str, str], precision: Any) -> None:
     machine.refuse_launcher_settings(Config(precision=precision), env)
     asked = {"ACCELERATE_MIXED_PRECISION": precision} if precision in ("bf16", "fp16") else {}
@@ -135,7 +135,7 @@ def here(ranks: int, rank: int = 0) -> RankPlacement:
         (0, {}, 1, {}, "cpu"),
         (0, {"precision": "fp64"}, 3, {}, "cpu"),
         (0, {"precision": "bf16"}, 2, TORCHRUN, "cpu"),
-        *[(2, {"precision": precision}, 2, ACCELERATE_FOUR, "cuda") for precision in ("fp32", "bf16", "fp16")],
+        *[(2, {"precision": precision}, 2, ACCELERATE_FOUR, "cuda") for precision in ("fp32", "tf32", "bf16", "fp16")],
         (2, {"device": "cuda"}, 1, {}, "cuda"),
         (2, {"device": "cpu"}, 4, ACCELERATE_FOUR, "cpu"),
         *[(2, {}, 1, ACCELERATE_ONE | {"ACCELERATE_USE_CPU": true}, "cpu") for true in ("1", "True", "yes", "on")],
@@ -164,6 +164,7 @@ def test_hidden_cards_are_none(cards: Any, monkeypatch: pytest.MonkeyPatch, hidd
         (2, True, {}, 4, TORCHRUN, ("4 ranks were started for 2 NVIDIA cards", "--num_processes 2", "--device cpu")),
         (1, True, {}, 2, TORCHRUN, ("2 ranks were started for 1 NVIDIA card:",)),
         (0, True, {"precision": "fp16"}, 1, {}, ("fp16", "NVIDIA card", "fp32")),
+        (0, True, {"precision": "tf32"}, 1, {}, ("tf32", "NVIDIA card", "fp32")),
         (1, True, {"precision": "fp64"}, 1, {}, ("fp64", "--device cpu")),
     ],
 )
@@ -177,11 +178,12 @@ def test_device_and_command_do_not_fit(
     assert all(words in str(told.value) for words in said)
 
 
-def test_bf16_wants_units_of_this_ranks_card(cards: Any) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_what_ampere_brought_wants_units_of_this_ranks_card(cards: Any, precision: Any) -> None:
     cards(2, ampere=[0])
-    assert choose_device(Config(precision="bf16"), here(2, rank=0), TORCHRUN) == "cuda"
-    with pytest.raises(MachineError, match=r"bf16: card 1 has no bf16 units; choose fp16 or fp32"):
-        choose_device(Config(precision="bf16"), here(2, rank=1), TORCHRUN)
+    assert choose_device(Config(precision=precision), here(2, rank=0), TORCHRUN) == "cuda"
+    with pytest.raises(MachineError, match=f"{precision}: card 1 has no {precision} units; choose fp16 or fp32"):
+        choose_device(Config(precision=precision), here(2, rank=1), TORCHRUN)
     assert choose_device(Config(precision="fp16"), here(2, rank=1), TORCHRUN) == "cuda"
 
 

@@ -292,3 +292,16 @@ def test_an_error_of_ones_own_is_told_with_its_line(own: str) -> None:
     for name, said in faulty.items():
         with pytest.raises(UserError, match=said):
             build(model=name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "last"),
+    [("fp32", "cpu", True), ("fp64", "cpu", True), ("fp32", "cuda", False)]
+    + [(precision, "cuda", True) for precision in ("tf32", "fp16", "bf16")],
+)
+def test_convolutions_lie_channels_last_where_that_is_faster(precision: str, device: str, last: bool) -> None:
+    net = architectures.build(make_config({"model": "cnn", "precision": precision}), IMAGE, 10, trained_on=device)
+    weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)][
+        1:
+    ]  # one channel has no order
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) == last for weight in weights)

@@ -101,7 +101,10 @@ def told_and_replayed(given: dict[str, Any]) -> bool:
     return equal(*each(given, trained, replayed))
 
 
-@pytest.mark.parametrize("given", [*(pytest.param(case, marks=pytest.mark.quick) for case in CASES), RESNET], ids=str)
+QUICK = [pytest.param(case, marks=pytest.mark.quick) for case in CASES]
+
+
+@pytest.mark.parametrize("given", [*QUICK, pytest.param(RESNET, marks=pytest.mark.slow)], ids=str)
 def test_a_step_recorded_before_the_first_and_replayed_is_the_ordinary_step(given: dict[str, Any]) -> None:
     assert ranks(1, told_and_replayed, given) == [True]
 
