@@ -43,11 +43,11 @@ def build(library: Path) -> None:
 def environment(library: Path, cards: int = 1) -> dict[str, str]:
     """Return what a process's environment must have so that it runs on so many cards."""
     path = [str(HERE / "replaced"), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    return {
-        "LD_PRELOAD": str(library),
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "FAKE_CUDA_DEVICES": str(cards),
-    }
+    env = {"LD_PRELOAD": str(library), "FAKE_CUDA_DEVICES": str(cards)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    if sys.dont_write_bytecode:  # else each process would compile all of torch anew, for seconds
+        env |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(library.parent / "bytecode")}
+    return env
 
 
 class StandIn:
@@ -67,8 +67,10 @@ class StandIn:
         line = [str(Path(sys.executable).parent / words[0]), *words[1:]]
         return subprocess.Popen(line, cwd=self.folder, env=surroundings, text=True, **streams)
 
-    def start_ranks(self, number: int, *flags: str, own_card: bool = False, **env: str) -> list[subprocess.Popen[str]]:
-        """Start the ranks of a tiny run by themselves, which is seconds faster than by a launcher.
+    def start_ranks(
+        self, number: int, *words: str, program: str = "fashion_ddp.train", own_card: bool = False, **env: str
+    ) -> list[subprocess.Popen[str]]:
+        """Start ranks by themselves, which is seconds faster than by a launcher.
 
         `own_card`: each sees its own card only, as where SLURM binds tasks to cards.
         """
@@ -76,16 +78,16 @@ class StandIn:
 
         place = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
         place |= {"MASTER_PORT": str(free_port())} | env
-        words = ["python", "-m", "fashion_ddp.train", *TINY, *flags]
         processes = []
         for rank in map(str, range(number)):
             card = {"CUDA_VISIBLE_DEVICES": rank} if own_card else {}
-            processes.append(self.start(number, *words, **place, **card, RANK=rank, LOCAL_RANK=rank))
+            place |= {"RANK": rank, "LOCAL_RANK": rank} | card
+            processes.append(self.start(number, "python", "-m", program, *words, **place))
         return processes
 
     def train(self, number: int, *flags: str, **env: str) -> tuple[list[int], str]:
         """Return the exit codes of a tiny run's ranks, and what they print."""
-        return finish(self.start_ranks(number, *flags, **env))
+        return finish(self.start_ranks(number, *TINY, *flags, **env))
 
     def counts(self) -> list[dict[str, int]]:
         """Return what the library counted in each rank that ended by itself, by rank."""

@@ -42,14 +42,10 @@ def test_two_machines_of_two_cards_train_together(stand_in: StandIn) -> None:
 
 
 def test_ranks_that_see_one_card_each_train_are_stopped_and_continue(stand_in: StandIn) -> None:
-    flags = ["--epochs", "2"]  # of 12 steps
-    ends, printed = [], ""
-    for stop_at in ("10", ""):
-        ranks = stand_in.start_ranks(2, *flags, own_card=True, FAKE_CUDA_STOP_AT=stop_at)
-        end, text = finish(ranks)
-        ends.append(end)
-        printed += text
-    assert ends == [[75, 75], [0, 0]], printed
+    command = [*TINY, "--epochs", "2"]  # of 12 steps
+    for stop_at, end in {"10": 75, "": 0}.items():
+        ends, printed = finish(stand_in.start_ranks(2, *command, own_card=True, FAKE_CUDA_STOP_AT=stop_at))
+        assert ends == [end, end], printed
     # Each step stands in the record once, whichever process took it.
     lines = (stand_in.run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
@@ -63,6 +59,5 @@ def test_a_card_alone_needs_no_ranks(stand_in: StandIn) -> None:
 
 
 def test_the_check_of_the_ranks_adds_up_on_cards(stand_in: StandIn) -> None:
-    launcher = ["torchrun", "--standalone", "--nproc-per-node", "2"]
-    ends, printed = finish([stand_in.start(2, *launcher, "-m", "fashion_ddp.check")])
-    assert ends == [0] and "the 2 ranks can train together" in printed, printed
+    ends, printed = finish(stand_in.start_ranks(2, program="fashion_ddp.check"))
+    assert ends == [0, 0] and "the 2 ranks can train together" in printed, printed

@@ -31,13 +31,17 @@ def no_cudnn(cudnn: Any) -> None:
 
 @after_import_of("torch.distributed.distributed_c10d")
 def objects_through_the_store(distributed: Any) -> None:
-    """Objects between ranks travel as tensors whose sizes the card compares. The store that ranks met at has them too,
-    as it has no card."""
+    """Objects between ranks travel as tensors whose sizes the card compares. Here the store at which ranks met hands
+    them on, once the card has done what it had to, as those tensors would wait for it."""
     import pickle
+
+    import torch
 
     calls = iter(range(10**9))
 
     def all_gather_object(values: list[Any], value: Any, group: Any = None) -> None:
+        if distributed.get_backend() == "nccl":
+            torch.cuda.synchronize()
         store, call = distributed._get_default_store(), next(calls)
         store.set(f"object {call} of rank {distributed.get_rank()}", pickle.dumps(value))
         for rank in range(distributed.get_world_size()):
@@ -54,8 +58,10 @@ def objects_through_the_store(distributed: Any) -> None:
 
 @after_import_of("fashion_ddp.training.cuda_graph")
 def no_difference(cuda_graph: Any) -> None:
-    """The proof of a graph compares what steps change. Here no step changes anything."""
-    cuda_graph.difference = lambda recorded, ordinary: None
+    """The proof of a graph compares what steps change, which is nothing here; the comparison waits for the card."""
+    import torch
+
+    cuda_graph.difference = lambda recorded, ordinary: torch.cuda.synchronize()  # which returns None: no difference
 
 
 @after_import_of("fashion_ddp.training.sync")
