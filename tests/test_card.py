@@ -137,7 +137,7 @@ def test_the_whole_of_it_on_a_stand_in_for_a_card(stand_in: StandIn, data_dir: P
     outcomes = {name.rpartition("::")[2]: one["outcome"] for name, one in results["tests"].items()}
     assert outcomes == {"test_that_passes": "passed", "test_that_fails": "failed"}
     assert {way: len(one["runs"]) for way, one in results["track"]["linear-10 blog"].items()} == dict.fromkeys(WAYS, 2)
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
         found = results["precision"][precision]
         assert found["rates"]["bytes_per_s"] and found["linear-10"]["step_s"]
         assert set(found["distances"]["linear-10"]) == {"logits", "gradient"}
