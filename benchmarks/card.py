@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import page
-from bench import made, unpack
 
 from fashion_ddp import data
 from fashion_ddp.config import Config
@@ -37,7 +36,8 @@ CHECKOUT = HERE.parent
 CASES = ["cnn-25", "linear-10", "cnn-10", "relu-10"]  # the most telling first
 # A step may take its weight's share of the time that is left for it and those after it.
 STEPS = {"describe": 1, "smoke": 3, "tests": 6, "track": 6, "precision": 3, "memory": 2, "rounds": 1}
-AROUND = 15.0  # seconds for the start, before the first step, and for the end
+STARTED = time.monotonic()
+ENDING = 5.0  # seconds for the page
 LINES = 20  # kept of what a step printed that failed
 
 
@@ -104,9 +104,8 @@ def without_names(text: str) -> str:
     return text.replace(f" on {socket.gethostname()}:", " on HOST:").replace(f"{socket.gethostname()}: ", "HOST: ")
 
 
-def measure(args: argparse.Namespace, source: Path, results: dict[str, Any]) -> None:
-    """Go through the steps. `source`: the data's folder. `results` grows, and is written whenever it does."""
-    begin = time.monotonic()
+def measure(args: argparse.Namespace, scratch: str, results: dict[str, Any]) -> None:
+    """Go through the steps. `scratch`: a folder with unpacked data. `results` grows, and is written when it does."""
 
     def write() -> None:
         write_whole(args.out, without_names(json.dumps(results, indent=1)) + "\n")
@@ -117,21 +116,17 @@ def measure(args: argparse.Namespace, source: Path, results: dict[str, Any]) -> 
         write()
         print(f"  {section}: {name}", flush=True)
 
-    write()
-    with tempfile.TemporaryDirectory() as scratch:
-        unpack(source, Path(scratch))
-        chosen = {name: getattr(args, name) for name in ("cases", "models", "epochs", "repeats", "tests")}
-        options = json.dumps(chosen | {"scratch": scratch, "out": str(args.out)})
-        for place, (step, weight) in enumerate(STEPS.items()):
-            left = max(0.0, 60 * args.minutes - AROUND - (time.monotonic() - begin))
-            limit = left * weight / sum(list(STEPS.values())[place:])
-            print(f"{step}, at most {limit:.0f} s", flush=True)
-            results["steps"][step] = {"ended": "interrupted", "lines": []}  # for as long as nothing else is known
-            write()
-            command = [sys.executable, str(HERE / "card_steps.py"), step, options]
-            results["steps"][step] = run(command, limit, keep)
-            write()
-            print(f"  {results['steps'][step]['ended']}", flush=True)
+    chosen = {name: getattr(args, name) for name in ("cases", "models", "epochs", "repeats", "tests")}
+    options = json.dumps(chosen | {"scratch": scratch, "out": str(args.out)})
+    for place, (step, weight) in enumerate(STEPS.items()):
+        left = max(0.0, 60 * args.minutes - ENDING - (time.monotonic() - STARTED))
+        limit = left * weight / sum(list(STEPS.values())[place:])
+        print(f"{step}, at most {limit:.0f} s", flush=True)
+        results["steps"][step] = {"ended": "interrupted", "lines": []}  # for as long as nothing else is known
+        write()
+        results["steps"][step] = run([sys.executable, str(HERE / "card_steps.py"), step, options], limit, keep)
+        write()
+        print(f"  {results['steps'][step]['ended']}", flush=True)
 
 
 def main() -> None:
@@ -146,9 +141,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=page.RESULTS / "card.json")
     parser.add_argument("--page", type=Path, default=CHECKOUT / "docs" / "performance.md")
     args = parser.parse_args()
+    args.out = args.out.absolute()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, signal.default_int_handler)
+    from bench import made, unpack  # not at the top: torch is loaded here, and its seconds count
+
     try:
         if machine.choose_device(Config(), machine.RankPlacement()) == "cpu":
             raise UserError(
@@ -162,15 +160,16 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *(path for path in given if path)])
     os.environ["FASHION_DDP_DATA_DIR"] = str(source)
     results = made() | {"minutes": args.minutes, "epochs": args.epochs, "steps": {}}
-    args.out = args.out.absolute()
-    try:
-        measure(args, source, results)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    finally:
-        written = json.loads(args.out.read_text())
-        args.page.write_text(page.page(written))
-        print(page.on_card(written))
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack(source, Path(scratch))
+        try:
+            measure(args, scratch, results)
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+        finally:
+            written = json.loads(args.out.read_text())
+            args.page.write_text(page.page(written))
+            print(page.on_card(written))
 
 
 if __name__ == "__main__":

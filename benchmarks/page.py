@@ -69,8 +69,8 @@ waiting for each other.
 FILES = ("bench", "bench_cnn", "scaling", "scaling_cnn", "step_parts")
 VERSIONS = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN", "nccl": "NCCL"}
 PRECISION = """\
-Distances are of the first batch at the initial weights, relative, from float64 on the CPU. `best product`: of matrices
-of 8,192 rows in that precision."""
+Distances are of the first batch at the initial weights, relative, from float64 on the CPU. `best product`: of two
+large matrices in that precision."""
 UNSEEN = "Neither its speed nor its proofs were seen on a card so far: not measured."
 
 
