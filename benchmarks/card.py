@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,52 +38,64 @@ CASES = ["cnn-25", "linear-10", "cnn-10", "relu-10"]  # the most telling first
 STEPS = {"describe": 1, "smoke": 3, "tests": 6, "track": 6, "precision": 3, "memory": 2, "rounds": 1}
 STARTED = time.monotonic()
 ENDING = 5.0  # seconds for the page
+PATIENCE = 5.0  # seconds that a process gets to be gone
 LINES = 20  # kept of what a step printed that failed
 
 
 def run(command: list[str], limit: float, keep: Callable[[list[Any]], None]) -> dict[str, Any]:
     """Run a step for `limit` seconds at most, and hand each finding that it prints to `keep`. Return how it ended."""
-    start, late = time.monotonic(), threading.Event()
+    start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
-
-        def cut() -> None:
-            late.set()
-            kill(process)
-
-        timer = threading.Timer(limit, cut)
-        timer.start()
+        # A thread, as a process that hangs in the driver cannot be killed, and would be read from for ever.
+        reader = threading.Thread(target=read, args=(process.stdout, keep), daemon=True)
+        reader.start()
         try:
-            assert process.stdout
-            for line in process.stdout:
-                if line.endswith("\n"):  # a process that is killed may leave half a line
-                    keep(json.loads(line))
-            code = process.wait()
+            code = process.wait(limit)
+            ended = f"failed (exit code {code})" if code else "done"
+        except subprocess.TimeoutExpired:
+            ended = "out of time"
         finally:
-            timer.cancel()
             kill(process)
-        ended = "out of time" if late.is_set() else f"failed (exit code {code})" if code else "done"
+            reader.join(PATIENCE)
         log.seek(0)
         lines = [] if ended == "done" else log.read().splitlines()[-LINES:]
     return {"ended": ended, "seconds": round(time.monotonic() - start, 1), "limit": round(limit, 1), "lines": lines}
 
 
+def read(findings: Iterable[str], keep: Callable[[list[Any]], None]) -> None:
+    """Hand on what a step prints: a finding per line."""
+    for line in findings:
+        if line.endswith("\n"):  # a process that is killed may leave half a line
+            keep(json.loads(line))
+
+
 def kill(process: subprocess.Popen[str]) -> None:
     """Kill a step's session, and what its processes started: torchrun puts its ranks into sessions of their own."""
-    family = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            _, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            family.append((int(stat.parent.name), int(parent), int(session)))
+    family = living()
     doomed = [one for one, _, session in family if session == process.pid]
     for one in doomed:  # which grows
         doomed += [child for child, parent, _ in family if parent == one and child not in doomed]
     for one in doomed:
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
-    process.wait()
+    until = time.monotonic() + PATIENCE
+    while {one for one, _, _ in living()}.intersection(doomed) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.poll()
+
+
+def living() -> list[tuple[int, int, int]]:
+    """Every living process (of Linux), its parent, and its session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if state not in "ZX":
+                found.append((int(stat.parent.name), int(parent), int(session)))
+    return found
 
 
 def find_data(data_dir: Path | None) -> Path:

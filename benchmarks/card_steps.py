@@ -119,13 +119,24 @@ def tests(options: argparse.Namespace) -> None:
 
 
 def track(options: argparse.Namespace) -> None:
-    """The closed track: every way to train each case, in turn, beside what earlier rounds found."""
-    earlier = json.loads(Path(options.out).read_text()).get("track", {})
+    """A first round of the closed track."""
+    take_round(options, {})
+
+
+def rounds(options: argparse.Namespace) -> None:
+    """More rounds of the closed track: until the time is over."""
+    found = json.loads(Path(options.out).read_text()).get("track", {})
+    for _ in range(options.repeats - 1):
+        take_round(options, found)
+
+
+def take_round(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Train each case in every way, in turn, and add that to what earlier rounds found."""
 
     def known(case: str) -> dict[str, list[dict[str, Any]]]:
         """The runs of earlier rounds, by way; a way that failed is not among them."""
-        found = earlier.get(f"{case} blog")
-        return {way: one["runs"] for way, one in found.items()} if found else {way: [] for way in WAYS}
+        ways = found.get(f"{case} blog")
+        return {way: one["runs"] for way, one in ways.items()} if ways else {way: [] for way in WAYS}
 
     for case in sorted(options.cases, key=lambda case: len(known(case)["plain"])):  # one that a round left out first
         name, rows = f"{case} blog", known(case)
@@ -136,13 +147,8 @@ def track(options: argparse.Namespace) -> None:
                 del rows[way]
                 tell("track failed", f"{name}, {way}", one["failed"])
         if "plain" in rows:  # what the others are compared with
-            tell("track", name, compare(rows))
-
-
-def rounds(options: argparse.Namespace) -> None:
-    """More rounds of the closed track: until the time is over."""
-    for _ in range(options.repeats - 1):
-        track(options)
+            found[name] = compare(rows)
+            tell("track", name, found[name])
 
 
 def precision(options: argparse.Namespace) -> None:

@@ -40,10 +40,10 @@ one than the card to run them. So on an NVIDIA card the whole step (batch, augme
 all-reduce, update, record) is recorded once as a CUDA graph and launched as one
 ([cuda_graph.py](../fashion_ddp/training/cuda_graph.py)).
 Before it is used it must repeat two ordinary steps of the run; where it cannot be recorded, does not do the same, or
-is not proven (batch norm, dropout and other random numbers), steps are launched kernel by kernel, and the run's first
-lines say why. `--no-cuda-graph` asks for that. Where there is a card, `python -m pytest tests/test_gpu.py` proves all
-this. `python benchmarks/card.py --minutes 8` does that and measures: the most telling things first, and each is written
-down as soon as it is known.
+is not proven (a model that draws random numbers, as dropout does), steps are launched kernel by kernel, and the run's
+first lines say why. `--no-cuda-graph` asks for that. Where there is a card, `python -m pytest tests/test_gpu.py` proves
+all this. `python benchmarks/card.py --minutes 8` does that and measures: what tells most comes first, and each finding
+is written down as soon as it is there.
 
 {on_card}
 

@@ -58,7 +58,7 @@ def test_a_step_that_fails_is_recorded_with_what_it_said(card: Any) -> None:
     found: list[Any] = []
     host = socket.gethostname()
     assert card.without_names(f"error: {host}: no, in {CHECKOUT}/a.py") == "error: HOST: no, in CHECKOUT/a.py"
-    step = "print('[1, 2, 3]; import sys; sys.exit('error: why')"
+    step = "print('[1, 2, 3]'); import sys; sys.exit('error: why')"
     ended = card.run([sys.executable, "-c", step], 600, found.append)
     assert (ended["ended"], ended["lines"], found) == ("failed (exit code 1)", ["error: why"], [[1, 2, 3]])
 
