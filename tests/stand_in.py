@@ -24,9 +24,9 @@ def headers() -> list[Path]:
     spec = importlib.util.find_spec("torch")
     assert spec and spec.origin
     site = Path(spec.origin).parents[1]
-    found = [*site.glob("nvidia/*/include"), *site.glob("nvidia/*/include/cccl")]
+    found = sorted(site.glob("nvidia/*/include"))
     # Triton alone brings the headers crt/, which those of the CUDA wheels include.
-    return [*sorted(found), site / "triton" / "backends" / "nvidia" / "include"] if found else []
+    return [*found, site / "triton" / "backends" / "nvidia" / "include"] if found else []
 
 
 def build(library: Path) -> None:

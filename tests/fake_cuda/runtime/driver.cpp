@@ -23,6 +23,13 @@ EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fun
     return cudaSuccess;
 }
 
+#if CUDART_VERSION < 13000
+EXPORT cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long flags,
+                                           cudaDriverEntryPointQueryResult* result) {
+    return cudaGetDriverEntryPointByVersion(name, function, CUDART_VERSION, flags, result);
+}
+#endif
+
 // torch's library for kernels that are compiled as it runs is loaded, and needs these, but none is called.
 #define UNUSED(name) \
     EXPORT int name(...) { return 801; } /* CUDA_ERROR_NOT_SUPPORTED */

@@ -1,8 +1,14 @@
 // NCCL between the processes of one machine, over shared memory: sums and copies are real.
 //
 // A collective is done by the thread that launches it, and so waits there for the other ranks, where a card would wait.
-#include <fcntl.h>
+
+// NCCL's header includes those of half precision without using them, and they need headers that torch does not bring.
+#define __CUDA_FP16_H__
+#define __CUDA_BF16_H__
+#define __CUDA_FP8_H__
 #include <nccl.h>
+
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -37,7 +43,7 @@ static bool wait_for_all(ncclComm& comm) {
         comm.shared->arrived = 0;
         comm.shared->round++;
     } else {
-        while (comm.shared->round == round && !comm.aborted) usleep(20);
+        while (comm.shared->round == round && !comm.aborted) usleep(100);
     }
     return !comm.aborted;
 }

@@ -306,15 +306,20 @@ EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureS
 
 EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status,
                                             unsigned long long* id, cudaGraph_t* graph,
-                                            const cudaGraphNode_t** dependencies, const cudaGraphEdgeData** edges,
+                                            const cudaGraphNode_t** dependencies,
+#if CUDART_VERSION >= 13000
+                                            const cudaGraphEdgeData** edges,
+#endif
                                             size_t* number) {
+#if CUDART_VERSION >= 13000
+    if (edges) *edges = nullptr;
+#endif
     LOCKED;
     Stream& stream = stream_of(handle);
     *status = status_of(stream);
     if (stream.capture && id) *id = stream.capture->id;
     if (stream.capture && graph) *graph = (cudaGraph_t)&stream.capture->graph;
     if (dependencies) *dependencies = nullptr;
-    if (edges) *edges = nullptr;
     if (number) *number = 0;
     return cudaSuccess;
 }
