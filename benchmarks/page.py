@@ -7,8 +7,10 @@ bench_cnn and scaling_cnn hold cases that were measured in a sitting of their ow
 """
 
 import json
+import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,10 @@ one than the card to run them. So on an NVIDIA card the whole step (batch, augme
 all-reduce, update, record) is recorded once as a CUDA graph and launched as one
 ([cuda_graph.py](../fashion_ddp/training/cuda_graph.py)).
 Before it is used it must repeat two ordinary steps of the run; where it cannot be recorded, does not do the same, or
-is not proven (batch norm, dropout and other random numbers), steps are launched kernel by kernel, and the run's first
-lines say why. `--no-cuda-graph` asks for that. Where there is a card, `python -m pytest tests/test_gpu.py` proves all
-this and `python benchmarks/bench.py --device cuda` measures it.
+is not proven (a model that draws random numbers, as dropout does), steps are launched kernel by kernel, and the run's
+first lines say why. `--no-cuda-graph` asks for that. Where there is a card, `python -m pytest tests/test_gpu.py` proves
+all this. `python benchmarks/card.py --minutes 8` does that and measures: what tells most comes first, and each finding
+is written down as soon as it is there.
 
 {on_card}
 
@@ -64,6 +67,10 @@ waiting for each other.
 {scaling}
 """
 FILES = ("bench", "bench_cnn", "scaling", "scaling_cnn", "step_parts")
+VERSIONS = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN", "nccl": "NCCL"}
+PRECISION = """\
+Distances are of the first batch at the initial weights, relative, from float64 on the CPU. `best product`: of two
+large matrices in that precision."""
 UNSEEN = "Neither its speed nor its proofs were seen on a card so far: not measured."
 
 
@@ -89,26 +96,117 @@ def origin(result: dict[str, Any]) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "accelerate", "python"))
     where = about.get("card") or f"{about['cores']} cores of {about['processor']}"
-    return f"{result['date']}, {where}, {versions}, commit {result['commit'][:8]}."
+    return f"{result['date']}, {where}, {versions}, commit {(result['commit'] or 'unknown')[:8]}."
 
 
-def on_card() -> str:
-    """What was measured on a card, or that nothing was."""
-    return bench("bench_cuda") if (RESULTS / "bench_cuda.json").exists() else UNSEEN
+def on_card(result: dict[str, Any]) -> str:
+    """What was found on a card, or that nothing was."""
+    if not result:
+        return UNSEEN
+    card = result.get("card", {})
+    known = ", ".join(f"{what} {card[key]}" for key, what in VERSIONS.items() if card.get(key))
+    parts = [f"{origin(result)} {known}".strip()]
+    cut = [f"`{step}` ({one['ended']})" for step, one in result["steps"].items() if one["ended"] != "done"]
+    if cut := [text for text in cut if text != "`rounds` (out of time)"]:  # they take what time there is
+        parts.append(f"Not whole, as it was cut short or failed: {', '.join(cut)}.")
+    parts += [part(result) for part in (smoke, tests, track, shares, precisions, memory)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def reason(lines: list[str]) -> str:
+    """Why something failed: of its last lines the one that says so, and not a launcher's after it."""
+    asserted = [line.removeprefix("E ") for line in lines if line.startswith("E  ")]  # by pytest, then where from
+    saying = [line for line in lines if re.match(r"(error: |[\w.]+(Error|Failed|Exception): )", line)]
+    return f"`{(asserted[:1] or saying or lines)[-1].strip()}`"
+
+
+def smoke(result: dict[str, Any]) -> str:
+    """How each model took its first steps."""
+    rows = []
+    for name, one in sorted(result.get("smoke", {}).items()):
+        said = [line.removeprefix("step ").strip() for line in one.get("said", []) if line.startswith("step ")]
+        how = said or ["trained"] if "said" in one else [f"failed: {reason(one['failed'])}"]
+        rows.append([name, how[0], one.get("backend") or ""])
+    return table(["first steps", "the step was", "gradients went by"], rows) if rows else ""
+
+
+def tests(result: dict[str, Any]) -> str:
+    found = result.get("tests", {})
+    counts = Counter(one["outcome"] for one in found.values())
+    lines = [f"Tests on the card: {', '.join(f'{n} {outcome}' for outcome, n in counts.items()) or 'none ended'}."]
+    lines += [f"- `{name}`: {reason(one['why'])}" for name, one in found.items() if one["outcome"] == "failed"]
+    return "\n".join(lines)
+
+
+def track(result: dict[str, Any]) -> str:
+    """The closed track."""
+    compared = [ways(result["track"], result["epochs"])] if "track" in result else []
+    failed = [f"- {name} failed: {reason(lines)}" for name, lines in result.get("track failed", {}).items()]
+    return "\n\n".join([*compared, *(["\n".join(failed)] if failed else [])])
+
+
+def shares(result: dict[str, Any]) -> str:
+    """What a step reaches of the card's best rates in the same precision."""
+    exact = result.get("precision", {}).get("fp32", {})
+    rows = []
+    for case, one in exact.get("counts", {}).items():
+        runs = result.get("track", {}).get(f"{case} blog", {}).get("ours", {"runs": []})["runs"]
+        if runs:
+            step, rates = statistics.median(run["step_s"] for run in runs), exact["rates"]
+            row = [case, f"{1e6 * step:,.0f}"]
+            for what in ("flops", "bytes"):
+                rate, best = one[what] / step, rates[f"{what}_per_s"]
+                row.append(f"{rate / 1e9:,.0f} of {best / 1e9:,.0f} ({rate / best:.1%})")
+            rows.append(row)
+    titles = ["a step as one graph, fp32", "microseconds", "GFLOP/s, of the best product's", "GB/s, of the best copy's"]
+    return table(titles, rows) if rows else ""
+
+
+def precisions(result: dict[str, Any]) -> str:
+    """What each precision brings, and costs."""
+    rows, refused = [], []
+    for name, one in result.get("precision", {}).items():
+        if "failed" in one:
+            refused.append(f"- {name}: {reason(one['failed'])}")
+            continue
+        rates = [f"{one['rates']['flops_per_s'] / 1e12:,.1f}", f"{one['rates']['bytes_per_s'] / 1e9:,.0f}"]
+        for case, apart in one["distances"].items():
+            run = one.get(case, {})
+            trained = [f"{1e6 * run['step_s']:,.0f}", f"{run['accuracy']:.2%}"] if "step_s" in run else ["", ""]
+            distances = [f"{apart[what]:.1e}" for what in ("logits", "gradient")]
+            rows.append([f"{name}, {case}", *distances, *trained, *rates])
+    titles = ["precision", "logits' distance", "gradient's distance", "step, microseconds", "accuracy, 1 epoch"]
+    titles += ["best product, TFLOP/s", "copy, GB/s"]
+    parts = [PRECISION + "\n\n" + table(titles, rows)] if rows else []
+    return "\n\n".join([*parts, *(["\n".join(refused)] if refused else [])])
+
+
+def memory(result: dict[str, Any]) -> str:
+    """What a run takes of the card."""
+    rows = []
+    for name, one in result.get("memory", {}).items():
+        sizes = [f"{one[what] / 1e6:,.0f}" for what in ("torch_bytes", "taken_bytes") if what in one]
+        rows.append([name, *(sizes or [f"failed: {reason(one['failed'])}", ""])])
+    titles = ["memory, MB", "the most that torch took", "the most that the card had less free"]
+    return table(titles, rows) if rows else ""
 
 
 def bench(*names: str) -> str:
     parts = []
     for result in map(read, names):
-        rows = []
-        for case, ways in result["cases"].items():
-            for way, one in ways.items():
-                clocks = [f"{one['train_s']:.2f}", ratio(one["train_s_ratio"]), f"{one['cold_s']:.2f}"]
-                rows.append([f"{case}, {way}", *clocks, ratio(one["cold_s_ratio"]), str(len(one["runs"]))])
-        epochs = f"{result['epochs']} epoch{'s' * (result['epochs'] > 1)}"
-        titles = [epochs, "T_train s", "times faster", "T_cold s", "times faster", "n"]
-        parts.append(table(titles, rows) + "\n\n" + origin(result))
+        parts.append(ways(result["cases"], result["epochs"]) + "\n\n" + origin(result))
     return "\n\n".join(parts)
+
+
+def ways(cases: dict[str, Any], epochs: int) -> str:
+    """The ways to train each case, as a table."""
+    rows = []
+    for case, found in cases.items():
+        for way, one in found.items():
+            clocks = [f"{one['train_s']:.2f}", ratio(one["train_s_ratio"]), f"{one['cold_s']:.2f}"]
+            rows.append([f"{case}, {way}", *clocks, ratio(one["cold_s_ratio"]), str(len(one["runs"]))])
+    trained = f"{epochs} epoch{'s' * (epochs > 1)}"
+    return table([trained, "T_train s", "times faster", "T_cold s", "times faster", "n"], rows)
 
 
 def step_parts(result: dict[str, Any]) -> str:
@@ -174,11 +272,14 @@ def measured() -> str:
     return "\n\n".join([second_core(), what_helps(), *origins]) + "\n"
 
 
-def page() -> str:
+def page(card: dict[str, Any] | None = None) -> str:
+    """The page. `card`: what benchmarks/card.py found; by default what it wrote, where it did."""
+    if card is None:
+        card = read("card") if (RESULTS / "card.json").exists() else {}
     parts = read("step_parts")
     gflops = max(one["flops_per_s"] for one in parts["cases"].values()) / 1e9
     gbytes = max(one["bytes_per_s"] for one in parts["cases"].values()) / 1e9
-    found = {"bench": bench("bench", "bench_cnn"), "on_card": on_card()}
+    found = {"bench": bench("bench", "bench_cnn"), "on_card": on_card(card)}
     found |= {"parts": step_parts(parts), "scaling": scaling("scaling", "scaling_cnn")}
     return PAGE.format(threads=parts["threads"], gflops=gflops, gbytes=gbytes, **found)
 

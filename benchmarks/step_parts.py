@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fashion_ddp import data
+from fashion_ddp.config import Config
 from fashion_ddp.config.layers import make_config
-from fashion_ddp.distributed.world import open_world
+from fashion_ddp.distributed.world import World, open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.training import optim
 from fashion_ddp.training.batches import Batches
@@ -130,49 +131,76 @@ def rates() -> tuple[float, float]:
     Both, for they come from different libraries: on AMD, oneDNN's convolutions reach twice the rate of MKL's
     products.
     """
-    products = []
-    for size in (256, 512, 1024, 2048):
-        a, b, c = (torch.rand(size, size) for _ in range(3))
-        seconds = min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(10))  # noqa: B023 - called at once
-        products.append(2 * size**3 / seconds)
+    products = [product_rate(size) for size in (256, 512, 1024, 2048)]
     for rows in (8, 32):  # of a layer with 64 channels in and out, a multiple of every vector's length
         images = torch.rand(rows, 64, 28, 28).to(memory_format=torch.channels_last)
         weight = torch.rand(64, 64, 3, 3).to(memory_format=torch.channels_last)
         seconds = min(_seconds(lambda: F.conv2d(images, weight, padding=1)) for _ in range(10))  # noqa: B023 - as above
         products.append(2 * 9 * 64**2 * rows * 28**2 / seconds)
-    source, target = torch.rand(2**26), torch.rand(2**26)
-    copies = [2 * source.numel() * 4 / _seconds(lambda: target.copy_(source)) for _ in range(10)]
-    return max(products), max(copies)
+    return max(products), copy_rate(2**26)
+
+
+def product_rate(size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a product of two square matrices: the best of ten."""
+    a, b, c = (torch.rand(size, size, device=device).to(dtype) for _ in range(3))
+    return 2 * size**3 / min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(10))
+
+
+def copy_rate(numbers: int, device: str = "cpu") -> float:
+    """Bytes/s, read and written, of a copy of so many float32: the best of ten."""
+    source, target = (torch.rand(numbers, device=device) for _ in range(2))
+    return 8 * numbers / min(_seconds(lambda: target.copy_(source)) for _ in range(10))
 
 
 def _seconds(function: Callable[[], Any]) -> float:
+    """Seconds until a function's work is done, on a card too."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     start = time.perf_counter()
     function()
+    wait()
     return time.perf_counter() - start
 
 
-def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
+def config(case: str, **given: Any) -> Config:
+    """The settings of a case, as linear-10."""
     model, _, hidden = case.partition("-")
-    given = {"model": model, "recipe": recipe, "hidden_units": int(hidden), "threads": threads, "device": "cpu"}
-    cfg = make_config(given)
+    return make_config({"model": model, "hidden_units": int(hidden)} | given)
+
+
+def prepare(cfg: Config, world: World, dataset: data.Dataset) -> Step:
+    """A run's step, ready for the first epoch."""
+    net = architectures.build(cfg, dataset.image_shape, 10, trained_on=world.device.type)
+    ddp, batches = world.wrap(net), Batches(cfg, world, dataset.train_images, dataset.train_labels)
+    step = Step(cfg, world, ddp, optim.build(cfg, net, world.device), batches, StepRecord(batches))
+    step.warm_up()
+    step.batches.draw(1)
+    return step
+
+
+def count(step: Step, k: int) -> tuple[int, int, Products]:
+    """What one step does: FLOPs of its matrix products and convolutions, bytes that its operations read and write, and
+    those products."""
+    with FlopCounterMode(display=False) as flops, Bytes() as read, Products() as products:
+        step(k, LR)
+    return flops.get_total_flops(), read.moved, products
+
+
+def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
+    cfg = config(case, recipe=recipe, threads=threads, device="cpu")
     d = data.load("fashion_mnist", data.locate("fashion_mnist", None))
     with open_world(cfg) as world:
-        net = architectures.build(cfg, d.image_shape, 10)
-        ddp, batches = world.wrap(net), Batches(cfg, world, d.train_images, d.train_labels)
-        step = Step(cfg, world, ddp, optim.build(cfg, net, world.device), batches, StepRecord(batches))
-        step.warm_up()
-        step.batches.draw(1)
+        step = prepare(cfg, world, d)
         for k in range(10):
             step(k, LR)
-        with FlopCounterMode(display=False) as flops, Bytes() as read, Products() as products:
-            step(10, LR)
+        flops, moved, products = count(step, 10)
         rows = parts(step, range(11, min(step.batches.steps, 311)))
         alone, bare = products.alone(), barest(step)
         arithmetic, memory = rates()
     medians = {name: statistics.median(row[name] for row in rows) for name in PARTS}
     whole = statistics.median(sum(row.values()) for row in rows)
-    limit = flops.get_total_flops() / arithmetic
-    told = {"flops": flops.get_total_flops(), "bytes": read.moved, "flops_per_s": arithmetic, "bytes_per_s": memory}
+    limit = flops / arithmetic
+    told = {"flops": flops, "bytes": moved, "flops_per_s": arithmetic, "bytes_per_s": memory}
     return {
         "parts_s": medians,
         "step_s": whole,

@@ -87,7 +87,8 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"(accelerate launch|python) -m fashion_ddp\.check", Here()),
     (r"wandb leet inspect.*", There("tests/tracking/test_mirror.py", '"wandb", "leet", "inspect"')),
     (r"wandb login", Never("needs an account; without one: tests/tracking/test_mirror.py")),
-    (r"python -m pytest tests/test_gpu\.py|python benchmarks/bench\.py --device cuda", Never("needs an NVIDIA card")),
+    (r"python -m pytest tests/test_gpu\.py", Never("needs an NVIDIA card")),
+    (r"python benchmarks/card\.py .*", There("tests/test_card.py", '"benchmarks" / "card.py"')),
     # Setting up
     (r"make setup.*", There(SETUP, "test_make_setup_on_a_fresh_machine")),
     (r"source \.venv/bin/activate", Here("&& python -c 'import fashion_ddp'")),
