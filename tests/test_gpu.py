@@ -53,26 +53,9 @@ def train(
     words = ["--dataset", "synthetic", "--epochs", "1", "--batch-size", "1000", "--tracker", "none", "--device", "cuda"]
     words += ["--optimizer", "sgd", "--lr", "0.1", "--run-dir", name]
     done = command(sys.executable, *launcher, str(script), *words, *flags, cwd=tmp_path, PYTHONPATH=str(CHECKOUT))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / name / "summary.json").read_text())
     return summary, load_file(tmp_path / name / "model.safetensors")
-
-
-@pytest.mark.parametrize("launcher", [ALONE, DDP], ids=["alone", "ddp"])
-@pytest.mark.parametrize("model", ["linear", "relu", "mlp", "cnn"])
-def test_a_run_of_graphs_is_a_run_of_kernels(tmp_path: Path, launcher: list[str], model: str) -> None:
-    (graphs, weights), (kernels, weights_too) = (
-        train(tmp_path, name, launcher, "--model", model, *flags)
-        for name, flags in {"graphs": [], "kernels": ["--no-cuda-graph"]}.items()
-    )
-    assert graphs["cuda_graph"] and not kernels["cuda_graph"]
-    for name in weights:
-        torch.testing.assert_close(weights[name], weights_too[name], rtol=1e-3, atol=1e-3)
-
-
-def test_what_is_not_proven_in_a_graph_is_launched_kernel_by_kernel(tmp_path: Path) -> None:
-    summary, _ = train(tmp_path, "run", ALONE, "--model", "cnn", "--reduction-shards", "4")
-    assert not summary["cuda_graph"]
 
 
 def captured(given: dict[str, Any]) -> tuple[str | None, float, list[float]]:
@@ -107,6 +90,23 @@ def test_a_captured_step_does_what_kernels_do_and_the_host_never_waits(given: di
     assert no_graph is None
     assert apart < (1e-4 if "precision" not in given else 2e-2)
     assert means[2] < means[0]
+
+
+@pytest.mark.parametrize("launcher", [ALONE, DDP], ids=["alone", "ddp"])
+@pytest.mark.parametrize("model", ["linear", "relu", "mlp", "cnn"])
+def test_a_run_of_graphs_is_a_run_of_kernels(tmp_path: Path, launcher: list[str], model: str) -> None:
+    (graphs, weights), (kernels, weights_too) = (
+        train(tmp_path, name, launcher, "--model", model, *flags)
+        for name, flags in {"graphs": [], "kernels": ["--no-cuda-graph"]}.items()
+    )
+    assert graphs["cuda_graph"] and not kernels["cuda_graph"]
+    for name in weights:
+        torch.testing.assert_close(weights[name], weights_too[name], rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_not_proven_in_a_graph_is_launched_kernel_by_kernel(tmp_path: Path) -> None:
+    summary, _ = train(tmp_path, "run", ALONE, "--model", "cnn", "--reduction-shards", "4")
+    assert not summary["cuda_graph"]
 
 
 def gradient(precision: str) -> torch.Tensor:
