@@ -131,7 +131,9 @@ class Batches:
         self.loss_weights.copy_(drawn.loss_weights, non_blocking=True)
         self.in_batch = drawn.in_batch
         if drawn.noise is not None:
-            self.noise = drawn.noise.to(self.device) if self.noise is None else self.noise.copy_(drawn.noise)
+            if self.noise is None:
+                self.noise = torch.empty_like(drawn.noise, device=self.device)
+            self.noise.copy_(drawn.noise, non_blocking=True)
 
     def draw_ahead(self, epoch: int) -> None:
         """Draw an epoch on the host, for `draw` to take, while a card trains on the one before."""

@@ -55,7 +55,8 @@ def counts() -> dict[str, int]:
 
 
 def observe(given: dict[str, Any], graph: bool) -> dict[str, Any]:
-    """Return what one configuration's capture made the library count, then what its steps did, then the run's end."""
+    """Return what one configuration's capture made the library count, then what its steps did, what came between two
+    epochs, and the run's end."""
     cfg = make_config({"device": "cuda", "batch_size": 8, "epochs": 2, "cuda_graph": graph} | given)
     with open_world(cfg) as world:
         model = architectures.build(cfg, (1, 28, 28), 10)
@@ -72,16 +73,27 @@ def observe(given: dict[str, Any], graph: bool) -> dict[str, Any]:
         for k in range(1, 1 + STEPS):
             step(k)
         steps = counts()
+        step.batches.draw_ahead(2)
+        counts()
+        step.batches.draw(2)
+        between = counts()
         del others
     AcceleratorState._reset_state(reset_partial_state=True)
-    return {"given": given, "no_graph": no_graph, "capture": capture, "steps": steps, "end": counts()}
+    return {
+        "given": given,
+        "no_graph": no_graph,
+        "capture": capture,
+        "steps": steps,
+        "between": between,
+        "end": counts(),
+    }
 
 
 def main() -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     every = configurations()
     few = every[::5]  # each model, and each optimizer, once
-    captured = every if sys.argv[1] == "every" else few
+    captured = every if sys.argv[1] == "every" else [*few, {"model": "resnet18"}]
     for graph, given in [*((True, one) for one in captured), *((False, one) for one in few)]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         print(json.dumps(observe(given, graph) | {"graph": graph}))

@@ -52,6 +52,11 @@ def test_a_step_kernel_by_kernel_waits_for_nothing_and_brings_nothing_back(obser
     assert not offenders(observed, False, "steps", wrong)
 
 
+def test_an_epoch_that_was_drawn_ahead_is_taken_without_a_wait(observed: Observed) -> None:
+    for graph in (True, False):
+        assert not offenders(observed, graph, "between", lambda counts: any("synchronize" in what for what in counts))
+
+
 def test_graphs_are_let_go_before_nccl_ends(observed: Observed) -> None:
     def wrong(end: dict[str, int]) -> bool:
         return "NCCL end that would hang" in end or not end.get("ncclCommDestroy")

@@ -111,6 +111,25 @@ def test_each_seed_and_epoch_has_a_draw_of_its_own_unless_the_order_is_the_file_
     assert all(sorted(order) == list(range(COUNT)) for order in orders)
 
 
+def test_an_epoch_drawn_ahead_changes_nothing_before_it_is_taken_and_is_that_epoch() -> None:
+    def tables(ours: Batches) -> list[Any]:
+        taken = [ours.piece(step, 0)[0] for step in range(ours.steps)]
+        return [
+            *(t.tolist() for t in (*taken, ours.index, ours.targets, ours.weights, ours.loss_weights)),
+            ours.in_batch,
+        ]
+
+    first, second, third = (tables(batches(epoch=epoch, shift=2, erase=0.5, batch_size=10)) for epoch in (1, 2, 3))
+    ours = batches(shift=2, erase=0.5, batch_size=10)
+    ours.draw_ahead(2)
+    assert tables(ours) == first
+    ours.draw(2)
+    assert tables(ours) == second
+    ours.draw_ahead(2)
+    ours.draw(3)
+    assert tables(ours) == third
+
+
 def test_a_draw_leaves_no_trace() -> None:
     """Neither torch's own random numbers nor an earlier epoch changes a draw, nor are they changed."""
     ours = batches(epoch=3, flip=0.5)
