@@ -88,9 +88,19 @@ def cannot_run(why: str) -> NoReturn:
     (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(why)
 
 
+def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
+    """Return a file that is made once for all processes of the tests."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make(path.with_suffix(".new"))
+            path.with_suffix(".new").rename(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-in for CUDA, built once for all processes of the tests."""
+    """The stand-in for CUDA, in a folder that all processes of the tests share."""
     from stand_in import build, headers
 
     need("c++")
@@ -98,13 +108,7 @@ def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cannot_run("this build of torch brings no headers of CUDA")
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    path = folder / "libcuda.so.1"
-    with open(folder / "libcuda.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            build(folder / "libcuda.new")
-            (folder / "libcuda.new").rename(path)
-    return path
+    return made_once(folder / "libcuda.so.1", build)
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ the ranks cannot talk to each other. What to try, one by one:
   a firewall between machines   ranks meet at MASTER_PORT, and then use ports that the system chooses
   NCCL_DEBUG=INFO               says how far it came"""
 
+BEHIND = 5.0  # seconds after rank 0 at which the others end, which began to wait at about the same time
+
 # In an error of NCCL: another rank, or the store of the rendezvous, is gone or silent.
 GONE = "ncclRemoteError|remote process|Connection closed by|Connection reset by peer|Broken pipe|store->|time(d )?out"
 CARD_FULL = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -93,7 +95,8 @@ def time_limit(rank: int, what: str, seconds: float) -> Iterator[None]:
         say(f"error: {text}; {ADVICE if rank == 0 else 'see the advice of rank 0'}")
         os._exit(1)
 
-    timer = threading.Timer(seconds, give_up)
+    # Rank 0 first, which has the advice: its end would be news to the others, and theirs to it.
+    timer = threading.Timer(seconds if rank == 0 else seconds + BEHIND, give_up)
     timer.daemon = True
     timer.start()
     try:

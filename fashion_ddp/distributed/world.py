@@ -192,8 +192,8 @@ def _is_first_to_say_it() -> bool:
     """Return whether no other rank failed before: several may find the same error, and one message is enough."""
     try:
         return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store is gone, with the rank or the launcher that kept it
-        return True
+    except RuntimeError:  # the store is gone, with rank 0 or the launcher that kept it
+        return False
 
 
 # Kept until the process ends, so that DDP's reducer never holds a group's last reference: torch 2.10 would then join

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command
+from conftest import command, made_once
 from stand_in import HERE, environment
 
 Observed = list[dict[str, Any]]
@@ -20,9 +20,14 @@ def observed(
     env = environment(stand_in_library) | {"FAKE_CUDA_CARD": "hopper"}
     env |= {"TORCH_DIST_USE_NCCL2": "1" if request.param == "few" else "0"}
     env["PYTHONPATH"] += f":{HERE.parent}"
-    done = command("python", str(HERE / "steps.py"), request.param, cwd=tmp_path_factory.mktemp("steps"), **env)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    def observe(file: Path) -> None:
+        done = command("python", str(HERE / "steps.py"), request.param, cwd=tmp_path_factory.mktemp("steps"), **env)
+        assert done.returncode == 0, done.stderr
+        file.write_text(done.stdout)
+
+    file = made_once(stand_in_library.with_name(f"{request.param}.observed"), observe)
+    return [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
 
 
 def offenders(observed: Observed, graph: bool, part: str, wrong: Callable[[dict[str, int]], bool]) -> list[Any]:
