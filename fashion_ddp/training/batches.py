@@ -121,10 +121,8 @@ class Batches:
 
     def draw(self, epoch: int) -> None:
         """Fill the tables with the order and the augmentation of an epoch (from 1)."""
-        if self.ahead is None or self.ahead.epoch != epoch:
-            self.draw_ahead(epoch)
-        assert self.ahead is not None
-        drawn, self.ahead = self.ahead, None
+        drawn = self.ahead if self.ahead and self.ahead.epoch == epoch else self._draw(epoch)
+        self.ahead = None
         self.index.copy_(drawn.index, non_blocking=True)
         self.targets.copy_(self.labels[self.index])
         self.weights.copy_(drawn.weights, non_blocking=True)
@@ -136,7 +134,11 @@ class Batches:
             self.noise.copy_(drawn.noise, non_blocking=True)
 
     def draw_ahead(self, epoch: int) -> None:
-        """Draw an epoch on the host, for `draw` to take, while a card trains on the one before."""
+        """Draw an epoch for `draw` to take, while a card trains on the one before."""
+        self.ahead = self._draw(epoch)
+
+    def _draw(self, epoch: int) -> Drawn:
+        """Draw the order and the augmentation of an epoch on the host."""
         draws = generator(self.cfg.seed, "epoch", epoch)
         order = torch.randperm(self.count, generator=draws) if self.cfg.shuffle else torch.arange(self.count)
         batches = _padded(order, self.steps * self.batch).view(self.steps, self.batch)
@@ -152,7 +154,7 @@ class Batches:
         if self.device.type == "cuda":  # from pinned memory a copy waits for nobody
             index, weights, loss_weights = index.pin_memory(), weights.pin_memory(), loss_weights.pin_memory()
             noise = None if noise is None else noise.pin_memory()
-        self.ahead = Drawn(epoch, index, weights, loss_weights, in_batch.tolist(), noise)
+        return Drawn(epoch, index, weights, loss_weights, in_batch.tolist(), noise)
 
     def piece(self, k: Position, piece: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what one forward pass of global batch k takes: images [rows, C, H, W] in [0, 1], augmented; labels

@@ -112,17 +112,15 @@ def prove(counting: CountingStep, record: Callable[[CountingStep], Launch]) -> s
         except RuntimeError as error:  # torch's word for what cannot be recorded, such as a read by the host
             problem = f"torch cannot record it ({_first_of(error)})"
         # Together: a rank that replays a graph would wait for one that has none.
-        problem = _of_any(world, problem)
+        unrecorded = _of_any(world, problem)
+        problem = unrecorded or _of_any(world, _compare(counting, recorded))
         if problem is None:
-            problem = _of_any(world, _compare(counting, recorded))
-        else:
-            world.release_graphs()
-            step.start_over()
-    if problem is None:
-        counting.launch = recorded
-    else:
+            counting.launch = recorded
+            return None
         world.release_graphs()
-    return problem
+        if unrecorded:
+            step.start_over()
+        return problem
 
 
 def _draws(counting: CountingStep) -> bool:
