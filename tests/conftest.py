@@ -29,6 +29,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 CHECKOUT = Path(__file__).parent.parent
 
+# Where Python is told to keep no bytecode (PYTHONDONTWRITEBYTECODE, as in images of containers), each of the hundreds of
+# processes that tests start would compile all of torch anew: 2.5 s of a core each. They keep it here instead.
+if sys.dont_write_bytecode:
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(CHECKOUT / ".pytest_cache" / "bytecode")}
+
 # One pool for all tests: a process forked from this server has torch and Accelerate loaded, where a fresh one, and
 # above all a launcher's, spends seconds on them.
 _server = multiprocessing.get_context("forkserver")
