@@ -20,6 +20,7 @@
 ##   JOBS=1           how many runs at once, each on a card of its own or a share of the cores, and its times marked so
 ##   FRESH=           1: train anew, keep old runs as .1      ARGS=   any other flag, as ARGS="--epochs 10"
 ##   FORCE=           1: train on a login node of a SLURM cluster all the same
+##   TESTS=           which tests, as TESTS=tests/training (all)
 ## Targets that need the environment make it first.
 
 VENV ?= .venv
@@ -36,6 +37,7 @@ FRESH ?=
 FORCE ?=
 ARGS ?=
 PARTS ?=
+TESTS ?=
 N ?= 100
 SEED ?= 1
 
@@ -69,16 +71,16 @@ compare: setup
 # gigabyte each. A process that is done takes over tests of the other. SLURM's tests have one cluster.
 AT_ONCE := -n 2 --dist worksteal
 test: setup
-	$(RUN) pytest $(AT_ONCE) -m "not slow and not slurm"
+	$(RUN) pytest $(AT_ONCE) -m "not slow and not slurm" $(TESTS)
 
 test-quick: setup
-	$(RUN) pytest $(AT_ONCE) -m quick
+	$(RUN) pytest $(AT_ONCE) -m quick $(TESTS)
 
 test-all: test test-slurm
-	$(RUN) pytest $(AT_ONCE) -m "slow and not slurm"
+	$(RUN) pytest $(AT_ONCE) -m "slow and not slurm" $(TESTS)
 
 test-slurm: setup
-	$(RUN) pytest -m slurm
+	$(RUN) pytest -m slurm $(TESTS)
 
 soak: setup
 	$(VENV)/bin/python tests/soak.py --faults $(N) --seed $(SEED)
