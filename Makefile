@@ -68,16 +68,18 @@ compare: setup
 	$(if $(GPUS),CUDA_VISIBLE_DEVICES=$(GPUS) )$(RUN) launch.local --models $(MODELS) --recipe $(RECIPE) --seeds $(SEEDS) $(FLAGS)
 
 # Tests wait for processes more than they compute, so two run at once. No more: they start up to four ranks, of a
-# gigabyte each. A process that is done takes over tests of the other. SLURM's tests have one cluster.
+# gigabyte each. A process that is done takes over tests of the other.
 AT_ONCE := -n 2 --dist worksteal
+# SLURM's tests have one cluster, and wait for it: a third process begins with them, and they stay together.
+BESIDE_SLURM := -n 3 --dist loadgroup
 test: setup
 	$(RUN) pytest $(AT_ONCE) -m "not slow and not slurm" $(TESTS)
 
 test-quick: setup
 	$(RUN) pytest $(AT_ONCE) -m quick $(TESTS)
 
-test-all: test test-slurm
-	$(RUN) pytest $(AT_ONCE) -m "slow and not slurm" $(TESTS)
+test-all: setup
+	$(RUN) pytest $(BESIDE_SLURM) $(TESTS)
 
 test-slurm: setup
 	$(RUN) pytest -m slurm $(TESTS)

@@ -29,8 +29,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 CHECKOUT = Path(__file__).parent.parent
 
-# Where Python is told to keep no bytecode (PYTHONDONTWRITEBYTECODE, as in images of containers), each of the hundreds of
-# processes that tests start would compile all of torch anew: 2.5 s of a core each. They keep it here instead.
+# Where Python is told to keep no bytecode (PYTHONDONTWRITEBYTECODE, as in images of containers), each of the hundreds
+# of processes that tests start would compile all of torch anew: 2.5 s of a core each. They keep it here instead.
 if sys.dont_write_bytecode:
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(CHECKOUT / ".pytest_cache" / "bytecode")}
 
@@ -42,6 +42,33 @@ _server.set_forkserver_preload(
     ["fashion_ddp.train", "torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint"]
     + ["pytest", "torchmetrics.functional.classification", "safetensors.torch", "torch.profiler"]
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that may take longest: no process is left alone with one when the others are done."""
+
+    def limit(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        return float(marker.args[0]) if marker else 900.0  # as in pyproject.toml
+
+    items.sort(key=limit, reverse=True)
+
+
+@pytest.hookimpl(optionalhook=True)  # where xdist is not installed, nobody asks
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadgroup one process has all tests on SLURM, which are the first; the others go to who is free.
+
+    The marks that xdist has for this do nothing in pytest 9.2.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BesideSlurm(LoadScopeScheduling):  # which begins with the largest group
+        def _split_scope(self, nodeid: str) -> str:
+            return "on SLURM" if "/test_slurm.py::" in nodeid else nodeid
+
+    return BesideSlurm(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +121,7 @@ def cannot_run(why: str) -> NoReturn:
 
 
 def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
-    """Return a file that is made once for all processes of the tests."""
+    """Return a file or folder that is made once for all processes of the tests."""
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -104,16 +131,21 @@ def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-in for CUDA, in a folder that all processes of the tests share."""
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of the tests share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def stand_in_library(common: Path) -> Path:
+    """The stand-in for CUDA, for all processes of the tests."""
     from stand_in import build, headers
 
     need("c++")
     if not headers():
         cannot_run("this build of torch brings no headers of CUDA")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    return made_once(folder / "libcuda.so.1", build)
+    return made_once(common / "libcuda.so.1", build)
 
 
 @pytest.fixture

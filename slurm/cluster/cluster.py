@@ -144,7 +144,10 @@ class Cluster:
     def name_nodes(self, resolvable: bool) -> None:
         """Add the nodes' names to /etc/hosts, or remove them."""
         lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(self.mark)]
-        HOSTS.write_text("\n".join([*lines, *[f"127.0.0.1 {' '.join(NODES)} {self.mark}"] * resolvable, ""]))
+        text = "\n".join([*lines, *[f"127.0.0.1 {' '.join(NODES)} {self.mark}"] * resolvable, ""])
+        with open(HOSTS, "r+") as file:  # never empty: whoever else looks a name up meanwhile finds it
+            file.write(text)
+            file.truncate()
 
     def _munge(self) -> None:
         folder = self.dir / "munge"
