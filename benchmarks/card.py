@@ -34,9 +34,11 @@ from fashion_ddp.files import write_whole
 HERE = Path(__file__).parent.absolute()
 CHECKOUT = HERE.parent
 CASES = ["cnn-25", "linear-10", "cnn-10", "relu-10"]  # the most telling first
+PRECISIONS = ["fp32", "tf32", "bf16", "fp16"]
 # A step may take its weight's share of the time that is left for it and those after it.
 STEPS = {"describe": 1, "smoke": 3, "tests": 6, "track": 6, "precision": 3, "memory": 2, "rounds": 1}
 STARTED = time.monotonic()
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ENDING = 5.0  # seconds for the page
 PATIENCE = 5.0  # seconds that a process gets to be gone
 LINES = 20  # kept of what a step printed that failed
@@ -46,13 +48,22 @@ def run(command: list[str], limit: float, keep: Callable[[list[Any]], None]) -> 
     """Run a step for `limit` seconds at most, and hand each finding that it prints to `keep`. Return how it ended."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
+        # What interrupts waits until the step can be killed: in the midst of a start it would leave it behind.
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
         process = subprocess.Popen(
-            command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            command,
+            cwd=CHECKOUT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heed,  # noqa: PLW1509 - no other thread holds a lock that it needs
         )
         # A thread, as a process that hangs in the driver cannot be killed, and would be read from for ever.
         reader = threading.Thread(target=read, args=(process.stdout, keep), daemon=True)
         reader.start()
         try:
+            heed()
             code = process.wait(limit)
             ended = f"failed (exit code {code})" if code else "done"
         except subprocess.TimeoutExpired:
@@ -63,6 +74,11 @@ def run(command: list[str], limit: float, keep: Callable[[list[Any]], None]) -> 
         log.seek(0)
         lines = [] if ended == "done" else log.read().splitlines()[-LINES:]
     return {"ended": ended, "seconds": round(time.monotonic() - start, 1), "limit": round(limit, 1), "lines": lines}
+
+
+def heed() -> None:
+    """Let through what interrupts."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
 def read(findings: Iterable[str], keep: Callable[[list[Any]], None]) -> None:
@@ -128,7 +144,7 @@ def measure(args: argparse.Namespace, scratch: str, results: dict[str, Any]) -> 
         write()
         print(f"  {section}: {name}", flush=True)
 
-    chosen = {name: getattr(args, name) for name in ("cases", "models", "epochs", "repeats", "tests")}
+    chosen = {name: getattr(args, name) for name in ("cases", "models", "precisions", "epochs", "repeats", "tests")}
     options = json.dumps(chosen | {"scratch": scratch, "out": str(args.out)})
     for place, (step, weight) in enumerate(STEPS.items()):
         left = max(0.0, 60 * args.minutes - ENDING - (time.monotonic() - STARTED))
@@ -147,6 +163,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="the folder of Fashion-MNIST's four files")
     parser.add_argument("--cases", nargs="+", default=CASES, help="model-hidden_units; the first in each precision")
     parser.add_argument("--models", nargs="+", help="what takes its first steps; by default every model of ours")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, help="by default each")
     parser.add_argument("--epochs", type=int, default=3, help="of each run of the closed track")
     parser.add_argument("--repeats", type=int, default=100, help="rounds of the closed track, if there is time")
     parser.add_argument("--tests", default="tests/test_gpu.py", help="a file of tests, or one of them")
@@ -154,7 +171,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=CHECKOUT / "docs" / "performance.md")
     args = parser.parse_args()
     args.out = args.out.absolute()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in INTERRUPTS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, signal.default_int_handler)
     from bench import made, unpack  # not at the top: torch is loaded here, and its seconds count

@@ -154,7 +154,7 @@ def take_round(options: argparse.Namespace, found: dict[str, Any]) -> None:
 def precision(options: argparse.Namespace) -> None:
     """Each precision: how fast the card is in it, how far it is from float64, and a run."""
     case = options.cases[0]
-    for name in DTYPES:
+    for name in options.precisions:
         line = [sys.executable, __file__, "exactness", json.dumps({"precision": name, "cases": options.cases})]
 
         def find() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -54,6 +55,28 @@ time.sleep(600)
 
 
 @pytest.mark.quick
+def test_an_interrupt_while_a_step_is_started_leaves_no_process(
+    card: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen = subprocess.Popen
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell shuts off in its background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            card.run([sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)], 600, print)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not processes_naming(str(tmp_path))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.quick
 def test_a_step_that_fails_is_recorded_with_what_it_said(card: Any) -> None:
     found: list[Any] = []
     host = socket.gethostname()
@@ -84,6 +107,7 @@ def test_the_page_says_what_failed(card: Any) -> None:
 
 STEPS = ("describe", "smoke", "tests", "track", "precision", "memory", "rounds")
 WAYS = ("plain", "accelerate", "ours", "ours, kernel by kernel", "ours, DDP of one rank")
+PRECISIONS = ("fp32", "fp16")  # of the four, one that scales no gradient and the one that does
 # Those of tests/test_gpu.py decide by numbers, which a stand-in has not.
 OF_A_CARD = """
 import torch
@@ -108,6 +132,7 @@ def test_the_whole_of_it_on_a_stand_in_for_a_card(stand_in: StandIn, data_dir: P
     out, page = stand_in.folder / "card.json", stand_in.folder / "page.md"
     line = ["python", str(CHECKOUT / "benchmarks" / "card.py"), "--data-dir", str(data_dir), "--minutes", "60"]
     line += ["--cases", "linear-10", "--models", "linear", "--epochs", "1", "--repeats", "1"]
+    line += ["--precisions", *PRECISIONS]
     line += ["--tests", str(tests := stand_in.folder / "test_of_a_card.py"), "--out", str(out), "--page", str(page)]
     tests.write_text(OF_A_CARD)
 
@@ -137,7 +162,7 @@ def test_the_whole_of_it_on_a_stand_in_for_a_card(stand_in: StandIn, data_dir: P
     outcomes = {name.rpartition("::")[2]: one["outcome"] for name, one in results["tests"].items()}
     assert outcomes == {"test_that_passes": "passed", "test_that_fails": "failed"}
     assert {way: len(one["runs"]) for way, one in results["track"]["linear-10 blog"].items()} == dict.fromkeys(WAYS, 1)
-    for precision in ("fp32", "tf32", "bf16", "fp16"):
+    for precision in PRECISIONS:
         found = results["precision"][precision]
         assert found["rates"]["bytes_per_s"] and found["linear-10"]["step_s"]
         assert set(found["distances"]["linear-10"]) == {"logits", "gradient"}
