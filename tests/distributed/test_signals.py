@@ -147,11 +147,12 @@ def test_a_plain_process_is_stopped_from_its_first_import(tmp_path: Path) -> Non
 
 
 # Of each launcher: its ranks, and what it is sent, with its exit code then and the run's reason. accelerate does not
-# hand signals on: its rank notices that it is gone.
+# hand signals on: its rank notices that it is gone. SIGINT is typed in the test of Ctrl-C.
+DIED = "the launcher died"
+HANDED_ON = [(one, 1, one.name) for one in (signal.SIGTERM, signal.SIGHUP)]
 STOPS: dict[str, tuple[list[str], int, list[tuple[int, int, str]]]] = {
-    "torchrun": (TORCHRUN, 2, [(one, 1, one.name) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]),
-    "torchrun, killed": (TORCHRUN, 2, [(signal.SIGKILL, -9, "the launcher died")]),
-    "accelerate": (ACCELERATE, 1, [(signal.SIGTERM, -15, "the launcher died")]),
+    "torchrun": (TORCHRUN, 2, [*HANDED_ON, (signal.SIGKILL, -9, DIED)]),
+    "accelerate": (ACCELERATE, 1, [(signal.SIGTERM, -15, DIED)]),
 }
 
 
@@ -166,7 +167,7 @@ def test_the_same_command_of_a_launcher_continues_however_it_was_stopped(
         with Started(tmp_path, words, gate("sync point")) as run:
             ranks = run.at_gate(world_size)
             run.process.send_signal(number)
-            if reason == "the launcher died":
+            if reason == DIED:
                 run.process.wait()
             else:
                 run.told(world_size)
