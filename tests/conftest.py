@@ -30,9 +30,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 CHECKOUT = Path(__file__).parent.parent
 
 # Where Python is told to keep no bytecode (PYTHONDONTWRITEBYTECODE, as in images of containers), each of the hundreds
-# of processes that tests start would compile all of torch anew: 2.5 s of a core each. They keep it here instead.
+# of processes that tests start would compile all of torch anew: 2.5 s of a core each. They keep it here instead, but
+# for that of the copies that earlier tests made.
 if sys.dont_write_bytecode:
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(CHECKOUT / ".pytest_cache" / "bytecode")}
+    bytecode = CHECKOUT / ".pytest_cache" / "bytecode"
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(bytecode)}
+    for copies in bytecode.joinpath(*Path(tempfile.gettempdir()).parts[1:]).glob("pytest-of-*"):
+        shutil.rmtree(copies, ignore_errors=True)
 
 # One pool for all tests: a process forked from this server has torch and Accelerate loaded, where a fresh one, and
 # above all a launcher's, spends seconds on them.

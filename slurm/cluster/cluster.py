@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -120,12 +121,13 @@ class Cluster:
 
     def _start(self, accounting: bool, kill_wait: int) -> None:
         values = {"dir": self.dir, "host": socket.gethostname(), "kill_wait": kill_wait}
-        values |= dict(zip(("ctld_port", "dbd_port", "sql_port"), _free_ports(3), strict=True))
+        ctld_port, dbd_port, sql_port, *of_nodes = _free_ports(3 + len(NODES))
+        values |= {"ctld_port": ctld_port, "dbd_port": dbd_port, "sql_port": sql_port}
         self.name_nodes(True)
         self._munge()
         if accounting:
             self._database(values)
-        nodes = [NODE.format(name=n, host=values["host"], port=p) for n, p in zip(NODES, _free_ports(2), strict=True)]
+        nodes = [NODE.format(name=n, host=values["host"], port=p) for n, p in zip(NODES, of_nodes, strict=True)]
         with_accounting = WITH_ACCOUNTING.format(**values) if accounting else ""
         self.conf.write_text(SLURM_CONF.format(**values, nodes="\n".join(nodes), accounting=with_accounting))
         # SLURM wants a device per GPU. Every machine has these terminals, and nothing opens them.
@@ -265,13 +267,16 @@ def _is_listening(port: int) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Return ports where nobody listens. They lie below those that Linux and launchers give out, so that none is taken
+    by something else in the seconds before a daemon listens there."""
+    found: list[int] = []
+    for port in random.sample(range(6000, 10_000), 4000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def main() -> None:
