@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, command, need
+from conftest import CHECKOUT, command, made_once, need
 from PIL import Image
 
 from fashion_ddp.config import cli
@@ -58,7 +58,8 @@ class Never:
 
 
 SLURM, SETUP = "tests/launch/test_slurm.py", "tests/setup/test_setup.py"
-BRIEFLY = "--epochs 1 --tracker none"
+LAUNCHERS, POOL = "tests/launch/test_launchers.py", "tests/launch/test_pool.py"
+BRIEFLY = "--epochs 1 --tracker none --threads 1"  # more threads, beside other tests, spend the cores on waiting
 SMALL = f"--dataset ./mine {BRIEFLY}"
 TRAIN = f"{SMALL} --fresh"
 SHORT = f"--device cpu {SMALL}"
@@ -73,13 +74,16 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"python -m fashion_ddp\.train .*--dataset (synthetic|\./mine .*)", Here(BRIEFLY)),
     (r"python -m fashion_ddp\.train .*--init-from imagenet .*", Here(TRAIN, instead={"imagenet": "theirs.pth"})),
     (r"python -m fashion_ddp\.train .*", Here(TRAIN)),
-    (r"torchrun .* -m fashion_ddp\.train .*", Here(TRAIN)),
+    (r"torchrun .* --model cnn .*", Here(TRAIN)),
+    (r"torchrun .* --model linear .*", There(LAUNCHERS, 'TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node")')),
     (r"accelerate launch -m fashion_ddp\.train .*", Here(TRAIN)),
-    (r"accelerate launch --config_file .*", Here(f"{TRAIN} --device cpu")),  # four ranks, as on four cards
+    (r"accelerate launch --config_file .*", There(LAUNCHERS, '"accelerate", "launch", "--config_file", FOUR_CARDS')),
     (r'make compare ARGS="--dataset \./mine --shuffle"', Here(f"--device cpu {BRIEFLY}", "MODELS=cnn")),
     (r'make compare MODELS="linear cnn" RECIPE=lab .*', Here(SHORT, instead={'1 2"': '"'})),  # one seed of three
-    (r"make compare (SEEDS|GPUS|JOBS|RANKS|FORCE)=.*", Here(SHORT, "MODELS=linear")),
-    (r"(make compare|python -m launch\.local).*", Here(SHORT)),
+    # The variable becomes a flag that launch.local understands; what it does is tested in tests/launch.
+    (r"make compare (SEEDS|GPUS|JOBS|RANKS|FORCE)=.*", Here(f"{SHORT} --check-only", "MODELS=linear")),
+    (r"python -m launch\.local --jobs 4", There(POOL, '"--jobs"')),
+    (r"make compare.*", Here(SHORT)),
     # What a reader does with runs and data
     (r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict )\b.*", Here(instead=PICTURE)),
     (r"pip install wandb-workspaces|.* --saved-report", There("tests/tracking/test_push.py", "--saved-report")),
@@ -108,7 +112,8 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     # Developing
     (r"make (test|test-all|lint)", There(".ci/run")),
     (r"make test-quick", There(SETUP, '"make", "test-quick"')),
-    (r"make soak.*", Here(variables="N=2")),
+    (r"make soak", Here(variables="N=2")),
+    (r"make soak N=500 .*", There("Makefile", "--faults $(N) --seed $(SEED)")),
     (r"make bench", Here(f"{ONE_CASE} --repeats 1 --epochs 1", f'PARTS="{ONE_CASE}"')),
     (r"make bench-scaling", Here("--cases linear-10 --ranks 1 2 --kinds strong --repeats 1")),
     (r"make lock", Never("asks the registry, and changes the locks")),
@@ -182,10 +187,13 @@ def test_flags_are_understood(typed: str) -> None:
 
 # --- Run --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout as its reader has it after a while."""
+def prepared(common: Path) -> Path:
+    """A checkout as its reader has it after a while, for all processes of the tests."""
     need("git")
-    place = tmp_path_factory.mktemp("prepared") / "fashion_ddp"
+    return made_once(common / "prepared", prepare)
+
+
+def prepare(place: Path) -> None:
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout.splitlines():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +213,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "python -c 'import torch, torchvision as t; torch.save(t.models.resnet18().state_dict(), \"theirs.pth\")'",
     ):
         typed_in(place, line)
-    return place
 
 
 @pytest.fixture
@@ -234,14 +241,15 @@ def made_short(typed: str, way: Here) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("typed", [typed for typed in SHOWN if isinstance(how(typed), Here)])
 def test_a_command_does_what_it_should(typed: str, checkout: Path, data_dir: Path) -> None:
     way = how(typed)
     assert isinstance(way, Here)
     before = set(checkout.glob("runs/*"))
     typed_in(checkout, made_short(typed, way), FASHION_DDP_DATA_DIR=str(data_dir), **way.env)
-    if "fashion_ddp.train --m" in typed or "compare" in typed.split():
+    if "--check-only" in way.more:
+        assert set(checkout.glob("runs/*")) == before
+    elif "fashion_ddp.train --m" in typed or "compare" in typed.split():
         assert set(checkout.glob("runs/*")) > before
         assert all('"status": "finished"' in path.read_text() for path in checkout.glob("runs/*/summary.json"))
     if "compare" in typed:
