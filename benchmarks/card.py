@@ -48,22 +48,23 @@ def run(command: list[str], limit: float, keep: Callable[[list[Any]], None]) -> 
     """Run a step for `limit` seconds at most, and hand each finding that it prints to `keep`. Return how it ended."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        # What interrupts waits until the step can be killed: in the midst of a start it would leave it behind.
-        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        # What interrupts waits until the step can be killed: in the midst of a start it would leave it behind. A signal
+        # mask would not do: another thread of this process would take the signal.
+        interrupted: list[int] = []
+        heeded = [number for number in INTERRUPTS if signal.getsignal(number) == signal.default_int_handler]
+        for number in heeded:
+            signal.signal(number, lambda number, _: interrupted.append(number))
         process = subprocess.Popen(
-            command,
-            cwd=CHECKOUT,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-            preexec_fn=heed,  # noqa: PLW1509 - no other thread holds a lock that it needs
+            command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
         # A thread, as a process that hangs in the driver cannot be killed, and would be read from for ever.
         reader = threading.Thread(target=read, args=(process.stdout, keep), daemon=True)
         reader.start()
         try:
-            heed()
+            for number in heeded:
+                signal.signal(number, signal.default_int_handler)
+            if interrupted:
+                raise KeyboardInterrupt
             code = process.wait(limit)
             ended = f"failed (exit code {code})" if code else "done"
         except subprocess.TimeoutExpired:
@@ -74,11 +75,6 @@ def run(command: list[str], limit: float, keep: Callable[[list[Any]], None]) -> 
         log.seek(0)
         lines = [] if ended == "done" else log.read().splitlines()[-LINES:]
     return {"ended": ended, "seconds": round(time.monotonic() - start, 1), "limit": round(limit, 1), "lines": lines}
-
-
-def heed() -> None:
-    """Let through what interrupts."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
 def read(findings: Iterable[str], keep: Callable[[list[Any]], None]) -> None:
