@@ -29,6 +29,7 @@ class File:
 WHEN = {
     "validation": "with `--validation`",
     "finished": "finished runs",
+    "tta": "with `--tta`, after the last epoch",
     "unfinished": "runs that were stopped or failed",
     "stopped": "runs that were stopped",
     "W&B": "unless `--tracker none`",
@@ -40,10 +41,12 @@ EPOCH = (
     Key("lr", "", "learning rate of the last update"),
     Key("train/loss", "nats", "mean cross entropy over the epoch's training images, as the weights were at each step"),
     Key("train/accuracy", "fraction", "of the same"),
-    Key("test/loss", "nats", "mean cross entropy over the test set, after the epoch"),
-    Key("test/accuracy", "fraction", "of the test set"),
+    Key("test/loss", "nats", "mean cross entropy over the test set; with --test-at end after the last epoch only"),
+    Key("test/accuracy", "fraction", "of the same"),
     Key("val/loss", "nats", "over the training images that were held out", "validation"),
     Key("val/accuracy", "fraction", "of the same", "validation"),
+    Key("test_tta/loss", "nats", "over the test set, of the mean of the logits of several views of an image", "tta"),
+    Key("test_tta/accuracy", "fraction", "of the same; val_tta/* are of the images held out", "tta"),
     Key("time/train_s", "seconds", "the epoch's training"),
     Key("time/eval_s", "seconds", "its evaluation"),
     Key("throughput/images_per_s", "images/s", "trained on in this epoch, over all ranks"),
@@ -78,6 +81,7 @@ SUMMARY = (
     Key("side_by_side", "count", "runs that were trained at once on its machine, at most: above 1, times are shared"),
     Key("wandb_id", "text", "the run's name to W&B", "W&B"),
     Key("wandb_mode", "text", "online, offline or disabled; null where W&B was left", "W&B"),
+    Key("test_evaluations", "count", "how often the test set was looked at"),
     *(key for key in EPOCH if key.name != "throughput/images_per_s"),  # of the last epoch
     Key("throughput/images_per_s", "images/s", "of the last epoch; of a finished run, over all of its training"),
     Key("throughput/images_per_s_per_rank", "images/s", "the same by rank", "finished"),
@@ -121,6 +125,7 @@ POINT = (
 )
 PREDICTIONS = (
     Key("logits", "[n, classes] float32", "of the test set's n images, in its order"),
+    Key("logits_tta", "[n, classes] float32", "the mean of the logits over the views of an image", "tta"),
     Key("predicted", "[n] int64", "the class with the highest logit, as it was evaluated"),
     Key("labels", "[n] int64", "the true class"),
 )

@@ -62,7 +62,7 @@ def terminal_text(comparison: Comparison) -> str:
     parts = []
     for section in comparison.sections:
         table = terminal_table(tables.main_table(section, tables.TERMINAL_COLUMNS))
-        text = " ".join(part for part in (*sentences.verdict(section), sentences.shared_times(section)) if part)
+        text = " ".join((*sentences.verdict(section), *sentences.caveats(section)))
         parts.append(f"{section.title}\n{table}\n\n{text}")
     if unfinished := tables.unfinished_table(comparison):
         parts.append(f"not finished, not ranked\n{terminal_table(unfinished)}")

@@ -44,10 +44,11 @@ def train(command: Command) -> None:
     with tuning.gc_paused():
         from fashion_ddp.distributed.world import open_world
         from fashion_ddp.models import architectures, transfer
+        from fashion_ddp.models.normalize import set_statistics
         from fashion_ddp.training import artifacts, cuda_graph, optim, startup
         from fashion_ddp.training.batches import Batches, split
         from fashion_ddp.training.checkpoint import Checkpoints
-        from fashion_ddp.training.evaluate import Evaluation
+        from fashion_ddp.training.evaluate import Evaluation, evaluate
         from fashion_ddp.training.recorder import open_recorder
         from fashion_ddp.training.state import State
         from fashion_ddp.training.step import Step
@@ -62,6 +63,8 @@ def train(command: Command) -> None:
         model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
         prepared = world.raise_together(lambda: transfer.prepare(cfg, model))
         trained_on, held_out = split(cfg, data)
+        if cfg.normalize:
+            set_statistics(model, data.train_images[trained_on])
         batches = Batches(cfg, world, data.train_images[trained_on], data.train_labels[trained_on])
         sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
         if cfg.validation:
@@ -78,7 +81,7 @@ def train(command: Command) -> None:
         folder = startup.claim(command, world, environment["made_by"])
         if folder is None:
             return
-        state = State(cfg, world, model, optimizer, batches.steps, STARTED)
+        state = State(cfg, world, model, optimizer, batches.steps, STARTED, step.average)
         checkpoints = Checkpoints(cfg, world, folder, state)  # the newest is loaded into the state
         known = startup.announce(cfg, world, folder, environment, data, batches, state, prepared)
         sync = SyncPoint(cfg, world, record, state, rates)
@@ -106,11 +109,12 @@ def train(command: Command) -> None:
                         sync.saved_now()
                     if sync.stop:
                         raise Stopped(state.position, sync.stop)
-            with state.timings.measure("eval"):
-                scores = {name: evaluation(model) for name, evaluation in sets.items()}
+            with state.timings.measure("eval"), state.averaged():
+                scores = evaluate(cfg, model, sets, last_epoch=epoch == cfg.epochs)
             recorder.epoch(scores, state.timings.of_epoch(batches.count))
 
-        world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores["test"]))
+        with state.averaged():
+            world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores))
         recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)
 
 

@@ -104,6 +104,39 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+def test_the_test_set_is_opened_once_and_seen_in_several_views(tmp_path: Path, data_dir: Path) -> None:
+    words = ("--epochs", "2", "--validation", "50000", "--test-at", "end", "--tta", "flip+shift", "--normalize")
+    done = forked(*TRAIN, *words, "--data-dir", str(data_dir), "--run-dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = load_run(tmp_path / "run")
+    assert ["test/accuracy" in row for row in run.metrics] == [False, True] and run.summary["test_evaluations"] == 1
+    assert all("val/accuracy" in row for row in run.metrics)
+
+    d = data.load("fashion_mnist", data_dir)
+    model = architectures.build(run.settings(), d.image_shape, len(d.classes))
+    model.load_state_dict(load_file(run.path / "model.safetensors"))
+    images, labels = torch.from_numpy(d.test_images) / 255, torch.from_numpy(d.test_labels)
+    plain, weighted = model(images), []
+    for by, weight in ((0, 0.25), (-1, 0.125), (1, 0.125)):
+        moved = torch.zeros_like(images)
+        inner, outer = slice(max(0, -by), 28 - max(0, by)), slice(max(0, by), 28 + min(0, by))
+        moved[..., outer, outer] = images[..., inner, inner]
+        weighted += [weight * model(moved), weight * model(moved.flip(-1))]
+    torch.testing.assert_close(plain, torch.from_numpy(run.predictions["logits"]))
+    torch.testing.assert_close(sum(weighted), torch.from_numpy(run.predictions["logits_tta"]))
+    for name, logits in (("test", plain), ("test_tta", sum(weighted))):
+        loss = torch.nn.functional.cross_entropy(logits.double(), labels)
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        assert run.summary[f"{name}/loss"] == pytest.approx(loss.item(), abs=1e-6)
+        assert run.summary[f"{name}/accuracy"] == pytest.approx(accuracy, abs=2e-4)
+    assert run.summary["val_tta/accuracy"] > 0.5
+
+    [mean], [std] = (model.get_buffer(name).flatten().tolist() for name in ("input_mean", "input_std"))
+    # Of the 10,000 images that are left to train on; nearly those of all.
+    every = torch.from_numpy(d.train_images).double() / 255
+    assert mean == pytest.approx(every.mean().item(), abs=0.003) and std == pytest.approx(every.std().item(), abs=0.003)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_with_one_message_before_any_work(mistake: str, tmp_path: Path) -> None:
     (tmp_path / "a_file").write_text("")

@@ -28,7 +28,7 @@ class Trainer:
         self.step = Step(cfg, world, ddp, self.optimizer, batches, self.record)
         self.step.warm_up()
         self.take: Any = self.step  # what takes a step: it, or what counts for itself
-        self.state = State(cfg, world, model, self.optimizer, batches.steps, time.time())
+        self.state = State(cfg, world, model, self.optimizer, batches.steps, time.time(), self.step.average)
         self.sync = SyncPoint(cfg, world, self.record, self.state, self.rates)
 
     @property

@@ -21,6 +21,9 @@ from fashion_ddp.config.names import (
 )
 from fashion_ddp.errors import UserError, nearest
 
+# Models of ours that have batch norm whatever the settings say.
+NORMALIZED = ("resnet18", "deep_mlp", "small_resnet", "airbench", "wide_resnet")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -31,7 +34,8 @@ class Config:
 
     # What is trained
     model: str = "cnn"
-    """Architecture: linear, relu, mlp, cnn, resnet18, or your own as package.module:Name."""
+    """Architecture: linear, relu, mlp, cnn, deep_mlp, small_resnet, airbench, wide_resnet, resnet18, or your own as
+    package.module:Name."""
     recipe: str = "blog"
     """Set of training settings: blog, lab, or the path of a YAML file."""
     seed: int = 42
@@ -44,39 +48,73 @@ class Config:
     """Images per optimizer update, over all ranks together: it does not grow with the machine."""
     shuffle: bool = True
     """Draw a new order of the images for each epoch."""
-    optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
-    """`momentum` is SGD with momentum 0.9. Choose --lr with it."""
+    optimizer: Literal["sgd", "momentum", "adam", "adamw", "muon"] = "sgd"
+    """`momentum` is SGD with momentum; muon trains matrices and convolutions, and Adam (see --adam-lr) the rest. Choose
+    --lr with it."""
+    momentum: float | None = None
+    """Share of the gradients before that an update keeps: by default 0.9 for momentum, 0.95 for muon."""
+    nesterov: bool = False
+    """momentum: look ahead along the momentum, as Nesterov's method does (muon always does)."""
     lr: float = 0.1
     """Learning rate at the reference batch size (see --lr-scaling); the peak where a schedule moves it."""
+    adam_lr: float = 0.004
+    """muon: the learning rate of biases, norms and the last layer; it moves and scales as lr does."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """How lr follows batch_size / reference_batch."""
     reference_batch: int = 128
     """Batch size that lr was chosen for: by default the recipe's."""
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """How lr moves over the run: cosine falls to 0; one_cycle rises for 30 % of the steps, then falls."""
+    schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "constant"
+    """How lr moves over the run: linear and cosine fall to 0; one_cycle rises for 30 % of the steps, then falls."""
     warmup_epochs: float = 0.0
     """Epochs over which lr first rises linearly from 0 (may be a fraction)."""
     weight_decay: float = 0.0
-    """L2 penalty (sgd, momentum, adam) or decoupled decay (adamw)."""
+    """L2 penalty (sgd, momentum, adam) or decoupled decay (adamw, muon)."""
+    decay_biases: bool = True
+    """Apply weight_decay to biases and norms, too (all parameters of one dimension), not to weights alone."""
+    ema: float = 0.0
+    """Evaluate and keep an exponential moving average of the weights, which keeps this share of itself at each update,
+    as 0.999 (less at first); 0 keeps none."""
     label_smoothing: float = 0.0
     """Share of each target spread evenly over all classes, in [0, 1)."""
     clip_norm: float = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
+    normalize: bool = False
+    """Let the model see pixels less the training set's mean, divided by its deviation, by channel."""
     shift: int = 0
     """Augmentation: move each image by up to so many pixels, zeros coming in."""
     flip: float = 0.0
     """Augmentation: probability of mirroring an image left to right."""
+    alternating_flip: bool = False
+    """Augmentation: mirror each image in every second epoch; chance decides only in which of them."""
     erase: float = 0.0
     """Augmentation: probability of blanking a random rectangle (2 to 33 % of the image)."""
+    cutout: int = 0
+    """Augmentation: blank a square of so many pixels around a random one."""
+    mixup: float = 0.0
+    """Augmentation: blend each image, and its label, with another of its batch; shares are drawn from Beta(a, a)."""
+    cutmix: float = 0.0
+    """Augmentation: paste a rectangle of another image of the batch, and mix labels by area, drawn from Beta(a, a);
+    with --mixup, each batch takes one of the two."""
     precision: Literal["fp32", "tf32", "fp16", "bf16", "fp64"] = "fp32"
     """fp32 is IEEE on every device; tf32 multiplies with 11 bits (cards from Ampere on); fp16 (with loss scaling) and
     bf16 are mixed precision; fp64 is for proofs on CPU."""
     validation: int = 0
     """Hold out so many training images, drawn by seed, and report val/* on them."""
+    test_at: Literal["epoch", "end"] = "epoch"
+    """When the test set is evaluated: after each epoch, or once, after the last: then nothing can be chosen by it."""
+    tta: Literal["none", "flip", "flip+shift"] = "none"
+    """Test-time augmentation: after the last epoch also take the mean answer to an image and its mirror image; with
+    flip+shift also moved by a pixel. Recorded beside the plain figures."""
 
     # The model
     hidden_units: int | None = None
-    """Width of the hidden layer (linear, relu, mlp) or of every convolution (cnn); by default the model's own."""
+    """Width: of the hidden layers (linear, relu, mlp, deep_mlp), of every convolution (cnn), or of the first ones
+    (small_resnet, airbench, wide_resnet). By default the model's own."""
+    depth: int | None = None
+    """deep_mlp: hidden layers. wide_resnet: layers, 6 n + 4. By default the model's own."""
+    dropout: float = 0.0
+    """deep_mlp, wide_resnet: probability of dropping a unit while training; which, depends on the image and not on
+    the rank."""
     conv_blocks: int | None = None
     """cnn: how many blocks of two convolutions and a pooling; by default 2."""
     batch_norm: bool = False
@@ -151,11 +189,14 @@ class Config:
             "seed": ("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63),
             "epochs": positive,
             "warmup_epochs": ("from 0 to epochs", lambda v: 0 <= v <= self.epochs),
-            "label_smoothing": ("at least 0 and less than 1", lambda v: 0 <= v < 1),
         }
-        rules |= dict.fromkeys(("batch_size", "reference_batch", "lr", "timeout"), positive)
-        rules |= dict.fromkeys(("hidden_units", "conv_blocks"), positive)
+        below_one = "at least 0 and less than 1", lambda v: 0 <= v < 1
+        rules |= dict.fromkeys(("label_smoothing", "dropout", "ema"), below_one)
+        rules["momentum"] = "greater than 0 and less than 1", lambda v: 0 < v < 1
+        rules |= dict.fromkeys(("batch_size", "reference_batch", "lr", "adam_lr", "timeout"), positive)
+        rules |= dict.fromkeys(("hidden_units", "depth", "conv_blocks"), positive)
         rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation", "checkpoint_every"), not_negative)
+        rules |= dict.fromkeys(("cutout", "mixup", "cutmix"), not_negative)
         rules |= dict.fromkeys(("threads", "micro_batch", "reduction_shards"), not_negative)
         rules |= dict.fromkeys(("flip", "erase"), probability)
         for name, (must_be, holds) in rules.items():
@@ -181,6 +222,18 @@ class Config:
         """Raise UserError for settings that exclude each other."""
         if self.run_dir is not None and self.run_dir.name in ("", ".."):  # it must have a name to be moved aside
             raise UserError(f"run_dir must name a folder, got {str(self.run_dir)!r}")
+        if self.momentum is not None and self.optimizer not in ("momentum", "muon"):
+            raise UserError(f"momentum: optimizer {self.optimizer!r} has none: choose --optimizer momentum")
+        if self.nesterov and self.optimizer != "momentum":
+            raise UserError(f"nesterov does nothing for optimizer {self.optimizer!r}: choose --optimizer momentum")
+        if self.adam_lr != Config.adam_lr and self.optimizer != "muon":
+            raise UserError(f"adam_lr does nothing for optimizer {self.optimizer!r}, only for muon: give --lr")
+        if self.precision == "fp16" and self.optimizer == "muon":
+            raise UserError("precision fp16 scales gradients, which muon cannot undo: choose bf16, tf32 or fp32")
+        if self.flip and self.alternating_flip:
+            raise UserError("flip and alternating_flip both mirror images: leave one out")
+        if self.erase and self.cutout:
+            raise UserError("erase and cutout both blank a part of the image: leave one out")
         if self.schedule == "one_cycle" and self.warmup_epochs:
             raise UserError("warmup_epochs: one_cycle has its own warm-up; set it to 0 or choose another schedule")
         if self.precision == "fp64" and self.device == "cuda":
@@ -189,7 +242,7 @@ class Config:
             raise UserError(f"precision {self.precision} needs an NVIDIA card: choose fp32 or bf16, or --device cuda")
         if self.init_from == "imagenet" and self.model != "resnet18":
             raise UserError(f"init_from imagenet is for resnet18, not {self.model!r}: name a file or a run's folder")
-        if (self.batch_norm or self.model == "resnet18") and (self.micro_batch or self.reduction_shards):
+        if (self.batch_norm or self.model in NORMALIZED) and (self.micro_batch or self.reduction_shards):
             name = "micro_batch" if self.micro_batch else "reduction_shards"
             raise UserError(f"{name} would change batch_norm's statistics, which need the whole batch: leave one out")
         if self.micro_batch and self.reduction_shards:
@@ -199,8 +252,9 @@ class Config:
 
     def model_settings(self) -> dict[str, Any]:
         """Return the settings that are given to the architecture, except model_args."""
-        given = {"hidden_units": self.hidden_units, "conv_blocks": self.conv_blocks, "batch_norm": self.batch_norm}
-        return {name: value for name, value in given.items() if value not in (None, False)}
+        names = "hidden_units", "depth", "dropout", "conv_blocks", "batch_norm"
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value}
 
     def scaled_lr(self) -> float:
         """Return lr at this batch size: lr * (batch_size / reference_batch) ** (1 for linear, 0.5 for sqrt)."""
@@ -221,7 +275,10 @@ class Config:
         if self.freeze:
             settings["freeze"] = "+".join(self.freeze)
         for name, _, value in (text.partition("=") for text in self.model_args):
-            settings[f"model.{name}" if hasattr(self, name) else name] = value
+            # depth and dropout became settings of ours later: runs made before keep their names.
+            given = f"model.{name}" if hasattr(self, name) and name not in ("depth", "dropout") else name
+            settings.pop(given, None)
+            settings[given] = value
         return settings
 
     def to_yaml(self) -> str:

@@ -14,7 +14,7 @@ from fashion_ddp.config import Config, convert, field_types
 from fashion_ddp.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
-USUAL_LR = {"sgd": 0.1, "momentum": 0.01, "adam": 0.001, "adamw": 0.001}
+USUAL_LR = {"sgd": 0.1, "momentum": 0.01, "adam": 0.001, "adamw": 0.001, "muon": 0.03}
 
 
 def read_mapping(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:

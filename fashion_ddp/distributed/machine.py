@@ -146,11 +146,22 @@ def run_and_read_lines(*words: str) -> list[str]:
 
 def cpu_name() -> str:
     """Return the processor's name, as far as the system knows it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Return whether the processor has instructions for bf16; True also where the system does not say."""
+    words = _cpuinfo("flags", "Features")  # of x86, of ARM
+    return not words or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words.split()))
+
+
+def _cpuinfo(*names: str) -> str:
+    """Return what Linux says of the first processor under the first of some names that it has; "" for nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
 def free_memory() -> int | None:

@@ -5,10 +5,12 @@ own, which must be fields of config.py, and returns a module that maps images [N
 [N, classes]. Its name becomes a choice of `--model`.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashion_ddp import user_code
@@ -16,8 +18,10 @@ from fashion_ddp.config import Config
 from fashion_ddp.distributed.precision import channels_last
 from fashion_ddp.errors import UserError
 from fashion_ddp.models import transfer
-from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
+from fashion_ddp.models.batch_norm import GlobalBatchNorm1d, GlobalBatchNorm2d
 from fashion_ddp.models.describe import Shape, apply_to_zeros
+from fashion_ddp.models.dropout import SampleDropout
+from fashion_ddp.models.normalize import normalize_input
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 
@@ -71,6 +75,107 @@ def cnn(
 
 
 @architecture
+def deep_mlp(
+    image_shape: Shape, classes: int, hidden_units: int = 1024, depth: int = 3, dropout: float = 0.0
+) -> nn.Module:
+    """Fully connected layers with batch norm and dropout. 2,916,362 parameters for 28 x 28 pixels and 10 classes."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = math.prod(image_shape)
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, hidden_units, bias=False), GlobalBatchNorm1d(hidden_units), nn.ReLU(inplace=True)]
+        layers += [SampleDropout(dropout)] if dropout else []
+        inputs = hidden_units
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+
+
+def convolution(channels: int, out: int, *after: nn.Module, stride: int = 1) -> list[nn.Module]:
+    """Return a 3x3 convolution that divides the image's sides by the stride, then `after`, then batch norm."""
+    return [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), *after, GlobalBatchNorm2d(out)]
+
+
+class Residual(nn.Module):
+    """relu(x + f(x))."""
+
+    def __init__(self, f: nn.Module):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.f(x), inplace=True)
+
+
+class MaxAndMean(nn.Module):
+    """Return each channel's largest value and its mean: images [N, C, H, W] to features [N, 2 C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.amax((2, 3)), x.mean((2, 3))], dim=1)
+
+
+@architecture
+def small_resnet(image_shape: Shape, classes: int, hidden_units: int = 16) -> nn.Module:
+    """A residual net (He et al., arXiv 1512.03385) of 97,450 parameters for one channel and 10 classes: a stem and two
+    residual blocks, each after a pooling; the largest value and the mean of each channel decide."""
+    widths = hidden_units, 2 * hidden_units, 7 * hidden_units // 2
+    relu = nn.ReLU(inplace=True)
+    layers = [*convolution(image_shape[0], widths[0]), relu]
+    for before, width in itertools.pairwise(widths):
+        block = nn.Sequential(*convolution(width, width), relu, *convolution(width, width))
+        layers += [*convolution(before, width, nn.MaxPool2d(2)), relu, Residual(block)]
+    return nn.Sequential(*layers, MaxAndMean(), nn.Linear(2 * widths[-1], classes))
+
+
+@architecture
+def airbench(image_shape: Shape, classes: int, hidden_units: int = 48) -> nn.Module:
+    """airbench's net (Jordan, arXiv 2404.00498), narrower: a 2x2 convolution, then three blocks of two convolutions,
+    the first with pooling, which begin as the identity. 417,346 parameters for one channel and 10 classes."""
+    widths = 24, hidden_units, 2 * hidden_units, 8 * hidden_units // 3
+    relu = nn.ReLU(inplace=True)
+    layers: list[nn.Module] = [nn.Conv2d(image_shape[0], widths[0], 2), relu]
+    for before, width in itertools.pairwise(widths):
+        layers += [*convolution(before, width, nn.MaxPool2d(2)), relu, *convolution(width, width), relu]
+    for layer in layers[1:]:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.dirac_(layer.weight[: layer.in_channels])
+    return nn.Sequential(*layers, MaxAndMean(), nn.Linear(2 * widths[-1], classes))
+
+
+@architecture
+def wide_resnet(
+    image_shape: Shape, classes: int, hidden_units: int = 64, depth: int = 16, dropout: float = 0.0
+) -> nn.Module:
+    """WRN-depth-k with k = hidden_units / 16 (Zagoruyko and Komodakis, arXiv 1605.07146): three groups of
+    (depth - 4) / 6 blocks, each normalized before it convolves. 2,748,602 parameters for one channel and 10 classes."""
+    if depth < 10 or depth % 6 != 4:
+        raise UserError(f"depth={depth}: wide_resnet has 6 n + 4 layers: 10, 16, 22, 28, 34, 40, ...")
+    layers: list[nn.Module] = [nn.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)]
+    inputs = 16
+    for group, width in enumerate((hidden_units, 2 * hidden_units, 4 * hidden_units)):
+        for block in range((depth - 4) // 6):
+            stride = 2 if group and not block else 1
+            layers.append(PreActivation(inputs, width, stride, dropout))
+            inputs = width
+    pooled = [GlobalBatchNorm2d(inputs), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *pooled, nn.Linear(inputs, classes))
+
+
+class PreActivation(nn.Module):
+    """A wide residual network's block: batch norm, ReLU and convolution, twice, added to x or to its projection."""
+
+    def __init__(self, inputs: int, width: int, stride: int, dropout: float):
+        super().__init__()
+        self.first = nn.Sequential(GlobalBatchNorm2d(inputs), nn.ReLU(inplace=True))
+        drop = [SampleDropout(dropout)] if dropout else []
+        last = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.rest = nn.Sequential(*convolution(inputs, width, stride=stride), nn.ReLU(inplace=True), *drop, last)
+        changes = stride > 1 or inputs != width
+        self.project = nn.Conv2d(inputs, width, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.first(x)
+        return self.rest(active) + (x if self.project is None else self.project(active))
+
+
+@architecture
 def resnet18(image_shape: Shape, classes: int) -> nn.Module:
     """torchvision's ResNet-18 (He et al., arXiv 1512.03385), for these channels and classes."""
     return transfer.resnet18(image_shape[0], classes)
@@ -118,6 +223,8 @@ def build(
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"model {cfg.model} has no parameters to train")
+    if cfg.normalize:
+        normalize_input(model, image_shape[0])
     if rank > 0:  # from here on each rank draws other numbers: a user's Dropout must not drop the same units on each
         torch.manual_seed(cfg.seed + rank)
     if cfg.model in ARCHITECTURES and channels_last(cfg.precision, trained_on):

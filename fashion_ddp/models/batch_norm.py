@@ -24,8 +24,8 @@ def differentiable_all_reduce(tensor: Tensor) -> Tensor:
     return _Sum.apply(tensor)
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d over the global batch, whichever ranks hold its rows.
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch's batch norm over the global batch, whichever ranks hold its rows.
 
     Sums, squares and the count are added up over the ranks in one differentiable all-reduce. Rows of weight 0 do not
     count. (torch's SyncBatchNorm does not work on the CPU.)
@@ -34,23 +34,33 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     row_weights: Tensor | None = None  # [N], 1 or 0; the step sets it before each forward pass
 
     def forward(self, input: Tensor) -> Tensor:
+        stored = self.running_mean, self.running_var
         if not self.training or not self.weight.requires_grad:  # frozen: use the stored statistics and keep them
-            stored = self.running_mean, self.running_var
             return F.batch_norm(input, *stored, self.weight, self.bias, training=False, eps=self.eps)
+        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         weights = x.new_ones(len(x)) if self.row_weights is None else self.row_weights
-        weighted = x * weights.view(-1, 1, 1, 1)
+        rows, channels = (-1, *[1] * (x.dim() - 1)), (1, -1, *[1] * (x.dim() - 2))
+        but_channels = [0, *range(2, x.dim())]
+        weighted = x * weights.view(rows)
         count = (weights.sum() * x[0, 0].numel()).view(1)
-        moments = torch.cat([weighted.sum((0, 2, 3)), (weighted * x).sum((0, 2, 3)), count])
+        moments = torch.cat([weighted.sum(but_channels), (weighted * x).sum(but_channels), count])
         total, squares, n = differentiable_all_reduce(moments).split([self.num_features, self.num_features, 1])
         mean = total / n
         variance = (squares / n - mean**2).clamp_min(0)
         with torch.no_grad():
-            assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
-            assert self.num_batches_tracked is not None
             self.running_mean.lerp_(mean, self.momentum)
-            # The unbiased variance, as nn.BatchNorm2d stores it.
+            # The unbiased variance, as torch stores it.
             self.running_var.lerp_(variance * n / (n - 1).clamp_min(1), self.momentum)
-            self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)).to(input.dtype)
+        return (x * scale.view(channels) + (self.bias - mean * scale).view(channels)).to(input.dtype)
+
+
+class GlobalBatchNorm1d(GlobalBatchNorm, nn.BatchNorm1d):
+    """nn.BatchNorm1d over the global batch."""
+
+
+class GlobalBatchNorm2d(GlobalBatchNorm, nn.BatchNorm2d):
+    """nn.BatchNorm2d over the global batch."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fashion_ddp.models.batch_norm import GlobalBatchNorm
+
 Shape = tuple[int, int, int]  # channels, height, width
 
 
@@ -77,5 +79,5 @@ def layers_table(model: nn.Module, image_shape: Shape) -> str:
 def rank_dependent_layers(model: nn.Module) -> list[str]:
     """Return the types of layers that make the result depend on the number of ranks; none in our own models."""
     per_rank = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    names = {type(m).__name__ for m in model.modules() if isinstance(m, per_rank)} - {"GlobalBatchNorm2d"}
-    return sorted(names)
+    layers = (m for m in model.modules() if isinstance(m, per_rank) and not isinstance(m, GlobalBatchNorm))
+    return sorted({type(m).__name__ for m in layers})

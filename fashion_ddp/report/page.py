@@ -53,7 +53,7 @@ def _section(section: Section, key: str) -> dict[str, Any]:
         "synthetic": section.synthetic,
         "verdict": sentences.verdict(section),
         "main": tables.main_table(section),
-        "shared": sentences.shared_times(section),
+        "caveats": sentences.caveats(section),
         "best": section.best,
         "pairs": tables.pairs_table(section),
         "published": tables.tutorials_table(section),
@@ -118,7 +118,7 @@ def markdown_page(comparison: Comparison) -> str:
     for section in comparison.sections:
         parts += [f"## {text(section.title)}\n", " ".join(map(text, sentences.verdict(section))) + "\n"]
         parts.append(table(tables.main_table(section)))
-        parts += [text(shared) + "\n"] if (shared := sentences.shared_times(section)) else []
+        parts += [text(caveat) + "\n" for caveat in sentences.caveats(section)]
         for heading, shown in (
             ("Are the differences real?", tables.pairs_table(section)),
             ("Beside the tutorials' published figures", tables.tutorials_table(section)),

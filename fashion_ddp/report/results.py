@@ -14,6 +14,7 @@ from fashion_ddp.runs.reading import Run, load_run, read_arrays, softmax
 
 ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_per_s"
 SECONDS = "time/train_and_test_s"  # as the tutorials measure: training, and the pass over the test set after each epoch
+TTA = "test_tta/accuracy"  # with test-time augmentation
 MACRO_F1, CALIBRATION, MEMORY = "test/macro_f1", "test/calibration_error", "peak_memory_bytes"
 
 
@@ -74,6 +75,11 @@ class Result:
     def concurrent_runs(self) -> int:
         """Return the most runs that were trained on its machine at the same time, with itself: 1 if it was alone."""
         return self.record.get("side_by_side", 1)
+
+    @property
+    def test_evaluations(self) -> int:
+        """Return how often the run evaluated the test set."""
+        return sum(row.get(ACCURACY) is not None for row in self.run.metrics)
 
     @property
     def device(self) -> str:

@@ -15,11 +15,21 @@ from typing import Any
 import numpy as np
 
 from fashion_ddp.report.pairs import Pair, compare_pairs
-from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS, Result
+from fashion_ddp.report.results import (
+    ACCURACY,
+    CALIBRATION,
+    IMAGES_PER_S,
+    LOSS,
+    MACRO_F1,
+    MEMORY,
+    SECONDS,
+    TTA,
+    Result,
+)
 from fashion_ddp.report.statistics import Interval, t_interval, wilson
 from fashion_ddp.report.text import common_settings, settings_text
 
-FIGURES = (ACCURACY, LOSS, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
+FIGURES = (ACCURACY, LOSS, TTA, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,11 @@ class Section:
     def ranked(self) -> list[Row]:
         """Return the rows that have an accuracy. Rows whose figures are not finite come after them in `rows`."""
         return [row for row in self.rows if row.mean(ACCURACY) is not None]
+
+    @property
+    def offers_choice(self) -> bool:
+        """Return whether several rows are of one model with different settings, of which somebody may choose one."""
+        return len({row.first.model for row in self.rows}) < len(self.rows)
 
     @functools.cached_property
     def pairs(self) -> dict[tuple[int, int], Pair]:

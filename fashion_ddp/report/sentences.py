@@ -61,7 +61,12 @@ def verdict(section: Section) -> tuple[str, str]:
     return first, f"{second} {_seeds_sentence(section.ranked)}"
 
 
-def shared_times(section: Section) -> str:
+def caveats(section: Section) -> list[str]:
+    """Say what must be known before a section's times and accuracies are used."""
+    return [said for said in (_shared_times(section), _seen_while_choosing(section)) if said]
+
+
+def _shared_times(section: Section) -> str:
     """Name the runs that shared their machine, so that nobody takes speed or cost from their times; "" without any."""
     results = [r for row in section.rows for r in row.results]
     names = [r.name for r in results if r.concurrent_runs > 1]
@@ -72,6 +77,18 @@ def shared_times(section: Section) -> str:
     return (
         f"Times shared by up to {most} runs at once: {which}. Their training time and images/s are no measure of speed "
         "or cost, and not to be compared with those of a run that had the machine to itself."
+    )
+
+
+def _seen_while_choosing(section: Section) -> str:
+    """Name the rows that saw the test set after each epoch where their settings may be chosen among; "" for none."""
+    rows = [row.label for row in section.rows if any(r.test_evaluations > 1 for r in row.results)]
+    if not section.offers_choice or not rows:
+        return ""
+    return (
+        f"The test set was evaluated more than once in the runs of {_join_names(rows)}. Who chooses one of these "
+        "settings, or an epoch, by such figures gets too high an accuracy: choose by --validation, and let "
+        "--test-at end open the test set once."
     )
 
 

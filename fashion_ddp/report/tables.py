@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fashion_ddp.errors import pluralize
-from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS
+from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS, TTA
 from fashion_ddp.report.rows import Comparison, Row, Section
 from fashion_ddp.report.text import Table, interval_text, p_value_text, percent, settings_text
 
@@ -55,6 +55,11 @@ def _shared(row: Row) -> str:
     return f"{' or '.join(map(str, row.concurrent_runs))} runs" if row.shared else MISSING
 
 
+def _test_evaluations(row: Row) -> str:
+    times = sorted({r.test_evaluations for r in row.results})
+    return " or ".join(f"{n:,} x" for n in times)
+
+
 RUN_COLUMN = Column("run", False, lambda row: row.first.name)
 MODEL = Column("model", False, lambda row: row.first.model + (" SYNTHETIC" if row.first.synthetic else ""))
 RECIPE = Column(
@@ -65,6 +70,8 @@ QUALITY = [
     _figure("accuracy %", ACCURACY, percent, spreads=True),
     _figure("loss", LOSS, "{:.4f}".format, spreads=True),
 ]
+AUGMENTED = _figure("accuracy % with test-time augmentation", TTA, percent, spreads=True)
+EVALUATIONS = Column("test set seen", True, _test_evaluations)
 INTERVAL = Column("95 % interval", True, _interval)
 MORE_QUALITY = [
     _figure("macro F1", MACRO_F1, "{:.4f}".format),
@@ -77,17 +84,31 @@ SPEED = _figure("images/s", IMAGES_PER_S, "{:,.0f}".format)
 SHARED = Column("times shared by", False, _shared)
 SPACE = _figure("memory MB", MEMORY, lambda value: f"{value / 1e6:,.0f}")
 RANKS_AND_DEVICE = Column("ranks x device", False, lambda row: row.first.ranks_and_device)
-COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], *MORE_QUALITY]
+COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, EVALUATIONS, AUGMENTED, QUALITY[1], *MORE_QUALITY]
 COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SHARED, SPACE, RANKS_AND_DEVICE]
 # A terminal has less room.
-TERMINAL_COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, QUALITY[1], PARAMETERS, TIME, SPEED, SHARED, RANKS_AND_DEVICE]
+TERMINAL_COLUMNS = [
+    RECIPE,
+    QUALITY[0],
+    INTERVAL,
+    SEED,
+    AUGMENTED,
+    QUALITY[1],
+    PARAMETERS,
+    TIME,
+    SPEED,
+    SHARED,
+    RANKS_AND_DEVICE,
+]
 
 
-def _table(columns: list[Column], rows: list[Row]) -> Table:
-    """Make a table. Columns of standard deviations and of shared times are shown only if they have an entry."""
+def _table(section: Section, columns: list[Column], rows: list[Row]) -> Table:
+    """Make a table of rows, or runs, of a section. A column that need not have an entry is left out where none has."""
     shown: list[Column] = []
     for column in columns:
-        if column is SHARED and not any(row.shared for row in rows):
+        if column in (SHARED, AUGMENTED) and all(column.text(row) == MISSING for row in rows):
+            continue
+        if column is EVALUATIONS and not section.offers_choice:
             continue
         shown.append(column)
         if column.spread and any(map(column.spread, rows)):
@@ -102,7 +123,7 @@ def main_table(section: Section, columns: list[Column] = COLUMNS) -> Table:
     def model(row: Row) -> str:
         return (BEST if row is section.best else "") + MODEL.text(row)
 
-    return _table([MODEL._replace(text=model), *columns], section.rows)
+    return _table(section, [MODEL._replace(text=model), *columns], section.rows)
 
 
 def single_runs(section: Section) -> Table | None:
@@ -110,7 +131,7 @@ def single_runs(section: Section) -> Table | None:
     if all(len(row.results) == 1 for row in section.rows):
         return None
     runs = [Row(row.label, [result]) for row in section.rows for result in row.results]
-    return _table([RUN_COLUMN, MODEL, *COLUMNS], runs)
+    return _table(section, [RUN_COLUMN, MODEL, *COLUMNS], runs)
 
 
 def pairs_table(section: Section) -> Table | None:

@@ -35,7 +35,7 @@ def define_axes(run: Any) -> None:
     run.define_metric("epoch")
     run.define_metric("step")
     run.define_metric("step/*", step_metric="step")
-    for names in ("lr", "train/*", "val/*", "test/*", "time/*", "throughput/*"):
+    for names in ("lr", "train/*", "val/*", "test/*", "val_tta/*", "test_tta/*", "time/*", "throughput/*"):
         run.define_metric(names, step_metric="epoch")
 
 

@@ -1,5 +1,6 @@
 """What a finished run leaves for those who read it: predictions, examples to draw, and the weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ WRONG = 16  # the most confidently wrong test images
 PAIRS, EACH = 10, 4  # the most confused pairs (true, predicted), and test images of each
 
 
-def write(folder: RunFolder, model: nn.Module, data: Dataset, scores: Scores) -> None:
-    """Write predictions.safetensors, examples.safetensors and model.safetensors. `scores` are on the test set."""
+def write(folder: RunFolder, model: nn.Module, data: Dataset, scored: Mapping[str, Scores]) -> None:
+    """Write predictions.safetensors, examples.safetensors and model.safetensors. `scored`: the last epoch's scores."""
+    scores = scored["test"]
     files: dict[str, dict[str, Tensor]] = {
         "predictions.safetensors": {
             "logits": scores.logits.float(),
@@ -32,6 +34,8 @@ def write(folder: RunFolder, model: nn.Module, data: Dataset, scores: Scores) ->
         "examples.safetensors": _examples(model, data, scores),
         "model.safetensors": model.state_dict(),
     }
+    if augmented := scored.get("test_tta"):
+        files["predictions.safetensors"]["logits_tta"] = augmented.logits.float()
     for name, tensors in files.items():
         content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
         folder.write(name, content)

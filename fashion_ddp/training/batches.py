@@ -1,7 +1,8 @@
 """Which images each rank takes at each step, and how they are augmented.
 
 The whole set lives decoded on the rank's device. For each epoch one CPU generator, seeded by (seed, epoch) and so the
-same on every rank, draws the order of the images and an augmentation for each image; both go to the device once.
+same on every rank, draws the order of the images and an augmentation for each image; both go to the device once. What
+else is drawn (partners to mix images with, keys for dropout) has generators of its own and changes none of it.
 Global batch k is rows [kB, (k+1)B) of that order, whatever the number of ranks; a row's place in it decides which rank
 takes it. There is no DataLoader and no worker: a position in the run is (epoch, step).
 """
@@ -9,6 +10,7 @@ takes it. There is no DataLoader and no worker: a position in the run is (epoch,
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,16 +66,34 @@ def split(cfg: Config, data: Dataset) -> tuple[Index, Index]:
     return np.sort(order[cfg.validation :]), np.sort(order[: cfg.validation])
 
 
+class Piece(NamedTuple):
+    """What one forward pass takes, and what its loss is made of.
+
+    Where images are mixed, the loss of a row is own_share * loss(label) + (1 - own_share) * loss(partner's label).
+    """
+
+    images: Tensor  # [rows, C, H, W] in [0, 1], augmented and mixed
+    labels: Tensor  # [rows], the images' own: predictions are counted against these
+    weights: Tensor  # [rows], 1 or 0
+    loss_weights: Tensor  # [rows]; they make the sum of the weighted losses the mean over the global batch
+    keys: Tensor | None  # [rows] int64, for dropout; None where the model has none of ours
+    partner_labels: Tensor | None  # [rows]; None where nothing is mixed
+    own_share: Tensor | float  # a number of the global batch; 1 where nothing is mixed
+
+
 @dataclass(frozen=True)
 class Drawn:
     """What was drawn for an epoch, on the host: the tables of `Batches`, and the rows of each global batch."""
 
     epoch: int
+    in_batch: list[int]
     index: Tensor
     weights: Tensor
     loss_weights: Tensor
-    in_batch: list[int]
     noise: Tensor | None
+    keys: Tensor | None
+    partners: Tensor | None
+    mixes: Tensor | None
 
 
 class Batches:
@@ -88,7 +108,12 @@ class Batches:
         weights          [steps, pieces, rows]: 1, or 0 where an image stands in
         loss_weights     the same, divided by the rows of the global batch
         noise            [N, 7] int64: how each image of the set is augmented; None for not at all
+        keys             [N] int64: of each image of the set, for dropout; None unless `keyed`
+        partners         [steps, pieces, rows] int64: which images these are mixed with; None for not at all
+        mixes            [steps, 1, 6]: how, by global batch, as `_mix` takes it; None for not at all
     """
+
+    keyed = False  # whether keys are drawn: the step says so where its model needs them
 
     def __init__(self, cfg: Config, world: World, images: np.ndarray, labels: np.ndarray):
         self.cfg, self.device = cfg, world.device
@@ -116,6 +141,9 @@ class Batches:
         self.weights = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.loss_weights = torch.zeros_like(self.weights)
         self.noise: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.partners: Tensor | None = None
+        self.mixes: Tensor | None = None
         self.in_batch: list[int] = []  # the rows of each global batch
         self.ahead: Drawn | None = None
 
@@ -128,10 +156,17 @@ class Batches:
         self.weights.copy_(drawn.weights, non_blocking=True)
         self.loss_weights.copy_(drawn.loss_weights, non_blocking=True)
         self.in_batch = drawn.in_batch
-        if drawn.noise is not None:
-            if self.noise is None:
-                self.noise = torch.empty_like(drawn.noise, device=self.device)
-            self.noise.copy_(drawn.noise, non_blocking=True)
+        self.noise = self._place(drawn.noise, self.noise)
+        self.keys = self._place(drawn.keys, self.keys)
+        self.partners = self._place(drawn.partners, self.partners)
+        self.mixes = self._place(drawn.mixes, self.mixes)
+
+    def _place(self, drawn: Tensor | None, table: Tensor | None) -> Tensor | None:
+        """Copy what was drawn to where its table lies on the device, which is settled at the first draw."""
+        if drawn is None:
+            return None
+        table = torch.empty_like(drawn, device=self.device) if table is None else table
+        return table.copy_(drawn, non_blocking=True)
 
     def draw_ahead(self, epoch: int) -> None:
         """Draw an epoch for `draw` to take, while a card trains on the one before."""
@@ -143,37 +178,63 @@ class Batches:
         order = torch.randperm(self.count, generator=draws) if self.cfg.shuffle else torch.arange(self.count)
         batches = _padded(order, self.steps * self.batch).view(self.steps, self.batch)
         in_batch = (batches >= 0).sum(1)
-        groups = _padded(batches, self.groups * math.ceil(self.batch / self.groups))
-        mine = groups.view(self.steps, -1, self.groups).transpose(1, 2)[:, self.mine]  # [steps, groups of mine, share]
-        per_group = self.rows * math.ceil(mine.shape[2] / self.rows)
-        mine = _padded(mine, per_group).reshape(self.steps, self.pieces, self.rows)
+        mine, stand_in = self._cut(batches), batches[:, :1, None]
         real = mine >= 0
         weights = real.to(self.dtype)
         loss_weights = weights * (self.ranks_averaged / in_batch.to(self.dtype))[:, None, None]
-        index, noise = torch.where(real, mine, batches[:, :1, None]), self._draw_noise(draws)
+        keys = partners = mixes = None
+        if self.keyed:
+            keys = torch.empty(self.count, dtype=torch.int64).random_(generator=generator(self.cfg.seed, "keys", epoch))
+        if self.cfg.mixup or self.cfg.cutmix:
+            mixing = generator(self.cfg.seed, "mix", epoch)
+            partners = torch.where(real, self._cut(_partners(batches, mixing)), stand_in)
+            mixes = self._draw_mixes(mixing).to(self.dtype)
+        index, noise = torch.where(real, mine, stand_in), self._draw_noise(draws, epoch)
         if self.device.type == "cuda":  # from pinned memory a copy waits for nobody
             index, weights, loss_weights = index.pin_memory(), weights.pin_memory(), loss_weights.pin_memory()
-            noise = None if noise is None else noise.pin_memory()
-        return Drawn(epoch, index, weights, loss_weights, in_batch.tolist(), noise)
+            others = noise, keys, partners, mixes
+            noise, keys, partners, mixes = (None if table is None else table.pin_memory() for table in others)
+        return Drawn(epoch, in_batch.tolist(), index, weights, loss_weights, noise, keys, partners, mixes)
 
-    def piece(self, k: Position, piece: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what one forward pass of global batch k takes: images [rows, C, H, W] in [0, 1], augmented; labels
-        [rows]; weights [rows], 1 or 0; and loss weights [rows], which make the sum of the weighted losses the mean."""
+    def _cut(self, batches: Tensor) -> Tensor:
+        """Return this rank's part [steps, pieces, rows] of a table [steps, batch], with -1 where rows are missing."""
+        groups = _padded(batches, self.groups * math.ceil(self.batch / self.groups))
+        mine = groups.view(self.steps, -1, self.groups).transpose(1, 2)[:, self.mine]  # [steps, groups of mine, share]
+        per_group = self.rows * math.ceil(mine.shape[2] / self.rows)
+        return _padded(mine, per_group).reshape(self.steps, self.pieces, self.rows)
+
+    def piece(self, k: Position, piece: int) -> Piece:
+        """Return what one forward pass of global batch k takes."""
         index = row(self.index, k, piece)
+        images, labels = self._images(index), row(self.targets, k, piece)
+        keys = None if self.keys is None else self.keys.index_select(0, index)
+        partner_labels: Tensor | None = None
+        own_share: Tensor | float = 1.0
+        if self.partners is not None and self.mixes is not None:
+            partners, mix = row(self.partners, k, piece), row(self.mixes, k, 0)
+            images, partner_labels = _mix(images, self._images(partners), mix), self.labels.index_select(0, partners)
+            own_share = mix[0]
+        weights, loss_weights = row(self.weights, k, piece), row(self.loss_weights, k, piece)
+        return Piece(images, labels, weights, loss_weights, keys, partner_labels, own_share)
+
+    def _images(self, index: Tensor) -> Tensor:
+        """Return images [n, C, H, W] of the set in [0, 1], augmented."""
         images = self.images.index_select(0, index)
         if self.noise is not None:
             images = _augment(images, self.noise.index_select(0, index))
-        labels, weights = row(self.targets, k, piece), row(self.weights, k, piece)
-        return to_unit(images, self.dtype), labels, weights, row(self.loss_weights, k, piece)
+        return to_unit(images, self.dtype)
 
-    def _draw_noise(self, draws: torch.Generator) -> Tensor | None:
+    def _draw_noise(self, draws: torch.Generator, epoch: int) -> Tensor | None:
         """Draw the augmentation of each image of the set: [N, 7] int64, as `_augment` takes it; None for none."""
         cfg, (height, width) = self.cfg, self.images.shape[2:]
-        if not (cfg.shift or cfg.flip or cfg.erase):
+        if not (cfg.shift or cfg.flip or cfg.alternating_flip or cfg.erase or cfg.cutout):
             return None
         uniform = torch.rand(self.count, 8, generator=draws, dtype=torch.float64)
         shift = torch.randint(-cfg.shift, cfg.shift + 1, (self.count, 2), generator=draws)
         flip = uniform[:, 0] < cfg.flip
+        if cfg.alternating_flip:  # Keller Jordan, arXiv 2404.00498: the side of the first epoch is drawn
+            sides = torch.randint(2, (self.count,), generator=generator(cfg.seed, "sides"))
+            flip = (sides + epoch) % 2 == 1
         # The rectangle of random erasing (Zhong et al., arXiv 1708.04896): 2 to 33 % of the area, sides 0.3 to 1/0.3.
         area = (0.02 + 0.31 * uniform[:, 1]) * height * width
         aspect = torch.exp((2 * uniform[:, 2] - 1) * math.log(1 / 0.3))
@@ -181,13 +242,56 @@ class Batches:
         wide = torch.sqrt(area / aspect).round().clamp(max=width)
         top = (uniform[:, 4] * (height - tall + 1)).floor()
         left = (uniform[:, 5] * (width - wide + 1)).floor()
-        columns = [shift[:, 0], shift[:, 1], flip, top, top + tall, left, left + wide]
+        bottom, right = top + tall, left + wide
+        if cfg.cutout:  # DeVries and Taylor, arXiv 1708.04552
+            top, bottom = _around(uniform[:, 4], cfg.cutout, height)
+            left, right = _around(uniform[:, 5], cfg.cutout, width)
+        columns = [shift[:, 0], shift[:, 1], flip, top, bottom, left, right]
         return torch.stack([c.long() for c in columns], dim=1)
+
+    def _draw_mixes(self, draws: torch.Generator) -> Tensor:
+        """Draw how the images of each global batch are mixed: [steps, 1, 6] float64, as `_mix` takes it."""
+        cfg, (height, width) = self.cfg, self.images.shape[2:]
+        uniform = torch.rand(self.steps, 3, generator=draws, dtype=torch.float64)
+        cuts = uniform[:, 0] < (0.5 if cfg.mixup and cfg.cutmix else float(cfg.cutmix > 0))
+        concentration = np.where(cuts, cfg.cutmix, cfg.mixup)
+        # numpy's, because torch's Beta takes no generator.
+        share = torch.from_numpy(np.random.default_rng(draws.initial_seed()).beta(concentration, concentration))
+        # CutMix: the rectangle's sides have the image's ratio, and its centre is any pixel (Yun et al., algorithm 1).
+        side = torch.sqrt(1 - share) * cuts
+        top, bottom = _around(uniform[:, 1], (height * side).round(), height)
+        left, right = _around(uniform[:, 2], (width * side).round(), width)
+        blend = torch.where(cuts, 1.0, share)
+        own_share = blend - (bottom - top) * (right - left) / (height * width)
+        return torch.stack([own_share, blend, top, bottom, left, right], dim=1)[:, None]
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:
     """Extend the last dimension of a tensor to `length`, with -1."""
     return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=-1)
+
+
+def _partners(batches: Tensor, draws: torch.Generator) -> Tensor:
+    """Return each row of a table [steps, batch] in another order; -1, of which there may be some at its end, stays."""
+    places = torch.rand(batches.shape, generator=draws).masked_fill(batches < 0, 2.0).argsort(1)
+    return batches.gather(1, places)
+
+
+def _around(uniform: Tensor, side: Tensor | int, length: int) -> tuple[Tensor, Tensor]:
+    """Return the first pixel [n], and the first one after, of intervals of `side` pixels around one of `length` pixels,
+    which `uniform` [n] in [0, 1) chooses. An interval is cut off at the image's ends."""
+    first = (uniform * length).floor() - side // 2
+    return first.clamp(min=0), (first + side).clamp(max=length)
+
+
+def _mix(images: Tensor, partners: Tensor, mix: Tensor) -> Tensor:
+    """Mix images [n, C, H, W] with their partners as `mix` [6] says: the share of their own labels, that of their own
+    pixels, then top, bottom, left and right of a rectangle of the partners' pixels (bottom and right excluded)."""
+    height, width = images.shape[2:]
+    _, blend, top, bottom, left, right = mix.unbind()
+    y, x = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
+    own = blend * ~((y >= top) & (y < bottom) & (x >= left) & (x < right))  # [H, W]
+    return torch.lerp(partners, images, own)
 
 
 def _augment(images: Tensor, noise: Tensor) -> Tensor:

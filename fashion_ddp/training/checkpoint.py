@@ -21,7 +21,12 @@ from fashion_ddp.runs.folder import RunFolder, to_jsonable
 from fashion_ddp.runs.provenance import identity
 from fashion_ddp.training.state import State, fits
 
-FORMAT = 1  # counts up when an older checkpoint would be misread
+FORMAT = 2  # counts up when an older checkpoint would be misread
+# Settings that checkpoints of format 1 do not name, because the trainer did not have them.
+SINCE_2 = (
+    *("momentum", "nesterov", "adam_lr", "decay_biases", "ema", "normalize", "alternating_flip", "cutout", "mixup"),
+    *("cutmix", "test_at", "tta", "depth", "dropout"),
+)
 KEPT = 2
 
 
@@ -33,7 +38,7 @@ class Checkpoints:
         self.path = folder.path / "checkpoints"
         found = world.on_rank_zero(self._newest)
         if found is not None:
-            state.restore(_load(found), world.rank)
+            state.restore(_load(found), world.rank)  # the state in format 1 is that in format 2
 
     def save(self, required: bool) -> None:
         """Save the state. A collective, at a sync point.
@@ -111,10 +116,13 @@ class Checkpoints:
 
     def _refuse_misfit(self, saved: Any) -> None:
         """Raise ValueError for a state that this run cannot have saved: no restore may fail halfway."""
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        version = saved.get("format") if isinstance(saved, dict) else None
+        if type(version) is not int or version not in (1, FORMAT):
             raise ValueError("it is no checkpoint of this version")
-        run = _identity(self.cfg)
-        if saved.get("run") != run or not fits([saved["format"], saved["run"]], [FORMAT, run]):
+        run, theirs = _identity(self.cfg), saved.get("run")
+        if version == 1 and isinstance(theirs, dict):
+            theirs = {name: getattr(Config, name) for name in SINCE_2} | theirs
+        if theirs != run or not fits(theirs, run):
             raise ValueError("it belongs to another run")
         self.state.check(saved)
 

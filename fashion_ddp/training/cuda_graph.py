@@ -204,6 +204,9 @@ def _proving(counting: CountingStep) -> Changes:
     step = counting.step
     kinds: Changes = {"weights": list(step.trained), "losses": [step.record.losses], "counters": [counting.counters]}
     kinds["statistics"] = list(step.ddp.buffers())
+    if (average := step.average) is not None:
+        kinds["averages"] = average.weights
+        kinds["averaged statistics"] = [*average.buffers, average.updates]
     for kept in step.optimizer.state.values():
         for name, value in kept.items():
             if isinstance(value, Tensor):
@@ -218,18 +221,34 @@ def _changed(counting: CountingStep) -> list[Tensor]:
 
 
 def _changes(counting: CountingStep, take: Launch) -> Changes:
-    """Return what a step changes, as differences in float64; of Adam's weights, times the change of their moment."""
+    """Return what a step changes, as differences in float64; of weights as `_weighed`."""
+    step = counting.step
     with undone(counting):
-        before = {kind: [t.detach().clone() for t in tensors] for kind, tensors in _proving(counting).items()}
+        before = {t: t.detach().clone() for tensors in _proving(counting).values() for t in tensors}
         take()
-        changes = {
-            kind: [new.detach().double() - old for new, old in zip(tensors, before[kind], strict=True)]
-            for kind, tensors in _proving(counting).items()
-        }
-    if "exp_avg" in changes:
-        # Adam moves a weight as far where its gradient is mere rounding as where it is large. The latter counts.
-        changes["weights"] = [w * m for w, m in zip(changes["weights"], changes["exp_avg"], strict=True)]
+        kinds = _proving(counting)
+        change = {t: t.detach().double() - before[t] for tensors in kinds.values() for t in tensors}
+        changes = {kind: [change[tensor] for tensor in tensors] for kind, tensors in kinds.items()}
+    moments = [step.optimizer.state.get(parameter, {}) for parameter in step.trained]
+    muon = step.cfg.optimizer == "muon"
+    for kind in {"weights", "averages"} & changes.keys():
+        changes[kind] = [_weighed(one, kept, change, muon) for one, kept in zip(changes[kind], moments, strict=True)]
     return changes
+
+
+def _weighed(weights: Tensor, kept: dict[str, Tensor], change: dict[Tensor, Tensor], muon: bool) -> Tensor:
+    """Return a parameter's change times that of its moment.
+
+    Adam moves a weight as far where its gradient is mere rounding as where it is large, and Muon a matrix along each of
+    its singular directions. Where it is large counts: the product is |m| of a number, and of a matrix the root of m m',
+    which rounding moves no further than m.
+    """
+    if "exp_avg" in kept:
+        return weights * change[kept["exp_avg"]]
+    if "momentum_buffer" in kept and muon:
+        one, other = weights.flatten(1), change[kept["momentum_buffer"]].flatten(1)
+        return one @ other.T if len(one) < len(one[0]) else one.T @ other
+    return weights
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -1,6 +1,8 @@
 """Exact evaluation: every sample counts once, on any number of ranks and with any batch size."""
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,15 @@ from fashion_ddp.distributed.world import World, all_reduce
 from fashion_ddp.training.batches import DTYPES, to_unit
 
 ROWS = 128  # per forward pass on a CPU, whose cache bounds it
+# Test-time augmentation: what is seen of each image (mirrored, moved down, moved right), and the weight of its logits.
+# flip+shift is airbench's (Jordan, arXiv 2404.00498): half of the mean is of images that are moved by a pixel.
+VIEWS = {
+    "none": {(False, 0, 0): 1.0},
+    "flip": {(mirrored, 0, 0): 0.5 for mirrored in (False, True)},
+    "flip+shift": {
+        (mirrored, by, by): weight for mirrored in (False, True) for by, weight in ((0, 0.25), (-1, 0.125), (1, 0.125))
+    },
+}
 PIXELS = 2**21  # per forward pass on a card, which wants much to do at once: 2,675 images of 28 x 28
 
 
@@ -27,7 +38,10 @@ class Scores:
 
 
 class Evaluation:
-    """A set of images on this rank's device: `evaluation(model)` scores a model on it."""
+    """A set of images on this rank's device: `evaluation(model)` scores a model on it.
+
+    `evaluation(model, tta)` scores the mean of the model's logits over several views of each image, see `VIEWS`.
+    """
 
     def __init__(self, cfg: Config, world: World, images: np.ndarray, labels: np.ndarray, classes: int):
         self.classes, self.dtype, self.count = classes, DTYPES.get(cfg.precision, torch.float32), len(labels)
@@ -37,13 +51,14 @@ class Evaluation:
         self.rows = ROWS if world.device.type == "cpu" else max(ROWS, PIXELS // math.prod(images.shape[2:]))
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> Scores:
+    def __call__(self, model: nn.Module, tta: str = "none") -> Scores:
         # Each rank fills its own rows, and one all-reduce brings them together. The last column counts.
         filled = torch.zeros(self.count, self.classes + 1, dtype=self.dtype, device=self.mine.device)
         model.eval()
         for index in self.mine.split(self.rows):
-            logits = model(to_unit(self.images.index_select(0, index), self.dtype))
-            filled[index] = F.pad(logits.to(self.dtype), (0, 1), value=1.0)
+            images = to_unit(self.images.index_select(0, index), self.dtype)
+            seen = (model(view(images, *how)).to(self.dtype) * weight for how, weight in VIEWS[tta].items())
+            filled[index] = F.pad(functools.reduce(torch.add, seen), (0, 1), value=1.0)
         model.train()
         logits, counted = all_reduce(filled).split([self.classes, 1], dim=1)
         predicted = logits.argmax(1)
@@ -52,3 +67,20 @@ class Evaluation:
         mean_loss, hits, once = figures.tolist()  # the one read from the device
         assert once == self.count, "evaluation must count every sample once"
         return Scores(mean_loss, int(hits) / self.count, logits, predicted)
+
+
+def view(images: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
+    """Mirror images [n, C, H, W] left to right, or not, and move them, zeros coming in."""
+    if down or right:
+        images = F.pad(images, (right, -right, down, -down))
+    return images.flip(-1) if mirrored else images
+
+
+def evaluate(cfg: Config, model: nn.Module, sets: Mapping[str, Evaluation], last_epoch: bool) -> dict[str, Scores]:
+    """Score a model, after an epoch, on each set whose turn it is. Where test-time augmentation was asked for, its
+    scores stand beside the last epoch's plain ones, as `test_tta`."""
+    due = {name: one for name, one in sets.items() if last_epoch or name != "test" or cfg.test_at == "epoch"}
+    scores = {name: evaluation(model) for name, evaluation in due.items()}
+    if last_epoch and cfg.tta != "none":
+        scores |= {f"{name}_tta": evaluation(model, cfg.tta) for name, evaluation in due.items()}
+    return scores

@@ -1,45 +1,72 @@
 """Optimizers by name, and the learning rate as a pure function of the step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fashion_ddp.config import Config
+from fashion_ddp.training.muon import Muon
 
 # What torch's optimizers keep of each parameter: `step` is a number, the rest is of the parameter's shape.
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 KEPT: dict[str, tuple[str, ...]] = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ADAM, "adamw": ADAM}
+KEPT |= {"muon": KEPT["momentum"]}  # of the parameters that it trains itself
 
 
 def build(cfg: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Return the run's optimizer, of those parameters of the model that are trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = _groups(cfg, model)
     # One kernel per update. On a card it also keeps fp16's skipped updates from being read by the host; on a CPU it
     # gains for Adam, a third of the time of its dozen operations per parameter, and nothing for SGD.
     fused = True if device.type == "cuda" else None
     lr, decay = cfg.scaled_lr(), cfg.weight_decay
+    if cfg.optimizer == "muon":
+        return Muon(groups, lr=lr, momentum=cfg.momentum or 0.95, weight_decay=decay)
     if cfg.optimizer in ("sgd", "momentum"):
-        momentum = 0.9 if cfg.optimizer == "momentum" else 0.0
-        sgd = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=fused)
+        momentum = (cfg.momentum or 0.9) if cfg.optimizer == "momentum" else 0.0
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=cfg.nesterov, weight_decay=decay, fused=fused)
         if momentum and fused:
             # torch leaves them unwritten where fp16 skips the first update, as it often does, and goes on from that.
-            for parameter in sgd.param_groups[0]["params"]:
+            for parameter in (parameter for group in sgd.param_groups for parameter in group["params"]):
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
     # Capturable: its count of updates stays on the card.
-    return kind(parameters, lr=lr, weight_decay=decay, fused=True, capturable=device.type == "cuda")
+    return kind(groups, lr=lr, weight_decay=decay, fused=True, capturable=device.type == "cuda")
+
+
+def _groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameters that are trained, in groups of equal settings, in the form of torch's optimizers."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if cfg.optimizer == "muon":
+        # As its author trains: the last layer by Adam, whether it is frozen or not.
+        matrices = {id(parameter) for parameter in [p for p in model.parameters() if p.dim() > 1][:-1]}
+        groups = [
+            {"params": [p for p in parameters if id(p) in matrices], "method": "muon"},
+            {"params": [p for p in parameters if id(p) not in matrices], "method": "adamw"},
+        ]
+        groups[1]["lr_ratio"] = cfg.adam_lr / cfg.lr
+    if not cfg.decay_biases:
+        weights = [group | {"params": [p for p in group["params"] if p.dim() > 1]} for group in groups]
+        biases = [group | {"params": [p for p in group["params"] if p.dim() < 2]} for group in groups]
+        groups = weights + [group | {"weight_decay": 0.0} for group in biases]
+    return [group for group in groups if group["params"]]
 
 
 def state_like(cfg: Config, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     """Return tensors like those that the run's optimizer keeps after an update, by the number of the parameter."""
-    kept = KEPT[cfg.optimizer]
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    kept = (
+        (parameter, KEPT[group.get("method", cfg.optimizer)])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
     return {
-        number: {name: torch.zeros(()) if name == "step" else torch.empty_like(parameter) for name in kept}
-        for number, parameter in enumerate(parameters)
-        if kept
+        number: {name: torch.zeros(()) if name == "step" else torch.empty_like(parameter) for name in names}
+        for number, (parameter, names) in enumerate(kept)
+        if names
     }
 
 
@@ -62,6 +89,8 @@ def factor(schedule: str, step: int, total: int, warmup: float = 0.0) -> float:
         return _cosine(1.0, 1 / 250_000, (step - top) / (total - 1 - top))
     if step < warmup:
         return (step + 1) / warmup if step + 1 < warmup else 1.0
+    if schedule == "linear":
+        return 1 - (step - warmup) / (total - warmup)
     if schedule == "cosine":
         return _cosine(1.0, 0.0, (step - warmup) / (total - warmup))
     return 1.0

@@ -53,6 +53,7 @@ class Recorder(NullRecorder):
         folder.keep_rows("steps.jsonl", points)
         folder.keep_rows("metrics.jsonl", epochs)
         self.known = {"format": FORMAT, **known, **(epochs[-1] if epochs else {})}
+        self.known["test_evaluations"] = sum("test/accuracy" in row for row in epochs)
         self.wandb: WandbMirror | None = None
         # The name that W&B knows the run by stands in the folder before W&B is told of it.
         if cfg.tracker != "none" or "wandb_id" in old.summary:
@@ -95,6 +96,7 @@ class Recorder(NullRecorder):
         self.bar.close()
         row: dict[str, Any] = {"epoch": self.now, "step": self.recorded.step, "lr": self.recorded.lr}
         row |= {"train/loss": self.recorded.total.mean_loss, "train/accuracy": self.recorded.total.accuracy}
+        self.known["test_evaluations"] += "test" in scores
         for name, score in scores.items():
             row |= {f"{name}/loss": score.loss, f"{name}/accuracy": score.accuracy}
         row |= timings

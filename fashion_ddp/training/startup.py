@@ -113,7 +113,7 @@ def announce(
         went_before = starts if state.done else []  # of others nothing is left
         mixed = any(_conditions(start) != _conditions(env) for start in went_before)
         at_once = max(_at_once(start) for start in [*went_before, env])
-        notes = [*_continued(state, mixed), *_notes(cfg, dataset, dependent)]
+        notes = [*_continued(state, mixed), *_notes(cfg, world, dataset, dependent)]
         notes += [f"note: up to {at_once} runs are trained at once on this machine: times are shared"] * (at_once > 1)
         for line in (_facts(cfg, world, env, dataset, batches), described, *prepared, *notes):
             say(line)
@@ -194,8 +194,10 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 
-def _notes(cfg: Config, dataset: data.Dataset, dependent: list[str]) -> list[str]:
+def _notes(cfg: Config, world: World, dataset: data.Dataset, dependent: list[str]) -> list[str]:
     notes = []
+    if cfg.precision == "bf16" and world.device.type == "cpu" and not machine.cpu_multiplies_bf16():
+        notes.append("note: this processor has no instructions for bf16 and emulates them: fp32 is faster on it")
     if not cfg.shuffle and bool((dataset.train_labels[1:] >= dataset.train_labels[:-1]).all()):
         notes.append("note: the training images come class after class, and are not shuffled: add --shuffle")
     if dataset.synthetic:

@@ -3,6 +3,7 @@
 Each part says what it saves, checks what it is given, and restores it: nothing is restored before all is checked.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.config.names import is_code
 from fashion_ddp.distributed.world import World
 from fashion_ddp.training import optim
+from fashion_ddp.training.ema import Average
 from fashion_ddp.training.timing import StepClock, Timings
 
 
@@ -61,10 +63,12 @@ class State:
         optimizer: torch.optim.Optimizer,
         steps_per_epoch: int,
         started: float,
+        average: Average | None = None,
     ):
-        """`model`: the module itself, without DDP's wrapper. `started`: time.time() when the process began."""
+        """`model`: the module itself, without DDP's wrapper. `started`: time.time() when the process began. `average`:
+        what the steps update."""
         self.cfg, self.device, self.scaler = cfg, world.device, world.accelerator.scaler
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.average = model, optimizer, average
         self.steps, self.total_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.done = 0  # updates since the run began
         self.clock, self.timings = StepClock(world.device), Timings(started)
@@ -99,12 +103,16 @@ class State:
         """Return how many steps of an epoch are done."""
         return min(max(self.done - (epoch - 1) * self.steps, 0), self.steps)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the model is what is evaluated and kept: its moving average, where the run has one."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
     # --- What is saved ----------------------------------------------------------------------------------------------
 
     def of_this_rank(self) -> dict[str, Any]:
         """Return what may differ between ranks: random generators, and statistics of layers that keep their own."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        buffers = [buffer.detach().cpu() for buffer in self.model.buffers()]
+        buffers = [buffer.detach().cpu() for buffer in self._buffers()]
         return {"generator": torch.get_rng_state(), "cuda_generator": cuda, "buffers": buffers}
 
     def saved(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,6 +123,8 @@ class State:
             "optimizer": self.optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict() if self.scaler else {},
         }
+        if self.average is not None:
+            step["average"] = {"updates": self.average.updates, "weights": self.average.weights}
         parts = {"clock": self.clock.state(), "timings": self.timings.state(), "recorder": asdict(self.recorded)}
         return {"step": step, "ranks": ranks} | parts
 
@@ -145,6 +155,9 @@ class State:
         self.model.load_state_dict(step["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # ours, not the saved: `fused` depends on the device
         self.optimizer.load_state_dict({"state": step["optimizer"], "param_groups": groups})
+        if self.average is not None:
+            self.average.updates.copy_(step["average"]["updates"])
+            torch._foreach_copy_(self.average.weights, step["average"]["weights"])
         if self.scaler and step["scaler"]:
             self.scaler.load_state_dict(step["scaler"])
         if rank < len(saved["ranks"]):
@@ -159,8 +172,12 @@ class State:
         torch.set_rng_state(saved["generator"])
         if saved["cuda_generator"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_generator"], self.device)
-        for buffer, value in zip(self.model.buffers(), saved["buffers"], strict=True):
+        for buffer, value in zip(self._buffers(), saved["buffers"], strict=True):
             buffer.copy_(value)
+
+    def _buffers(self) -> list[Tensor]:
+        """Return the model's buffers, and their averages."""
+        return [*self.model.buffers(), *(self.average.buffers if self.average else ())]
 
 
 def _same_generators(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

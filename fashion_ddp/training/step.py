@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed.world import World, entering_collective
-from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
-from fashion_ddp.training.batches import Batches, Position
+from fashion_ddp.models.batch_norm import GlobalBatchNorm
+from fashion_ddp.models.dropout import SampleDropout
+from fashion_ddp.training.batches import Batches, Piece, Position
+from fashion_ddp.training.ema import Average
 from fashion_ddp.training.sync import StepRecord
 
 
@@ -39,8 +41,13 @@ class Step:
         self.cfg, self.world, self.ddp, self.optimizer = cfg, world, ddp, optimizer
         self.batches, self.record = batches, record
         self.trained: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.average = Average(cfg.ema, self.trained, ddp) if cfg.ema else None
         self.scaler = world.accelerator.scaler  # fp16 only
-        self.norms = [module for module in ddp.modules() if isinstance(module, GlobalBatchNorm2d)]
+        self.norms = [module for module in ddp.modules() if isinstance(module, GlobalBatchNorm)]
+        self.dropouts = [module for module in ddp.modules() if isinstance(module, SampleDropout)]
+        for number, dropout in enumerate(self.dropouts):
+            dropout.number = number
+        batches.keyed = bool(self.dropouts)
 
     def __call__(self, k: Position, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
@@ -48,17 +55,17 @@ class Step:
 
         shards: list[Tensor] = []
         last = self.batches.pieces - 1
-        for piece in range(last + 1):
-            images, labels, weights, loss_weights = self.batches.piece(k, piece)
-            for norm in self.norms:
-                norm.row_weights = weights
+        for n in range(last + 1):
+            piece = self.batches.piece(k, n)
+            self._tell_layers(piece)
             # DDP averages the gradients over the ranks during the backward pass of the last piece.
-            with nullcontext() if piece == last else self.world.no_sync(self.ddp):
-                logits = self.ddp(images)
-                losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.cfg.label_smoothing)
-                self.record.write(k, piece, losses, logits)
+            with nullcontext() if n == last else self.world.no_sync(self.ddp):
+                logits = self.ddp(piece.images)
+                losses = self._losses(logits, piece)
+                self.record.write(k, n, losses, logits)
                 entering_collective()
-                losses.backward(loss_weights if self.scaler is None else self.scaler.scale(loss_weights))
+                weights = piece.loss_weights if self.scaler is None else self.scaler.scale(piece.loss_weights)
+                losses.backward(weights)
             if self.cfg.reduction_shards:
                 shards.append(take_gradient(self.trained))
         if self.cfg.reduction_shards:
@@ -74,6 +81,24 @@ class Step:
         else:
             self.optimizer.step()
         drop_gradient(self.trained)
+        if self.average is not None:
+            self.average.update()
+
+    def _tell_layers(self, piece: Piece) -> None:
+        """Tell layers that look at whole rows which rows come next."""
+        for norm in self.norms:
+            norm.row_weights = piece.weights
+        for dropout in self.dropouts:
+            dropout.row_keys = piece.keys
+
+    def _losses(self, logits: Tensor, piece: Piece) -> Tensor:
+        """Return the loss of each row [rows]."""
+        smoothing = self.cfg.label_smoothing
+        losses = F.cross_entropy(logits, piece.labels, reduction="none", label_smoothing=smoothing)
+        if piece.partner_labels is not None:
+            others = F.cross_entropy(logits, piece.partner_labels, reduction="none", label_smoothing=smoothing)
+            losses = piece.own_share * losses + (1 - piece.own_share) * others
+        return losses
 
     def warm_up(self) -> None:
         """Make two backward passes and undo their effect.
@@ -83,12 +108,11 @@ class Step:
         """
         self.batches.draw(1)
         buffers = [buffer.clone() for buffer in self.ddp.buffers()]
-        images, labels, weights, loss_weights = self.batches.piece(0, 0)
-        for norm in self.norms:
-            norm.row_weights = weights
+        piece = self.batches.piece(0, 0)
+        self._tell_layers(piece)
         with random_state_kept(self.world.device):
             for _ in range(2):
-                F.cross_entropy(self.ddp(images), labels, reduction="none").backward(loss_weights)
+                self._losses(self.ddp(piece.images), piece).backward(piece.loss_weights)
         for buffer, before in zip(self.ddp.buffers(), buffers, strict=True):
             buffer.copy_(before)
         drop_gradient(self.trained)

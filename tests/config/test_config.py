@@ -156,7 +156,14 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "seed": [("-1", "from 0"), ("1.5", "whole number"), (str(2**63), "2**63"), ("x", "whole number")],
     "epochs": [("0", "greater than 0"), ("-3", "greater than 0"), ("2.5", "whole number"), ("", "whole number")],
     "batch_size": [("0", "greater than 0"), ("many", "whole number")],
-    "optimizer": [("admw", "did you mean 'adamw'?"), ("lion", "choices: sgd, momentum, adam, adamw")],
+    "optimizer": [("admw", "did you mean 'adamw'?"), ("lion", "choices: sgd, momentum, adam, adamw, muon")],
+    "momentum": [
+        ("1", "less than 1"),
+        ("0", "greater than 0"),
+        ("0.9", "'adam' has none: choose --optimizer momentum"),
+    ],
+    "adam_lr": [("0", "greater than 0"), ("0.01", "only for muon: give --lr")],
+    "ema": [("1", "less than 1"), ("-0.1", "at least 0"), ("often", "a number")],
     "lr": [("0", "greater than 0"), ("-1", "greater than 0"), ("nan", "finite"), ("inf", "finite"), ("x", "a number")],
     "lr_scaling": [("square", "choices: none, linear, sqrt")],
     "reference_batch": [("0", "greater than 0"), ("1.5", "whole number")],
@@ -168,9 +175,16 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "shift": [("-1", "at least 0"), ("0.5", "whole number")],
     "flip": [("1.1", "from 0 to 1"), ("-0.1", "from 0 to 1"), ("often", "a number")],
     "erase": [("2", "from 0 to 1"), ("nan", "a finite number")],
+    "cutout": [("-1", "at least 0"), ("0.5", "whole number")],
+    "mixup": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
+    "cutmix": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
+    "test_at": [("never", "choices: epoch, end")],
+    "tta": [("crop", "choices: none, flip, flip+shift")],
+    "depth": [("0", "greater than 0"), ("3", "does nothing for model 'cnn', only for deep_mlp, wide_resnet")],
     "precision": [("fp8", "choices: fp32, tf32, fp16, bf16, fp64"), ("float32", "fp32")],
     "validation": [("-1", "at least 0"), ("0.1", "whole number")],
     "hidden_units": [("0", "greater than 0"), ("wide", "whole number")],
+    "dropout": [("1", "less than 1"), ("-0.1", "at least 0"), ("0.5", "does nothing for model 'cnn'")],
     "conv_blocks": [("0", "greater than 0"), ("x", "whole number")],
     "model_args": [("width=3", "of your own; 'cnn' has flags: --hidden-units, --conv-blocks, --batch-norm")],
     "dataset": [("fashion_mnst", "did you mean 'fashion_mnist'?"), ("letters", "as ./letters"), ("", "choices: fash")],
@@ -188,7 +202,8 @@ BAD: dict[str, list[tuple[str, str]]] = {
 def test_the_table_of_mistakes_is_whole() -> None:
     any_text = {"data_dir", "runs_dir", "init_from", "freeze"}
     any_text |= {f"wandb_{name}" for name in ("project", "entity", "group", "tags", "notes")}
-    switches = {"shuffle", "batch_norm", "wandb_weights", "trace", "cuda_graph"}
+    switches = {"nesterov", "decay_biases", "shuffle", "normalize", "alternating_flip"}
+    switches |= {"batch_norm", "wandb_weights", "trace", "cuda_graph"}
     assert set(BAD) == {field.name for field in dataclasses.fields(Config)} - any_text - switches
 
 
@@ -320,7 +335,13 @@ EXCLUDING = {
     "--precision tf32 --device cpu": ("tf32", "fp32"),
     "--batch-norm --micro-batch 8": ("batch_norm", "micro_batch"),
     "--batch-norm --reduction-shards 4": ("batch_norm", "reduction_shards"),
+    "--flip 0.5 --alternating-flip": ("flip", "leave one out"),
+    "--erase 0.5 --cutout 8": ("cutout", "leave one out"),
     "--micro-batch 8 --reduction-shards 4": ("micro_batch", "reduction_shards"),
+    "--nesterov": ("nesterov", "'adam'", "--optimizer momentum"),
+    "--optimizer muon --lr 0.02 --nesterov": ("nesterov", "'muon'"),
+    "--optimizer muon --lr 0.02 --precision fp16": ("fp16", "muon", "choose bf16"),
+    "--optimizer adamw --lr 0.02 --momentum 0.8": ("momentum", "'adamw'"),
     "--precision fp16 --reduction-shards 4": ("reduction_shards", "choose bf16"),
 }
 
@@ -332,8 +353,9 @@ def test_settings_that_exclude_each_other(flags: str, mistake: Mistake) -> None:
 
 
 def test_the_choices_are_those_that_exist() -> None:
-    assert list(architectures()) == ["linear", "relu", "mlp", "cnn", "resnet18"] and recipe_names() == ["blog", "lab"]
-    with pytest.raises(UserError, match="choices: linear, relu, mlp, cnn, resnet18, or your own"):
+    ours = ["linear", "relu", "mlp", "cnn", "deep_mlp", "small_resnet", "airbench", "wide_resnet", "resnet18"]
+    assert list(architectures()) == ours and recipe_names() == ["blog", "lab"]
+    with pytest.raises(UserError, match=f"choices: {', '.join(ours)}, or your own"):
         Config(model="resnet")
 
 
@@ -348,7 +370,8 @@ def test_help_shows_the_defaults_of_the_chosen_model_and_file(capsys: pytest.Cap
     text = " ".join(capsys.readouterr().out.split())
     for said in ("--model TEXT Architecture", "(default: linear)", "Passes over the training set. (default: 7)"):
         assert said in text
-    assert "{sgd,momentum,adam,adamw} `momentum` is SGD with momentum 0.9. Choose --lr with it. (default: sgd)" in text
+    assert "{sgd,momentum,adam,adamw,muon} `momentum` is SGD with momentum; muon trains" in text
+    assert "Choose --lr with it. (default: sgd)" in text
 
 
 @pytest.mark.parametrize(("argv", "code"), [("--help", 0), ("--lr x", 2), ("--epohcs 3", 2)])

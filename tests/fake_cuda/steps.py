@@ -34,17 +34,23 @@ library.fake_cuda_counts.restype = ctypes.c_char_p
 
 def configurations() -> list[dict[str, Any]]:
     """Each model with each optimizer, each optimizer with each precision, and the other settings in turns."""
-    models, optimizers = ("linear", "relu", "mlp", "cnn"), ("sgd", "momentum", "adam", "adamw")
+    models, optimizers = ("linear", "relu", "mlp", "cnn"), ("sgd", "momentum", "adam", "muon")
     precisions = itertools.cycle(("fp32", "bf16", "fp16"))
+    decay = {"weight_decay": 0.1, "decay_biases": False}
     others = itertools.cycle(
-        [{}, {"clip_norm": 1.0}, {"shift": 2, "flip": 0.5, "erase": 0.5}, {"micro_batch": 3}]
-        + [{"schedule": "one_cycle", "label_smoothing": 0.1}, {"clip_norm": 1.0, "micro_batch": 3, "flip": 0.5}, {}]
+        [{}, {"clip_norm": 1.0} | decay, {"shift": 2, "flip": 0.5, "erase": 0.5}, {"micro_batch": 3, "ema": 0.9}]
+        + [{"schedule": "one_cycle", "label_smoothing": 0.1, "mixup": 0.5}, {"cutout": 8, "alternating_flip": True}]
+        + [{"clip_norm": 1.0, "micro_batch": 3, "flip": 0.5, "mixup": 0.5, "cutmix": 1.0}]
     )
     found = [
         {"model": model, "optimizer": optimizer, "precision": next(precisions), "lr": 0.001} | next(others)
         for model, optimizer in itertools.product(models, optimizers)
     ]
-    return [*found, {"model": "cnn", "batch_norm": True}, {"model": "cnn", "hidden_units": 25, "precision": "fp16"}]
+    for one in found:
+        if (one["optimizer"], one["precision"]) == ("muon", "fp16"):  # which it does not take
+            one |= {"optimizer": "adamw"}
+    adamw = {"model": "cnn", "batch_norm": True, "optimizer": "adamw", "lr": 0.001, "ema": 0.9}
+    return [*found, adamw, {"model": "cnn", "hidden_units": 25, "precision": "fp16"}]
 
 
 def counts() -> dict[str, int]:

@@ -14,6 +14,7 @@ from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import UserError
 from fashion_ddp.models import architectures, describe
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
+from fashion_ddp.models.dropout import SampleDropout
 
 pytestmark = pytest.mark.quick
 
@@ -70,11 +71,43 @@ def test_batch_norm_leaves_the_other_weights() -> None:
     assert kinds[:6] == ["Conv2d", "GlobalBatchNorm2d", "ReLU"] * 2 and kinds.count("GlobalBatchNorm2d") == 4
 
 
-@pytest.mark.parametrize("name", ["linear", "relu", "mlp", "cnn"])
+NORMALIZED = ["deep_mlp", "small_resnet", "airbench", "wide_resnet"]
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "mlp", "cnn", *NORMALIZED])
 @pytest.mark.parametrize(("shape", "classes"), [((1, 28, 28), 10), ((3, 32, 20), 7)])
 def test_models_fit_the_data(name: str, shape: architectures.Shape, classes: int) -> None:
     model = architectures.build(make_config({"model": name}), shape, classes)
     assert model(torch.rand(5, *shape)).shape == (5, classes) and model.training
+
+
+def test_the_parameters_that_the_docstrings_name() -> None:
+    told = {
+        name: re.findall(r"([\d,]{6,}) parameters", architectures.ARCHITECTURES[name].__doc__ or "")
+        for name in NORMALIZED
+    }
+    assert {name: [f"{describe.count_parameters(build(model=name)):,}"] for name in NORMALIZED} == told
+    assert describe.count_parameters(build(model="small_resnet")) < 100_000
+
+
+def test_depth_and_width_of_the_deep_models() -> None:
+    """WRN-d-k has d - 4 convolutions in 3 groups, 3 projections and a first one; k = hidden_units / 16."""
+    for depth, width in ((10, 16), (28, 32)):
+        model = build(model="wide_resnet", depth=depth, hidden_units=width, dropout=0.3)
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        projections = [m for m in convolutions if m.kernel_size == (1, 1)]
+        assert len(convolutions) - len(projections) == depth - 4 + 1 and len(projections) == 3 - (width == 16)
+        assert convolutions[-1].out_channels == 4 * width
+    with pytest.raises(UserError, match="depth=12: wide_resnet has 6 n \\+ 4 layers"):
+        build(model="wide_resnet", depth=12)
+    layers = [m for m in build(model="deep_mlp", depth=2, hidden_units=7).modules() if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in layers] == [(784, 7), (7, 7), (7, 10)]
+
+
+def test_airbench_s_convolutions_begin_as_the_identity() -> None:
+    x = torch.rand(2, 24, 5, 5)
+    first = [m for m in build(model="airbench").modules() if isinstance(m, nn.Conv2d)][1]
+    assert torch.equal(first(x)[:, :24], x)
 
 
 def test_what_each_model_computes() -> None:
@@ -141,7 +174,7 @@ def test_feature_maps_are_the_layers_outputs() -> None:
         ([nn.Dropout2d(), nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1))], ["BatchNorm2d", "Dropout2d"]),
         ([nn.BatchNorm1d(3), nn.AlphaDropout()], ["AlphaDropout", "BatchNorm1d"]),
         ([nn.SyncBatchNorm(3)], ["SyncBatchNorm"]),  # it counts the rows that only fill a rank's share
-        ([GlobalBatchNorm2d(3), nn.LayerNorm(3), nn.GroupNorm(1, 3)], []),
+        ([GlobalBatchNorm2d(3), SampleDropout(), nn.LayerNorm(3), nn.GroupNorm(1, 3)], []),
     ],
 )
 def test_layers_that_see_one_ranks_rows_are_named(layers: list[nn.Module], names: list[str]) -> None:
@@ -149,7 +182,8 @@ def test_layers_that_see_one_ranks_rows_are_named(layers: list[nn.Module], names
 
 
 def test_our_models_do_not_depend_on_the_ranks() -> None:
-    for more in ({"model": "linear"}, {"model": "relu"}, {"model": "mlp"}, {"model": "cnn", "batch_norm": True}):
+    with_layers = {"batch_norm": True}, {"model": "deep_mlp", "dropout": 0.2}, {"model": "wide_resnet", "dropout": 0.2}
+    for more in ({"model": "linear"}, {"model": "relu"}, {"model": "mlp"}, *with_layers):
         assert describe.rank_dependent_layers(build(**more)) == []
 
 

@@ -145,3 +145,25 @@ def test_synthetic_data_gives_no_verdict_on_real_images(tmp_path: Path) -> None:
 def test_a_run_that_answers_one_class_is_named(tmp_path: Path) -> None:
     answer(make_run(tmp_path / "runs" / "a", model="cnn"), np.full(IMAGES, 3))
     assert "a: answers Dress for every image." in report(tmp_path / "runs").text
+
+
+def test_who_may_have_chosen_by_the_test_set_is_named(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run(runs / "once", range(20), "cnn", lr=0.1, test_at="end")
+    run(runs / "other model", range(60), "mlp")
+    r = report(runs)
+    assert "too high an accuracy" not in r.text and "test set seen" not in r.page.tables[0][0]
+    run(runs / "each", range(40), "cnn", lr=0.2)
+    r = report(runs)
+    assert r.column("test set seen") == ["1 x", "3 x", "3 x"]
+    said = "The test set was evaluated more than once in the runs of cnn lr=0.2 and mlp. Who chooses"
+    assert all(said in text for text in (r.text, html.unescape(r.markdown), r.printed)), r.printed
+
+
+def test_test_time_augmentation_is_shown_beside_the_plain_accuracy(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    title = "accuracy % with test-time augmentation"
+    assert title not in report(runs, mlp=range(40)).page.tables[0][0]
+    make_run(runs / "cnn", model="cnn", tta="flip", summary={"test_tta/accuracy": 0.985})
+    r = make_report([runs], tmp_path / "second")
+    assert sorted(r.column(title)) == ["-", "98.50"]

@@ -19,11 +19,17 @@ import torch
 from faults import ACTIONS, Fault, Ranks, start, summary, wrap
 from safetensors.torch import load_file
 
+from fashion_ddp import data
+from fashion_ddp.models import architectures
+from fashion_ddp.runs.reading import load_run
+
 # 3 epochs of 12 steps on 3,000 images; rows are dealt unevenly to 2, 3 and 4 ranks.
 SHORT = ("--validation", "9000", "--batch-size", "250")
 STEPS = 12
-RICH = (*SHORT, "--batch-norm", "--schedule", "one_cycle", "--shift", "1", "--flip", "0.5", "--erase", "0.3")
-RICH += ("--label-smoothing", "0.1")
+RICH = (*SHORT, "--batch-norm", "--schedule", "linear", "--shift", "1", "--flip", "0.5", "--erase", "0.3")
+RICH += ("--label-smoothing", "0.1", "--mixup", "0.2", "--cutmix", "1")
+RICH += ("--optimizer", "muon", "--lr", "0.02", "--ema", "0.9")
+OTHER = ("--cutout", "9", "--alternating-flip", "--normalize")  # they exclude flip and erase
 NEVER = ("--checkpoint-every", "1000")  # but at a stop, and at the end
 
 
@@ -167,6 +173,22 @@ def test_a_run_that_is_ended_again_and_again_equals_one_that_was_not(whole: Path
     assert ranks.printed().count("warning") == 1
 
 
+def test_what_is_kept_and_was_evaluated_is_the_average(whole: Path) -> None:
+    kept, saved = (load_file(whole / "run" / f"{name}.safetensors") for name in ("model", "predictions"))
+    content = torch.load(io.BytesIO(checkpoint(whole, 36).read_bytes()[:-32]), weights_only=True)
+    assert content["step"]["average"]["updates"] == 36
+    moving = [name for name, tensor in content["step"]["model"].items() if not torch.equal(tensor, kept[name])]
+    assert set(moving) == {name for name in kept if not name.endswith("num_batches_tracked")}
+    averages = [*content["step"]["average"]["weights"], *content["ranks"][0]["buffers"]]
+    assert all(any(torch.equal(kept[name], one) for one in averages) for name in kept)
+    dataset = data.load("synthetic")
+    model = architectures.build(load_run(whole / "run").settings(), dataset.image_shape, len(dataset.classes))
+    model.load_state_dict(kept)
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(dataset.test_images[:100]) / 255)
+    torch.testing.assert_close(logits, saved["logits"][:100])
+
+
 def test_its_starts_are_counted_and_other_hardware_is_said(whole: Path, parts: tuple[Path, Ranks]) -> None:
     folder, ranks = parts
     environment = json.loads((folder / "run" / "environment.json").read_text())
@@ -218,10 +240,11 @@ def test_on_other_ranks_it_is_equal_up_to_rounding(words: tuple[str, ...], tmp_p
     assert rows(whole, "steps.jsonl")[-1]["accuracy"] > 0.5
 
 
+NESTEROV = ("--optimizer", "momentum", "--nesterov", "--weight-decay", "0.01", "--no-decay-biases")
 KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "1 rank": (1, (*RICH, "--optimizer", "adamw", "--weight-decay", "0.1")),
-    "3 ranks, micro-batches": (3, (*SHORT, "--micro-batch", "40", "--clip-norm", "1", "--erase", "0.5")),
-    "4 ranks, momentum": (4, (*SHORT, "--optimizer", "momentum", "--schedule", "cosine", "--no-shuffle")),
+    "3 ranks, micro-batches": (3, (*SHORT, "--micro-batch", "40", "--clip-norm", "1", *OTHER)),
+    "4 ranks, momentum": (4, (*SHORT, *NESTEROV, "--schedule", "cosine", "--no-shuffle")),
 }
 
 
@@ -241,12 +264,13 @@ OWN = """
 import torch
 from torch import nn
 from torch.nn import functional as F
+from fashion_ddp.models.dropout import SampleDropout
 
 class Own(nn.Sequential):
     def __init__(self, classes, width):
         super().__init__(
             nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Dropout2d(0.2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.3), nn.Linear(13 * 13 * width, classes),
+            nn.Flatten(), nn.Dropout(0.3), SampleDropout(0.1), nn.Linear(13 * 13 * width, classes),
         )
 
 class Drawing(Own):

@@ -86,15 +86,22 @@ OTHER_VALUES: dict[str, Any] = {
     "weight_decay": 1e-4, "label_smoothing": 0.1, "clip_norm": 1.0, "shift": 2, "flip": 0.5, "erase": 0.25,
     "precision": "bf16", "validation": 5000, "hidden_units": 32, "conv_blocks": 3, "batch_norm": True,
     "dataset": "synthetic", "reduction_shards": 12, "init_from": "runs/one", "freeze": ("0", "2"),
+    "decay_biases": False, "ema": 0.9, "normalize": True,
+    "alternating_flip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0, "test_at": "end", "tta": "flip",
 }  # fmt: skip
 
 
 def test_runs_with_other_results_have_other_names(tmp_path: Path) -> None:
     changes_nothing = set(MAY_CHANGE) | {"run_dir"}
-    assert {*OTHER_VALUES, "model_args"} == {field.name for field in dataclasses.fields(Config)} - changes_nothing
+    not_alone = {"model_args", "depth", "dropout", "momentum", "nesterov", "adam_lr"}
+    assert {*OTHER_VALUES, *not_alone} == {field.name for field in dataclasses.fields(Config)} - changes_nothing
     settings: list[dict[str, Any]] = [{}, {"lr": 0.3}, {"model": "my.net:Net"}, {"model": "my.net:Net2"}]
     settings += [{"model": "my.net:Net", "model_args": args} for args in (["a=1"], ["a=2"], ["b=1"], ["a=1", "b=1"])]
     settings += [{"model": "my.net:Net", "lr": 0.3}, {"model": "my.net:Net", "model_args": ["lr=0.3"]}]
+    settings += [{"model": "deep_mlp"} | more for more in ({}, {"depth": 2}, {"dropout": 0.2})]
+    settings += [{"model": "my.net:Net", "model_args": ["depth=2"]}, {"optimizer": "momentum", "lr": 0.1}]
+    settings += [{"optimizer": "momentum", "lr": 0.1} | more for more in ({"momentum": 0.8}, {"nesterov": True})]
+    settings += [{"optimizer": "muon", "lr": 0.1} | more for more in ({}, {"adam_lr": 0.01}, {"momentum": 0.8})]
     settings += [{"dataset": name} for name in ("./mine", "other/yours", "mine:f", "./synthetic", "mnist")]
     for count in (1, 2):
         for names in itertools.combinations(OTHER_VALUES, count):

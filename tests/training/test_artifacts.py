@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 def written(folder: Path, data: Dataset, logits: torch.Tensor) -> dict[str, np.ndarray]:
     model = architectures.build(make_config({"model": "cnn"}), data.image_shape, len(data.classes))
-    artifacts.write(RunFolder(folder), model, data, Scores(0.0, 0.0, logits, logits.argmax(1)))
+    artifacts.write(RunFolder(folder), model, data, {"test": Scores(0.0, 0.0, logits, logits.argmax(1))})
     return load_file(folder / "examples.safetensors")
 
 

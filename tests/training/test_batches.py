@@ -23,11 +23,14 @@ IMAGES = np.random.default_rng(0).integers(1, 256, (COUNT, 2, HEIGHT, WIDTH), dt
 LABELS = np.arange(COUNT)  # each image's label is its index, so that it is known wherever it turns up
 
 
-def batches(rank: int = 0, size: int = 1, images: np.ndarray = IMAGES, epoch: int = 1, **settings: Any) -> Batches:
+def batches(
+    rank: int = 0, size: int = 1, images: np.ndarray = IMAGES, epoch: int = 1, keyed: bool = False, **settings: Any
+) -> Batches:
     """One rank's batches, with an epoch drawn."""
     accelerator = SimpleNamespace(device=torch.device("cpu"))
     world = World(accelerator, RankPlacement(rank, size, rank, size), threads=1)
     ours = Batches(Config(model="linear", **settings), world, images, np.arange(len(images)))
+    ours.keyed = keyed
     ours.draw(epoch)
     return ours
 
@@ -38,7 +41,7 @@ def every_rank(size: int, **settings: Any) -> list[Batches]:
 
 def rows(ours: Batches, step: int) -> list[int]:
     """The real rows of one rank's step."""
-    labels = torch.stack([ours.piece(step, piece)[1] for piece in range(ours.pieces)])
+    labels = torch.stack([ours.piece(step, piece).labels for piece in range(ours.pieces)])
     return labels[ours.weights[step] == 1].tolist()
 
 
@@ -90,7 +93,7 @@ def test_the_parts_of_a_batch_have_the_size_asked_for(cut: dict[str, Any]) -> No
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("fp64", torch.float64)])
 def test_pixels_are_numbers_from_0_to_1(precision: Any, dtype: torch.dtype) -> None:
-    assert batches(precision=precision).piece(0, 0)[0].dtype == dtype
+    assert batches(precision=precision).piece(0, 0).images.dtype == dtype
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_unit(every, dtype), torch.arange(256, dtype=dtype) / 255)
 
@@ -99,28 +102,29 @@ def test_each_seed_and_epoch_has_a_draw_of_its_own_unless_the_order_is_the_file_
     assert order_of(shuffle=False) == order_of(shuffle=False, epoch=2) == list(range(COUNT))
 
     def draw(**given: Any) -> tuple[Any, ...]:
-        ours = batches(batch_size=COUNT, shift=2, flip=0.5, erase=0.5, **given)
-        assert ours.noise is not None
-        return tuple(ours.index.flatten().tolist()), tuple(ours.noise.flatten().tolist())
+        ours = batches(batch_size=COUNT, shift=2, flip=0.5, erase=0.5, mixup=0.5, keyed=True, **given)
+        tables = ours.noise, ours.partners, ours.mixes, ours.keys
+        return (*(tuple(t.flatten().tolist()) for t in (ours.index, *tables) if t is not None),)
 
     cases = [{"seed": seed, "epoch": epoch} for seed, epoch in product((0, 1, 11, 111, 2**63 - 1), (1, 2, 11, 111))]
     draws = [draw(**case) for case in cases]
     assert draws == [draw(**case) for case in cases]
-    orders, noises = (set(part) for part in zip(*draws, strict=True))
-    assert len(orders) == len(noises) == len(cases)
+    orders, *others = (set(part) for part in zip(*draws, strict=True))
+    assert [len(orders), *map(len, others)] == [len(cases)] * 5
     assert all(sorted(order) == list(range(COUNT)) for order in orders)
 
 
 def test_an_epoch_drawn_ahead_changes_nothing_before_it_is_taken_and_is_that_epoch() -> None:
     def tables(ours: Batches) -> list[Any]:
-        taken = [ours.piece(step, 0)[0] for step in range(ours.steps)]
+        taken = [t for step in range(ours.steps) for t in ours.piece(step, 0) if isinstance(t, torch.Tensor)]
         return [
             *(t.tolist() for t in (*taken, ours.index, ours.targets, ours.weights, ours.loss_weights)),
             ours.in_batch,
         ]
 
-    first, second, third = (tables(batches(epoch=epoch, shift=2, erase=0.5, batch_size=10)) for epoch in (1, 2, 3))
-    ours = batches(shift=2, erase=0.5, batch_size=10)
+    given: dict[str, Any] = {"shift": 2, "erase": 0.5, "batch_size": 10, "mixup": 0.5, "cutmix": 0.5, "keyed": True}
+    first, second, third = (tables(batches(epoch=epoch, **given)) for epoch in (1, 2, 3))
+    ours = batches(**given)
     ours.draw_ahead(2)
     assert tables(ours) == first
     ours.draw(2)
@@ -183,6 +187,7 @@ def augmented(image: np.ndarray, noise: list[int]) -> np.ndarray:
 
 AUGMENTATIONS: list[dict[str, Any]] = [{"shift": 3}, {"flip": 0.5}, {"flip": 1.0}, {"erase": 1.0}, {"flip": 1e-300}]
 AUGMENTATIONS += [{"shift": 2, "flip": 0.5, "erase": 0.5}, {"shift": 50}]  # further than the image is wide
+AUGMENTATIONS += [{"shift": 1, "alternating_flip": True, "cutout": 4}, {"cutout": 50}]
 
 
 @pytest.mark.parametrize("settings", AUGMENTATIONS, ids=str)
@@ -197,29 +202,37 @@ def test_augmentation_does_what_its_noise_says(settings: dict[str, Any]) -> None
 
 def test_each_kind_of_noise_acts_alone() -> None:
     assert batches().noise is None
-    kinds: list[dict[str, Any]] = [{"shift": 1}, {"flip": 1.0}, {"erase": 1.0}]
-    for settings in kinds:
+    kinds: list[tuple[str, dict[str, Any]]] = [("shift", {"shift": 1}), ("flip", {"flip": 1.0})]
+    kinds += [("flip", {"alternating_flip": True}), ("blank", {"erase": 1.0}), ("blank", {"cutout": 3})]
+    for moved, settings in kinds:
         noise = batches(**settings).noise
         assert noise is not None
         down, right, flip, top, bottom, _, _ = noise.T
-        acts = {"shift": down.any() or right.any(), "flip": flip.any(), "erase": (bottom > top).any()}
-        assert {kind: bool(does) for kind, does in acts.items()} == {kind: kind in settings for kind in acts}
+        acts = {"shift": down.any() or right.any(), "flip": flip.any(), "blank": (bottom > top).any()}
+        assert {kind: bool(does) for kind, does in acts.items()} == {kind: kind == moved for kind in acts}
 
 
+@pytest.mark.parametrize("mixed", [{}, {"mixup": 0.5}, {"mixup": 0.5, "cutmix": 1.0}], ids=str)
 @pytest.mark.parametrize("cut", CUTS[:2] + [{"reduction_shards": 12}], ids=str)
-def test_noise_belongs_to_the_image_wherever_it_is_computed(cut: dict[str, Any]) -> None:
-    def images_by_label(world: list[Batches]) -> torch.Tensor:
-        seen = torch.zeros(COUNT, *IMAGES.shape[1:])
+def test_what_is_drawn_belongs_to_the_image_wherever_it_is_computed(cut: dict[str, Any], mixed: dict[str, Any]) -> None:
+    def by_label(world: list[Batches]) -> list[torch.Tensor]:
+        seen, others = torch.zeros(COUNT, *IMAGES.shape[1:]), torch.zeros(COUNT, 3, dtype=torch.float64)
         for ours in world:
             for k, piece in product(range(ours.steps), range(ours.pieces)):
-                images, labels, *_ = ours.piece(k, piece)
-                seen[labels] = images
-        return seen
+                images, labels, weights, _, keys, partner_labels, own_share = ours.piece(k, piece)
+                real = weights == 1  # a row that only fills the shape has another's labels, and another partner
+                seen[labels[real]] = images[real]
+                assert keys is not None and (partner_labels is not None) == bool(mixed)
+                partners = labels if partner_labels is None else partner_labels
+                others[labels[real]] = torch.stack(
+                    [keys[real] >> 11, partners[real], torch.full_like(labels[real], 1) * own_share], dim=1
+                ).double()
+        return [seen, others]
 
-    noisy: dict[str, Any] = {"batch_size": 20, "shift": 2, "flip": 0.5, "erase": 0.5}
-    alone = images_by_label(every_rank(1, **noisy))
+    noisy: dict[str, Any] = {"batch_size": 20, "shift": 2, "flip": 0.5, "erase": 0.5, "keyed": True} | mixed
+    alone = by_label(every_rank(1, **noisy))
     for size in (2, 3, 4):
-        assert torch.equal(images_by_label(every_rank(size, **noisy, **cut)), alone)
+        assert all(map(torch.equal, by_label(every_rank(size, **noisy, **cut)), alone))
 
 
 def test_how_often_and_how_much() -> None:
@@ -246,3 +259,94 @@ def test_how_often_and_how_much() -> None:
     assert float((top + bottom)[erased].mean()) == pytest.approx(28, abs=0.3)
     assert float((left + far_right)[erased].mean()) == pytest.approx(28, abs=0.3)
     assert float(top[erased].min()) == 0 and float(bottom[erased].max()) == 28
+
+
+def test_sides_alternate_from_epoch_to_epoch() -> None:
+    def flipped(epoch: int, **given: Any) -> torch.Tensor:
+        noise = batches(epoch=epoch, alternating_flip=True, **given).noise
+        assert noise is not None
+        return noise[:, 2]
+
+    first = flipped(1)
+    assert 30 < int(first.sum()) < 73  # of 103
+    for epoch in (2, 3, 8):
+        assert torch.equal(flipped(epoch, shift=2), (first + epoch - 1) % 2)
+    assert not torch.equal(flipped(1, seed=1), first)
+
+
+@pytest.mark.parametrize("side", [1, 7, 8, 40])
+def test_cutout_blanks_a_square_around_any_pixel(side: int) -> None:
+    many = np.zeros((40_000, 1, 28, 28), np.uint8)
+    noise = batches(images=many, cutout=side).noise
+    assert noise is not None
+    for first, after in (noise[:, 3:5].T, noise[:, 5:].T):
+        # Of a centre at each pixel: what is left of the interval within the image.
+        left = {(max(0, c - side // 2), min(28, c - side // 2 + side)) for c in range(28)}
+        found, times = torch.stack([first, after]).unique(dim=1, return_counts=True)
+        assert set(map(tuple, found.T.tolist())) == left
+        if len(left) == 28:
+            assert float(times.min()) * 28 / 40_000 > 0.9 and float(times.max()) * 28 / 40_000 < 1.1
+    assert abs(float(torch.corrcoef(noise[:, [3, 5]].T.double())[0, 1])) < 0.02
+
+
+# --- Mixing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("given", [{"mixup": 0.2}, {"cutmix": 1.0, "micro_batch": 3}], ids=str)
+def test_partners_are_the_batch_in_another_order(given: dict[str, Any], size: int) -> None:
+    world = every_rank(size, batch_size=20, **given)
+    for k in range(world[0].steps):
+        own = sorted(row for ours in world for row in rows(ours, k))
+        partners: list[int] = []
+        for ours in world:
+            assert ours.partners is not None
+            partners += ours.partners[k][ours.weights[k] == 1].tolist()
+        assert sorted(partners) == own
+    [ours] = every_rank(1, batch_size=COUNT, **given | {"micro_batch": 0})
+    assert ours.partners is not None
+    assert int((ours.partners == ours.index).sum()) < 6  # as of any order: one on average
+
+
+def test_partners_are_augmented_as_they_are_themselves() -> None:
+    noisy: dict[str, Any] = {"batch_size": COUNT, "shift": 2, "flip": 0.5, "cutout": 4, "precision": "fp64"}
+    images, labels, *_ = batches(**noisy).piece(0, 0)
+    own = images[labels.argsort()]
+    mixed, labels, _, _, _, partner_labels, own_share = batches(mixup=1.0, **noisy).piece(0, 0)
+    assert partner_labels is not None and 0.01 < float(own_share) < 0.99
+    torch.testing.assert_close(mixed, own_share * own[labels] + (1 - own_share) * own[partner_labels])
+
+
+def test_a_share_is_drawn_for_each_batch_from_beta() -> None:
+    """Over 20,000 batches of 2; the draw is fixed, so nothing here is left to chance."""
+    many = np.zeros((40_000, 1, 28, 28), np.uint8)
+
+    def mixes(**given: Any) -> list[torch.Tensor]:
+        drawn = batches(images=many, batch_size=2, precision="fp64", **given).mixes
+        assert drawn is not None and drawn.shape == (20_000, 1, 6)
+        return [*drawn[:, 0].unbind(1)]
+
+    def check_beta(share: torch.Tensor, a: float, **tolerance: float) -> None:
+        assert float(share.mean()) == pytest.approx(0.5, abs=0.01)
+        assert float(share.var()) == pytest.approx(1 / (4 * (2 * a + 1)), **tolerance)
+
+    for a in (0.2, 1.0, 3.0):
+        share, blend, *rectangle = mixes(mixup=a)
+        assert torch.equal(share, blend) and torch.equal(rectangle[0], rectangle[1])
+        check_beta(share, a, rel=0.03)
+
+    share, blend, top, bottom, left, right = mixes(cutmix=1.0)
+    assert bool((blend == 1).all() and (top >= 0).all() and (bottom <= 28).all() and (bottom >= top).all())
+    torch.testing.assert_close(share, 1 - (bottom - top) * (right - left) / 28**2)
+    # What was drawn shows where nothing is cut off.
+    inside = (top > 0) & (left > 0) & (bottom < 28) & (right < 28)
+    assert torch.equal((bottom - top)[inside], (right - left)[inside]) and int(inside.sum()) > 2000
+    middle = (top + bottom)[(bottom - top) == 4] / 2
+    assert sorted(middle.unique().tolist()) == list(range(2, 27))
+
+    share, blend, top, bottom, _, _ = mixes(mixup=3.0, cutmix=1000.0)
+    cut = blend == 1
+    assert float(cut.double().mean()) == pytest.approx(0.5, abs=0.01)
+    check_beta(share[~cut], 3.0, rel=0.05)
+    assert bool((top == bottom)[~cut].all()) and bool((top < bottom)[cut].all())
+    assert 18 <= float((bottom - top)[cut].max()) <= 21  # nearly half of the area, before it is cut off

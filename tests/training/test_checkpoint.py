@@ -30,7 +30,7 @@ from fashion_ddp.errors import Stopped, TrainingFailed
 from fashion_ddp.models import architectures
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.training.batches import Batches
-from fashion_ddp.training.checkpoint import Checkpoints
+from fashion_ddp.training.checkpoint import SINCE_2, Checkpoints
 from fashion_ddp.training.recorder import Recorder
 
 pytestmark = pytest.mark.quick
@@ -143,11 +143,12 @@ def of_steps(state: dict[str, Any]) -> dict[str, Any]:
     return {name: state[name] for name in ("step", "ranks", "recorder")}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
-def test_what_is_saved_comes_back(optimizer: str, tmp_path: Path) -> None:
-    first = Training(tmp_path / "run", optimizer=optimizer).until(7)
+@pytest.mark.parametrize("given", [{}, {"ema": 0.9}, {"decay_biases": False}], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw", "muon"])
+def test_what_is_saved_comes_back(optimizer: str, given: dict[str, Any], tmp_path: Path) -> None:
+    first = Training(tmp_path / "run", optimizer=optimizer, **given).until(7)
     torch.manual_seed(99)
-    second = Training(tmp_path / "run", optimizer=optimizer)
+    second = Training(tmp_path / "run", optimizer=optimizer, **given)
     assert same(second.everything(), first.everything())
     assert second.state.epochs() == range(2, 3) and second.state.steps_of(2) == 2
     assert first.trainer.step.norms[0].running_mean is not None and first.trainer.step.norms[0].running_mean.any()
@@ -240,7 +241,7 @@ def later_step(state: dict[str, Any]) -> dict[str, Any]:
 FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another run": (lambda state: changed(state, ("run", "seed"), 43), "another run"),
     "another length": (lambda state: changed(state, ("run", "epochs"), 2), "another run"),
-    "a later format": (lambda state: state | {"format": 2}, "this version"),
+    "a later format": (lambda state: state | {"format": 3}, "this version"),
     "a later step": (later_step, "its step 11"),
     "another model": (lambda state: changed(state, ("step", "model"), nn.Linear(2, 2).state_dict()), "its part 'step'"),
     "a third rank without buffers": (
@@ -354,6 +355,18 @@ def test_nothing_is_changed_by_a_state_that_is_wrong_anywhere(run: Path, capsys:
             tried += 1
     assert tried > 250 and capsys.readouterr().out.count("cannot be used") == tried
     assert look(good) == 7
+
+
+def test_a_checkpoint_of_format_1_is_continued_from(run: Path, tmp_path: Path, capsys: Screen) -> None:
+    before = opened(file(run, 7))
+    named = {name: value for name, value in before["run"].items() if name not in SINCE_2}
+    assert len(named) == len(before["run"]) - len(SINCE_2)
+    for given, done in (({}, 7), ({"ema": 0.9}, 0)):  # a run without the new settings, and another one
+        again = tmp_path / str(done)
+        (again / "checkpoints").mkdir(parents=True)
+        file(again, 7).write_bytes(sealed(before | {"format": 1, "run": named}))
+        assert Training(again, **given).state.done == done
+    assert capsys.readouterr().out.count("it belongs to another run") == 1
 
 
 def test_without_one_that_can_be_used_the_run_begins_again(run: Path, tmp_path: Path, capsys: Screen) -> None:

@@ -35,6 +35,13 @@ def test_optimizers_by_name(name: str, kind: type, settings: dict[str, Any], dec
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_momentum_as_it_is_given(device: str) -> None:
+    cfg = make_config({"optimizer": "momentum", "lr": 0.25, "momentum": 0.8, "nesterov": True})
+    [group] = optim.build(cfg, nn.Linear(2, 3), torch.device(device)).param_groups
+    assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.8, True, 0)
+
+
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
 
@@ -56,11 +63,13 @@ def ours(name: str, total: int, warmup: float = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 1407])
-def test_one_cycle_and_cosine_are_torchs(total: int) -> None:
+def test_one_cycle_cosine_and_linear_are_torchs(total: int) -> None:
     cycle = torchs(lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=total, cycle_momentum=False), total)
     assert ours("one_cycle", total) == pytest.approx(cycle, rel=1e-9, abs=1e-15)
     cosine = torchs(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total), total)
     assert ours("cosine", total) == pytest.approx(cosine, rel=1e-9, abs=1e-12)
+    line = torchs(lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=total), total)
+    assert ours("linear", total) == pytest.approx(line, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [2, 5, 60, 99])
@@ -72,12 +81,17 @@ def test_warm_up_is_torchs(warmup: int) -> None:
         fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=100 - warmup)
         return lr_scheduler.SequentialLR(optimizer, [rise(optimizer), fall], milestones=[warmup])
 
+    def rise_and_slope(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+        slope = lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=100 - warmup)
+        return lr_scheduler.SequentialLR(optimizer, [rise(optimizer), slope], milestones=[warmup])
+
     assert ours("constant", 100, warmup) == pytest.approx(torchs(rise, 100), rel=1e-9)
     assert ours("cosine", 100, warmup) == pytest.approx(torchs(rise_and_fall, 100), rel=1e-9)
+    assert ours("linear", 100, warmup) == pytest.approx(torchs(rise_and_slope, 100), rel=1e-9)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["constant", "cosine"])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0, 2.5, 9.99, 10.0])
 def test_a_warm_up_of_part_of_a_step(name: str, warmup: float) -> None:
     rates = ours(name, 10, warmup)

@@ -125,12 +125,13 @@ def record_an_epoch(record: Any) -> None:
 
 def test_summary_while_running_and_at_the_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"time/train_total_s": 4.0, "time/eval_total_s": 1.0, "time/total_s": 9.0}
-    known = {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460}
+    known = {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460, "test_evaluations": 0}
     lock.acquire(folder)  # else it would read as interrupted
     with recorder(folder, model="cnn", parameters=29_460) as record:
         assert load_run(folder).summary == known
         record_an_epoch(record)
         row = load_run(folder).metrics[0]
+        known["test_evaluations"] = 1
         assert load_run(folder).summary == known | row and row["val/accuracy"] == 0.75
         record.finish(figures | {"time/step_p50_ms": float("nan")}, NO_IMAGES)
     assert load_run(folder).summary == known | row | figures | {"status": "finished", "time/step_p50_ms": None}

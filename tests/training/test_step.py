@@ -85,6 +85,40 @@ def test_the_gradient_is_clipped_by_its_norm(world_size: int) -> None:
     assert all(map(torch.equal, untouched, free))
 
 
+def mixed(given: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
+    """Of each batch: the gradient, and what a plain formula gives: soft targets, and their mean cross entropy."""
+    with open_world(cfg := settings(label_smoothing=0.1, batch_size=12, **given)) as world:
+        model = architectures.build(cfg, (1, 8, 8), 10)
+        step = Trainer(cfg, world, model, batches := Batches(cfg, world, IMAGES, LABELS))
+        assert batches.partners is not None and batches.mixes is not None
+        found = []
+        for k in range(batches.steps):
+            own, partners = (table[k][batches.weights[k] == 1] for table in (batches.index, batches.partners))
+            share, blend, top, bottom, left, right = batches.mixes[k, 0].tolist()
+            x, other = (torch.from_numpy(IMAGES).double()[rows] / 255 for rows in (own, partners))
+            x = blend * x + (1 - blend) * other
+            inside = slice(int(top), int(bottom)), slice(int(left), int(right))
+            x[:, :, *inside] = other[:, :, *inside]
+            one_hot = F.one_hot(torch.from_numpy(LABELS)).double()
+            targets = share * one_hot[own] + (1 - share) * one_hot[partners]
+            plain = torch.autograd.grad(
+                F.cross_entropy(model(x), targets, label_smoothing=0.1), list(model.parameters())
+            )
+            step.leave_gradient(k)
+            ours = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found.append((ours.clone(), torch.cat([gradient.flatten() for gradient in plain])))
+            step.optimizer.zero_grad()
+        return found
+
+
+@pytest.mark.parametrize("given", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0, "micro_batch": 5}])
+def test_the_loss_of_mixed_images_is_that_of_mixed_targets(given: dict[str, Any]) -> None:
+    [found] = ranks(1, mixed, given)
+    assert len(found) == 6  # the last batch has 4 rows
+    for ours, plain in found:
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+
+
 def rates_used() -> tuple[list[float], list[float], int, int]:
     with open_world(cfg := settings(schedule="cosine", warmup_epochs=0.5)) as world:
         step = Trainer(cfg, world, architectures.build(cfg, (1, 8, 8), 10), Batches(cfg, world, IMAGES, LABELS))

@@ -125,6 +125,7 @@ EXPORT int cublasGetPointerMode_v2(void*, int* mode) { return *mode = 0; }
 ACCEPTED(cublasSetWorkspace_v2)
 ACCEPTED(cublasSetMathMode)
 ACCEPTED(cublasSetPointerMode_v2)
+PRODUCT(cublasDgemm_v2)
 PRODUCT(cublasSgemm_v2)
 PRODUCT(cublasGemmEx)
 PRODUCT(cublasGemmStridedBatchedEx)
