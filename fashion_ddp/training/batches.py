@@ -79,6 +79,7 @@ class Piece(NamedTuple):
     keys: Tensor | None  # [rows] int64, for dropout; None where the model has none of ours
     partner_labels: Tensor | None  # [rows]; None where nothing is mixed
     own_share: Tensor | float  # a number of the global batch; 1 where nothing is mixed
+    whole_batch: bool  # these rows are the global batch, and the host (of a CPU) knows it: none has weight 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Batches:
         share = math.ceil(self.batch / self.groups)
         self.rows = min(cfg.micro_batch or share, share)
         self.pieces = per_rank * math.ceil(share / self.rows)
+        self.alone = self.groups == self.pieces == 1 and self.device.type == "cpu"
         # Of a full batch, how many rows each rank gets.
         rows = [len(range(group, self.batch, self.groups)) for group in range(self.groups)]
         self.shares = [sum(rows[r * per_rank : (r + 1) * per_rank]) for r in range(world.size)]
@@ -215,7 +217,8 @@ class Batches:
             images, partner_labels = _mix(images, self._images(partners), mix), self.labels.index_select(0, partners)
             own_share = mix[0]
         weights, loss_weights = row(self.weights, k, piece), row(self.loss_weights, k, piece)
-        return Piece(images, labels, weights, loss_weights, keys, partner_labels, own_share)
+        whole_batch = self.alone and isinstance(k, int) and self.in_batch[k] == len(index)
+        return Piece(images, labels, weights, loss_weights, keys, partner_labels, own_share, whole_batch)
 
     def _images(self, index: Tensor) -> Tensor:
         """Return images [n, C, H, W] of the set in [0, 1], augmented."""

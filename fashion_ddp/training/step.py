@@ -87,7 +87,7 @@ class Step:
     def _tell_layers(self, piece: Piece) -> None:
         """Tell layers that look at whole rows which rows come next."""
         for norm in self.norms:
-            norm.row_weights = piece.weights
+            norm.row_weights, norm.whole_batch = piece.weights, piece.whole_batch
         for dropout in self.dropouts:
             dropout.row_keys = piece.keys
 

@@ -187,10 +187,11 @@ def test_our_models_do_not_depend_on_the_ranks() -> None:
         assert describe.rank_dependent_layers(build(**more)) == []
 
 
-@pytest.mark.parametrize("absent", [[], [3, 6]])
-def test_batch_norm_is_torchs_over_the_rows_that_count(absent: list[int]) -> None:
+@pytest.mark.parametrize(("absent", "whole"), [([], False), ([], True), ([3, 6], False)])
+def test_batch_norm_is_torchs_over_the_rows_that_count(absent: list[int], whole: bool) -> None:
     torch.manual_seed(0)
     theirs, ours = nn.BatchNorm2d(3).double(), GlobalBatchNorm2d(3).double()
+    ours.whole_batch = whole
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
     ours.load_state_dict(theirs.state_dict())

@@ -219,7 +219,7 @@ def test_what_is_drawn_belongs_to_the_image_wherever_it_is_computed(cut: dict[st
         seen, others = torch.zeros(COUNT, *IMAGES.shape[1:]), torch.zeros(COUNT, 3, dtype=torch.float64)
         for ours in world:
             for k, piece in product(range(ours.steps), range(ours.pieces)):
-                images, labels, weights, _, keys, partner_labels, own_share = ours.piece(k, piece)
+                images, labels, weights, _, keys, partner_labels, own_share, _ = ours.piece(k, piece)
                 real = weights == 1  # a row that only fills the shape has another's labels, and another partner
                 seen[labels[real]] = images[real]
                 assert keys is not None and (partner_labels is not None) == bool(mixed)
@@ -312,7 +312,7 @@ def test_partners_are_augmented_as_they_are_themselves() -> None:
     noisy: dict[str, Any] = {"batch_size": COUNT, "shift": 2, "flip": 0.5, "cutout": 4, "precision": "fp64"}
     images, labels, *_ = batches(**noisy).piece(0, 0)
     own = images[labels.argsort()]
-    mixed, labels, _, _, _, partner_labels, own_share = batches(mixup=1.0, **noisy).piece(0, 0)
+    mixed, labels, _, _, _, partner_labels, own_share, _ = batches(mixup=1.0, **noisy).piece(0, 0)
     assert partner_labels is not None and 0.01 < float(own_share) < 0.99
     torch.testing.assert_close(mixed, own_share * own[labels] + (1 - own_share) * own[partner_labels])
 

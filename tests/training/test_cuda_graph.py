@@ -61,6 +61,8 @@ def each(given: dict[str, Any], *works: Callable[[Trainer], Any], model: nn.Modu
             world.accelerator.scaler = torch.amp.GradScaler("cpu")
         nets = [model or architectures.build(cfg, (1, 28, 28), 10) for _ in works]
         steps = [Trainer(cfg, world, net, Batches(cfg, world, IMAGES, LABELS), "cuda") for net in nets]
+        for step in steps:
+            step.batches.alone = False  # as on a card, where the host does not know which rows a step takes
         for step in steps:  # a card's kernels take float32 learning rates, and float64 ones where all is float64
             step.rates[:] = torch.tensor(step.rates, dtype=step.record.losses.dtype).tolist()
         return [work(step) for work, step in zip(works, steps, strict=True)]
