@@ -6,6 +6,7 @@ This module does not know runs: it takes numbers and arrays, and returns numbers
 import functools
 import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,18 @@ def t_quantile(df: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _within(middle, df) < 0.95 else (low, middle)
     return low
+
+
+def t_test(values: Sequence[float], threshold: float) -> float:
+    """Return the one-sided p value for "the mean is not above the threshold", of two or more values that differ.
+
+    Source: Student, "The probable error of a mean", Biometrika 6 (1908).
+    """
+    n = len(values)
+    error = stdev(values) / math.sqrt(n)
+    t = (fmean(values) - threshold) / error
+    outside = (1 - _within(abs(t), n - 1)) / 2
+    return outside if t > 0 else 1 - outside
 
 
 def _within(t: float, df: int) -> float:

@@ -38,6 +38,8 @@ def test_t_interval_of_student_s_own_example() -> None:
     # Hours of sleep gained (Student 1908); the interval is that of R's help for t.test, on its data set "sleep".
     gained = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
     assert statistics.t_interval(gained) == pytest.approx((0.7001142, 2.4598858), abs=5e-8)
+    assert statistics.t_test(gained, 0.0) == pytest.approx(0.002833 / 2, abs=5e-7)  # R's is two-sided
+    assert statistics.t_test([-hours for hours in gained], 0.0) == pytest.approx(1 - 0.002833 / 2, abs=5e-7)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 1), (5, 5), (5, 6), (3, 40), (900, 1100)])

@@ -1,0 +1,147 @@
+"""Tell what next_steps.py found: docs/next-steps.md, and its picture.
+
+python benchmarks/next_steps_page.py > docs/next-steps.md        draws docs/pictures/next-steps.svg, too
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from next_steps import RESULTS
+from pictures import LEFT, MARGIN, style
+
+from fashion_ddp.report.svg import LINE, WIDTH, Scale, element, line, text, tick_text
+from fashion_ddp.report.text import p_value_text
+
+PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "next-steps.svg"
+NAMES, ROW, TOP = 190.0, 1.6 * LINE, 24.0  # pixels: room for a row's name, its height, what is above the first
+LEVEL = 0.05
+
+PAGE = """\
+# What the next steps bring
+
+Both tutorials end with a list of next steps. This page takes them, on their own cnn with the lab notebook's settings:
+each alone, and then one on top of the other. Made by [benchmarks/next_steps.py](../benchmarks/next_steps.py) from
+[its results](../benchmarks/results/next_steps.json); `python benchmarks/next_steps.py` repeats it, in a night on two
+cores.
+
+Each figure is the mean over {n} seeds, after the last epoch. Settings are judged on 5,000 training images that were
+held out, so that the runs train on 55,000; each run opens the test set once, at its end, and nothing is chosen by it.
+The gain is on the test set, in points, with the 95 % interval of the [report](../README.md#the-report)'s paired
+bootstrap over images and seeds. p is McNemar's exact test for the weakest pair of runs, adjusted by Holm for all rows
+of a table: **bold** where it is below {level}. Time is the median step times the number of steps, as a multiple of the
+base's; two runs at a time, of one thread each, on {machine}.
+
+## Each alone
+
+{alone}
+
+{hopes}
+
+## One on top of the other
+
+A step stays where it raises the accuracy on the held-out images; the next one builds on it.
+
+![{title}](pictures/next-steps.svg)
+
+{together}
+
+## Not measured
+
+Transfer learning: ImageNet's weights could not be had on a machine without a network. `--model resnet18 --init-from
+imagenet` does it ([models.md](models.md#weights-from-elsewhere)).
+"""
+
+
+def percent(figure: list[float]) -> str:
+    """Write a mean and a standard deviation, fractions, in percent."""
+    return f"{100 * figure[0]:.2f} +- {100 * figure[1]:.2f}"
+
+
+def table(rows: list[dict[str, Any]], kept: bool) -> str:
+    """Write a part of the results as a table."""
+    base = rows[0]
+    titles = ["step", "settings", "held out %", "test %", "gain: points", "p", "time", "parameters", "MFLOPs"]
+    lines = [titles + ["stays"] * kept, ["---", "---", *["---:"] * 7, *["---"] * kept]]
+    for row in rows:
+        words = ", ".join(f"`{name}={value}`" for name, value in row["settings"].items() if value is not None)
+        cells = [row["name"], words, percent(row["val"]), percent(row["test"])]
+        if "gain" in row:
+            low, high = row["interval"]
+            mark = "**" if row["p_holm"] < LEVEL else ""
+            cells += [f"{mark}{row['gain']:+.2f}{mark} ({low:+.2f} to {high:+.2f})", p_value_text(row["p_holm"])]
+        else:
+            cells += ["", ""]
+        cells += [f"{row['train_s'] / base['train_s']:.2f}", f"{row['parameters']:,}"]
+        cells += [f"{row['flops_per_image'] / 1e6:.2f}"]
+        stays = "" if "kept" not in row else "yes" if row["kept"] else "no"
+        lines.append(cells + [stays] * kept)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def hopes(rows: list[dict[str, Any]]) -> str:
+    """Say which steps do not hold what was hoped of them, when taken alone."""
+    tested = [row for row in rows if "gain" in row]
+    shown = [row["name"] for row in tested if row["gain"] > 0 and row["p_holm"] < LEVEL]
+    worse = [row["name"] for row in tested if row["gain"] < 0 and row["p_holm"] < LEVEL]
+    others = [row["name"] for row in tested if row["name"] not in shown + worse]
+    said = [f"Better in each pair of runs: {', '.join(shown) or 'none'}."]
+    said += [f"Worse in each pair of runs: {', '.join(worse) or 'none'}."]
+    said += [f"Not shown to be either, in three epochs: {', '.join(others) or 'none'}."]
+    return "\n".join(said)
+
+
+def picture(rows: list[dict[str, Any]], title: str) -> str:
+    """Draw the test accuracy after each step that stays, from the base to the best."""
+    stays = [row for row in rows if row.get("kept", True)]
+    low, high = min(row["test"][0] for row in stays), max(row["test"][0] for row in stays)
+    x = Scale(100 * low - 1, 100 * high + 0.5, LEFT + NAMES, LEFT + NAMES + 300)
+    bottom = TOP + ROW * len(stays)
+    parts = []
+    for value in x.ticks(6):
+        parts += [line(x(value), TOP, x(value), bottom, "grid")]
+        parts += [text(x(value), bottom + 15, tick_text(value), class_="tick", text_anchor="middle")]
+    for place, row in enumerate(stays):
+        y = TOP + ROW * (place + 0.5)
+        mean, std = (100 * figure for figure in row["test"])
+        parts += [
+            text(LEFT + NAMES - 8, y + 4, ("+ " if place else "") + row["name"], class_="name", text_anchor="end")
+        ]
+        parts += [line(x(mean - std), y, x(mean + std), y, "curve c0 w1")]
+        parts += [element("circle", cx=x(mean), cy=y, r=3.5, class_="dot c0")]
+        parts += [text(x.end + 8, y + 4, f"{mean:.2f} %", class_="name")]
+    parts.append(text(0, 8, "test accuracy %, mean and standard deviation over seeds", class_="title"))
+    whole = WIDTH + NAMES + 2 * MARGIN, bottom + 24 + 2 * MARGIN
+    ground = element("rect", x=-MARGIN, y=-MARGIN, width=whole[0], height=whole[1], class_="ground")
+    box = " ".join(f"{value:.0f}" for value in (-MARGIN, -MARGIN, *whole))
+    inside = [element("title", title), element("style", style()), ground, *parts]
+    return element("svg", *inside, xmlns="http://www.w3.org/2000/svg", viewBox=box, role="img", class_="plot") + "\n"
+
+
+def titled(rows: list[dict[str, Any]]) -> str:
+    stays = [row for row in rows if row.get("kept", True)]
+    return (
+        f"Test accuracy of the tutorials' cnn as steps are added: from {100 * stays[0]['test'][0]:.2f} % to "
+        f"{100 * stays[-1]['test'][0]:.2f} %"
+    )
+
+
+def page(found: dict[str, Any]) -> str:
+    alone, together = found["alone"]["rows"], found["together"]["rows"]
+    about = found["together"]["made"]["machine"]
+    return PAGE.format(
+        n=alone[0]["n"],
+        level=LEVEL,
+        machine=f"{about['cores']} cores of an {about['processor']}, torch {about['torch']}",
+        alone=table(alone, kept=False),
+        hopes=hopes(alone),
+        title=titled(together),
+        together=table(together, kept=True),
+    )
+
+
+if __name__ == "__main__":
+    found = json.loads(RESULTS.read_text())
+    steps = found["together"]["rows"]
+    PICTURE.write_text(picture(steps, titled(steps)))
+    print(page(found), end="")
