@@ -230,6 +230,8 @@ class Config:
             raise UserError(f"adam_lr does nothing for optimizer {self.optimizer!r}, only for muon: give --lr")
         if self.precision == "fp16" and self.optimizer == "muon":
             raise UserError("precision fp16 scales gradients, which muon cannot undo: choose bf16, tf32 or fp32")
+        if self.normalize and self.model == "resnet18":
+            raise UserError("normalize: resnet18 normalizes its input itself, as its weights expect: leave it out")
         if self.flip and self.alternating_flip:
             raise UserError("flip and alternating_flip both mirror images: leave one out")
         if self.erase and self.cutout:

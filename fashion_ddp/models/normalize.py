@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+BUFFERS = "input_mean", "input_std"
+
 
 def normalize_input(model: nn.Module, channels: int) -> None:
     """Let a model that takes images [N, C, H, W] in [0, 1] normalize them first; `set_statistics` says by what."""
-    model.register_buffer("input_mean", torch.zeros(channels, 1, 1))
-    model.register_buffer("input_std", torch.ones(channels, 1, 1))
+    for name, value in zip(BUFFERS, (0.0, 1.0), strict=True):
+        model.register_buffer(name, torch.full((channels, 1, 1), value))
     model.register_forward_pre_hook(_normalize)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
+from fashion_ddp.models.normalize import BUFFERS
 from fashion_ddp.models.weights import weights_file
 
 # Of ImageNet's red, green and blue in [0, 1]. torchvision's weights expect an input that is normalized with them.
@@ -53,6 +54,8 @@ def prepare(cfg: Config, model: nn.Module) -> list[str]:
 def _load(model: nn.Module, path: Path) -> str:
     """Load weights by name. The last layer may be new, for other classes; the first is adapted to other channels."""
     given, ours = _read(path), model.state_dict()
+    if given.keys() & set(BUFFERS) and not ours.keys() & set(BUFFERS):
+        raise UserError(f"init_from {path}: its model saw normalized images: add --normalize")
     first, last = _first_and_last(model)
     loaded, new, misfits = {}, [], []
     adapted = ""
@@ -65,7 +68,7 @@ def _load(model: nn.Module, path: Path) -> str:
             adapted = f"; {name} made of {other.shape[1]} channels for {tensor.shape[1]}"
         elif name in last:
             new.append(name)
-        elif not name.endswith("num_batches_tracked"):  # nothing depends on it
+        elif name not in BUFFERS and not name.endswith("num_batches_tracked"):  # of this run's data; nothing needs it
             misfits.append(f"{name} {_shape_text(other)} for {_shape_text(tensor)}")
     misfits += [f"{name}, which the model does not have" for name in given if name not in ours]
     if misfits:

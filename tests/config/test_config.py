@@ -335,6 +335,7 @@ EXCLUDING = {
     "--precision tf32 --device cpu": ("tf32", "fp32"),
     "--batch-norm --micro-batch 8": ("batch_norm", "micro_batch"),
     "--batch-norm --reduction-shards 4": ("batch_norm", "reduction_shards"),
+    "--model resnet18 --normalize": ("normalize", "leave it out"),
     "--flip 0.5 --alternating-flip": ("flip", "leave one out"),
     "--erase 0.5 --cutout 8": ("cutout", "leave one out"),
     "--micro-batch 8 --reduction-shards 4": ("micro_batch", "reduction_shards"),

@@ -132,6 +132,21 @@ def test_weights_that_do_not_fit_are_named(weights: Path, tmp_path: Path, monkey
 
 
 @quick
+def test_weights_are_taken_with_the_input_that_they_saw(tmp_path: Path) -> None:
+    """An input that is normalized is so by this run's own images, whatever the weights saw."""
+    for name, normalize in (("plain", False), ("normal", True)):
+        model = architectures.build(make_config({"model": "mlp", "normalize": normalize}), (3, 32, 32), 10)
+        if normalize:
+            model.get_buffer("input_mean").fill_(0.25)
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+        given = {"model": "mlp", "normalize": True, "init_from": str(tmp_path / f"{name}.safetensors")}
+        taken = prepared(classes=10, **given)[0].state_dict()
+        assert all(torch.equal(taken[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(UserError, match="its model saw normalized images: add --normalize"):
+        prepared(classes=10, model="mlp", init_from=str(tmp_path / "normal.safetensors"))
+
+
+@quick
 def test_imagenet_is_looked_for_where_torch_has_it(weights: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     place = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
