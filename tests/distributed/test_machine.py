@@ -232,3 +232,15 @@ def test_usable_cores(cpu_max: str | None, cores: int, monkeypatch: pytest.Monke
 def test_threads_per_rank(asked: int, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     assert machine.threads_per_rank(Config(threads=asked), ranks) == threads
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [("fpu sse2 avx512f avx512_bf16", True), ("fpu amx_bf16 amx_tile", True), ("fp asimd bf16", True), ("", True)]
+    + [("fpu sse2 avx2 avx512f", False), ("fp asimd", False)],
+)
+def test_a_processor_without_instructions_for_bf16_is_known(
+    flags: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_cpuinfo", lambda *names: flags)
+    assert machine.cpu_multiplies_bf16() is has
