@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from bench import made
 
 from fashion_ddp import data
@@ -27,8 +26,9 @@ from fashion_ddp.console import entry_point, say
 from fashion_ddp.errors import CommandFailed
 from fashion_ddp.report.pairs import compare_pairs
 from fashion_ddp.report.results import Predictions, Result, read_results
+from fashion_ddp.report.rows import Row
 from fashion_ddp.report.statistics import holm
-from fashion_ddp.runs.reading import load_run, softmax
+from fashion_ddp.runs.reading import load_run
 from launch import pool  # noqa: TID251 - trains as `make compare JOBS=2` does
 from launch.processes import LocalRun  # noqa: TID251
 from launch.share import MachineShare, divide_in_subprocess  # noqa: TID251
@@ -143,22 +143,17 @@ def finished(run: LocalRun) -> bool:
     return (run.folder / "config.yaml").is_file() and load_run(run.folder).summary.get("status") == "finished"
 
 
-def mean_and_std(results: Sequence[Result], figure: str) -> tuple[float, float]:
-    values = [result.record[figure] for result in results]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def mean_and_std(results: list[Result], figure: str) -> tuple[float, float]:
+    row = Row("", results)
+    return row.mean(figure) or 0.0, row.std(figure) or 0.0
 
 
 def seen_in_views(result: Result) -> Result:
     """The run with what it answers with test-time augmentation."""
     saved = result.run.predictions
-    probabilities = softmax(saved["logits_tta"])
-    predicted = saved["logits_tta"].argmax(1)
-    return Result(
-        result.run,
-        result.record
-        | {"test/accuracy": result.record["test_tta/accuracy"], "val/accuracy": result.record["val_tta/accuracy"]},
-        Predictions(saved["labels"], predicted, probabilities[np.arange(len(predicted)), predicted]),
-    )
+    accuracies = {f"{name}/accuracy": result.record[f"{name}_tta/accuracy"] for name in ("test", "val")}
+    predictions = Predictions.of(saved["labels"], saved["logits_tta"], saved["logits_tta"].argmax(1))
+    return Result(result.run, result.record | accuracies, predictions)
 
 
 def row(change: Change, settings: Settings, ours: list[Result], before: list[Result]) -> dict[str, Any]:

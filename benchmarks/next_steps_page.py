@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from next_steps import RESULTS
-from pictures import LEFT, MARGIN, style
+from pictures import LEFT, framed
 
+from fashion_ddp.report.pairs import LEVEL
 from fashion_ddp.report.svg import LINE, WIDTH, Scale, element, line, text, tick_text
-from fashion_ddp.report.text import p_value_text
+from fashion_ddp.report.text import Table, markdown_table, p_value_text, settings_text
 
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "next-steps.svg"
 NAMES, ROW, TOP = 190.0, 1.6 * LINE, 24.0  # pixels: room for a row's name, its height, what is above the first
-LEVEL = 0.05
 
 PAGE = """\
 # What the next steps bring
@@ -29,8 +29,8 @@ Each figure is the mean over {n} seeds, after the last epoch. Settings are judge
 held out, so that the runs train on 55,000; each run opens the test set once, at its end, and nothing is chosen by it.
 The gain is on the test set, in points, with the 95 % interval of the [report](../README.md#the-report)'s paired
 bootstrap over images and seeds. p is McNemar's exact test for the weakest pair of runs, adjusted by Holm for all rows
-of a table: **bold** where it is below {level}. Time is the median step times the number of steps, as a multiple of the
-base's; two runs at a time, of one thread each, on {machine}.
+of a table: a difference is shown where it is below {level}. Time is the median step times the number of steps, as a
+multiple of the base's; two runs at a time, of one thread each, on {machine}.
 
 ## Each alone
 
@@ -60,23 +60,20 @@ def percent(figure: list[float]) -> str:
 
 def table(rows: list[dict[str, Any]], kept: bool) -> str:
     """Write a part of the results as a table."""
-    base = rows[0]
-    titles = ["step", "settings", "held out %", "test %", "gain: points", "p", "time", "parameters", "MFLOPs"]
-    lines = [titles + ["stays"] * kept, ["---", "---", *["---:"] * 7, *["---"] * kept]]
+    base, lines = rows[0], []
     for row in rows:
-        words = ", ".join(f"`{name}={value}`" for name, value in row["settings"].items() if value is not None)
-        cells = [row["name"], words, percent(row["val"]), percent(row["test"])]
+        words = settings_text({name: value for name, value in row["settings"].items() if value is not None})
+        cells = [row["name"], words, percent(row["val"]), percent(row["test"]), "", ""]
         if "gain" in row:
             low, high = row["interval"]
-            mark = "**" if row["p_holm"] < LEVEL else ""
-            cells += [f"{mark}{row['gain']:+.2f}{mark} ({low:+.2f} to {high:+.2f})", p_value_text(row["p_holm"])]
-        else:
-            cells += ["", ""]
+            cells[4:] = [f"{row['gain']:+.2f} ({low:+.2f} to {high:+.2f})", p_value_text(row["p_holm"])]
         cells += [f"{row['train_s'] / base['train_s']:.2f}", f"{row['parameters']:,}"]
         cells += [f"{row['flops_per_image'] / 1e6:.2f}"]
         stays = "" if "kept" not in row else "yes" if row["kept"] else "no"
         lines.append(cells + [stays] * kept)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    titles = ["step", "settings", "held out %", "test %", "gain: points", "p", "time", "parameters", "MFLOPs"]
+    numeric = [False, False, *[True] * 7, *[False] * kept]
+    return markdown_table(Table(titles + ["stays"] * kept, numeric, lines)).rstrip()
 
 
 def hopes(rows: list[dict[str, Any]]) -> str:
@@ -111,11 +108,7 @@ def picture(rows: list[dict[str, Any]], title: str) -> str:
         parts += [element("circle", cx=x(mean), cy=y, r=3.5, class_="dot c0")]
         parts += [text(x.end + 8, y + 4, f"{mean:.2f} %", class_="name")]
     parts.append(text(0, 8, "test accuracy %, mean and standard deviation over seeds", class_="title"))
-    whole = WIDTH + NAMES + 2 * MARGIN, bottom + 24 + 2 * MARGIN
-    ground = element("rect", x=-MARGIN, y=-MARGIN, width=whole[0], height=whole[1], class_="ground")
-    box = " ".join(f"{value:.0f}" for value in (-MARGIN, -MARGIN, *whole))
-    inside = [element("title", title), element("style", style()), ground, *parts]
-    return element("svg", *inside, xmlns="http://www.w3.org/2000/svg", viewBox=box, role="img", class_="plot") + "\n"
+    return framed(title, WIDTH + NAMES, bottom + 24, parts)
 
 
 def titled(rows: list[dict[str, Any]]) -> str:

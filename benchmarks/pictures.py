@@ -77,9 +77,14 @@ def picture(title: str, said: list[str], panels: list[Markup]) -> str:
         for place, panel in enumerate(panels)
     ]
     lines = [text(0, height + 1.5 * LINE * (place + 1), words) for place, words in enumerate(said)]
-    whole = len(panels) * (WIDTH + GAP) - GAP + 2 * MARGIN, height + 1.5 * LINE * (len(said) + 0.5) + 2 * MARGIN
+    return framed(title, len(panels) * (WIDTH + GAP) - GAP, height + 1.5 * LINE * (len(said) + 0.5), [*placed, *lines])
+
+
+def framed(title: str, width: float, height: float, parts: Iterable[Markup]) -> str:
+    """A whole SVG file of parts that take this room, on a ground of its own with a margin."""
+    whole = width + 2 * MARGIN, height + 2 * MARGIN
     ground = element("rect", x=-MARGIN, y=-MARGIN, width=whole[0], height=whole[1], class_="ground")
-    inside = [element("title", title), element("style", style()), ground, *placed, *lines]
+    inside = [element("title", title), element("style", style()), ground, *parts]
     box = " ".join(f"{value:.0f}" for value in (-MARGIN, -MARGIN, *whole))
     return element("svg", *inside, xmlns="http://www.w3.org/2000/svg", viewBox=box, role="img", class_="plot") + "\n"
 

@@ -63,9 +63,10 @@ def train(command: Command) -> None:
         model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
         prepared = world.raise_together(lambda: transfer.prepare(cfg, model))
         trained_on, held_out = split(cfg, data)
+        images = data.train_images[trained_on]
         if cfg.normalize:
-            set_statistics(model, data.train_images[trained_on])
-        batches = Batches(cfg, world, data.train_images[trained_on], data.train_labels[trained_on])
+            set_statistics(model, images)
+        batches = Batches(cfg, world, images, data.train_labels[trained_on])
         sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
         if cfg.validation:
             sets["val"] = Evaluation(cfg, world, data.train_images[held_out], data.train_labels[held_out], classes)

@@ -224,7 +224,7 @@ def build(
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"model {cfg.model} has no parameters to train")
     if cfg.normalize:
-        normalize_input(model, image_shape[0])
+        normalize_input(model, torch.zeros(image_shape[0]), torch.ones(image_shape[0]))  # until train.py knows the data
     if rank > 0:  # from here on each rank draws other numbers: a user's Dropout must not drop the same units on each
         torch.manual_seed(cfg.seed + rank)
     if cfg.model in ARCHITECTURES and channels_last(cfg.precision, trained_on):

@@ -1,21 +1,24 @@
 """Let a model normalize its input: pixels less their mean, divided by their standard deviation, by channel.
 
-Mean and deviation are buffers of the model, saved with its weights: whoever loads these sees pixels as training did.
+Mean and deviation are buffers of the model. Saved with its weights, they let whoever loads these see pixels as training
+did.
 """
 
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 BUFFERS = "input_mean", "input_std"
 
 
-def normalize_input(model: nn.Module, channels: int) -> None:
-    """Let a model that takes images [N, C, H, W] in [0, 1] normalize them first; `set_statistics` says by what."""
-    for name, value in zip(BUFFERS, (0.0, 1.0), strict=True):
-        model.register_buffer(name, torch.full((channels, 1, 1), value))
+def normalize_input(model: nn.Module, mean: Tensor, std: Tensor, saved: bool = True) -> None:
+    """Let a model that takes images [N, C, H, W] in [0, 1] normalize them first, by `mean` and `std` [C].
+
+    `saved`: keep these with the weights, whose names are then not only the model's own.
+    """
+    for name, value in zip(BUFFERS, (mean, std), strict=True):
+        model.register_buffer(name, value.view(-1, 1, 1), persistent=saved)
     model.register_forward_pre_hook(_normalize)
 
 

@@ -1,7 +1,6 @@
 """Transfer learning: build a well-known model, load weights to start from, and freeze parts."""
 
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
-from fashion_ddp.models.normalize import BUFFERS
+from fashion_ddp.models.normalize import BUFFERS, normalize_input
 from fashion_ddp.models.weights import weights_file
 
 # Of ImageNet's red, green and blue in [0, 1]. torchvision's weights expect an input that is normalized with them.
@@ -27,15 +26,8 @@ def resnet18(channels: int, classes: int) -> nn.Module:
         model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
         mean, std = mean.mean().expand(channels).clone(), std.mean().expand(channels).clone()
-    # Not saved with the weights, so that those have torchvision's names.
-    model.register_buffer("mean", mean.view(-1, 1, 1), persistent=False)
-    model.register_buffer("std", std.view(-1, 1, 1), persistent=False)
-    model.register_forward_pre_hook(_normalise)
+    normalize_input(model, mean, std, saved=False)  # so that the weights have torchvision's names
     return model
-
-
-def _normalise(model: Any, inputs: tuple[Tensor]) -> Tensor:
-    return (inputs[0] - model.mean) / model.std
 
 
 def prepare(cfg: Config, model: nn.Module) -> list[str]:

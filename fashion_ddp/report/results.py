@@ -26,6 +26,11 @@ class Predictions:
     predicted: np.ndarray  # int64 [n]
     confidence: np.ndarray  # float64 [n], the probability of the predicted class
 
+    @classmethod
+    def of(cls, labels: np.ndarray, logits: np.ndarray, predicted: np.ndarray) -> "Predictions":
+        """Return predictions with the confidence that the logits [n, classes] give them."""
+        return cls(labels, predicted, softmax(logits)[np.arange(len(predicted)), predicted])
+
     @property
     def correct(self) -> np.ndarray:
         """Return whether each prediction is right: bool [n]."""
@@ -140,9 +145,7 @@ def _result(run: Run, unique: bool) -> Result:
     saved = read_arrays(run.path / "predictions.safetensors", missing_ok=True)
     if not saved:
         return Result(run, record)
-    probabilities = softmax(saved["logits"])
-    predicted = saved["predicted"]
-    predictions = Predictions(saved["labels"], predicted, probabilities[np.arange(len(predicted)), predicted])
+    predictions = Predictions.of(saved["labels"], saved["logits"], saved["predicted"])
     return Result(run, record | _derived(record, saved["logits"], predictions), predictions)
 
 

@@ -11,8 +11,8 @@ from fashion_ddp.training.muon import Muon
 
 # What torch's optimizers keep of each parameter: `step` is a number, the rest is of the parameter's shape.
 ADAM = ("step", "exp_avg", "exp_avg_sq")
-KEPT: dict[str, tuple[str, ...]] = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ADAM, "adamw": ADAM}
-KEPT |= {"muon": KEPT["momentum"]}  # of the parameters that it trains itself
+MOMENTUM = ("momentum_buffer",)
+KEPT: dict[str, tuple[str, ...]] = {"sgd": (), "momentum": MOMENTUM, "adam": ADAM, "adamw": ADAM, "muon": MOMENTUM}
 
 
 def build(cfg: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fashion_ddp.config import Config
+from fashion_ddp.config import Config, config
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import UserError
 from fashion_ddp.models import architectures, describe
-from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
+from fashion_ddp.models.batch_norm import GlobalBatchNorm, GlobalBatchNorm2d
 from fashion_ddp.models.dropout import SampleDropout
 
 pytestmark = pytest.mark.quick
@@ -79,6 +79,13 @@ NORMALIZED = ["deep_mlp", "small_resnet", "airbench", "wide_resnet"]
 def test_models_fit_the_data(name: str, shape: architectures.Shape, classes: int) -> None:
     model = architectures.build(make_config({"model": name}), shape, classes)
     assert model(torch.rand(5, *shape)).shape == (5, classes) and model.training
+
+
+def test_the_models_that_always_have_batch_norm_are_known() -> None:
+    found = [
+        m for m in architectures.ARCHITECTURES if any(isinstance(n, GlobalBatchNorm) for n in build(model=m).modules())
+    ]
+    assert set(found) == set(config.NORMALIZED)
 
 
 def test_the_parameters_that_the_docstrings_name() -> None:
