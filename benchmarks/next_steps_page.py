@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from next_steps import RESULTS
-from pictures import LEFT, framed
+from pictures import framed
 
 from fashion_ddp.report.pairs import LEVEL
-from fashion_ddp.report.svg import LINE, WIDTH, Scale, element, line, text, tick_text
+from fashion_ddp.report.svg import LINE, Scale, line, text, tick_text
 from fashion_ddp.report.text import Table, markdown_table, p_value_text, settings_text
 
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "next-steps.svg"
-NAMES, ROW, TOP = 190.0, 1.6 * LINE, 24.0  # pixels: room for a row's name, its height, what is above the first
+# Pixels: room for the rows' names, across the scale, for their values; a row's height, and what is above the first.
+NAMES, ACROSS, VALUES, ROW, TOP = 210.0, 300.0, 60.0, 1.6 * LINE, 24.0
 
 PAGE = """\
 # What the next steps bring
@@ -91,24 +92,25 @@ def hopes(rows: list[dict[str, Any]]) -> str:
 def picture(rows: list[dict[str, Any]], title: str) -> str:
     """Draw the test accuracy after each step that stays, from the base to the best."""
     stays = [row for row in rows if row.get("kept", True)]
-    low, high = min(row["test"][0] for row in stays), max(row["test"][0] for row in stays)
-    x = Scale(100 * low - 1, 100 * high + 0.5, LEFT + NAMES, LEFT + NAMES + 300)
+    reached = [(100 * row["test"][0], 100 * row["test"][1]) for row in stays]
+    low, high = min(mean - std for mean, std in reached), max(mean + std for mean, std in reached)
+    x = Scale(low, high, NAMES, NAMES + ACROSS)
     bottom = TOP + ROW * len(stays)
     parts = []
     for value in x.ticks(6):
         parts += [line(x(value), TOP, x(value), bottom, "grid")]
         parts += [text(x(value), bottom + 15, tick_text(value), class_="tick", text_anchor="middle")]
-    for place, row in enumerate(stays):
+    for place, (row, (mean, std)) in enumerate(zip(stays, reached, strict=True)):
         y = TOP + ROW * (place + 0.5)
-        mean, std = (100 * figure for figure in row["test"])
+        name = ("+ " if place else "") + row["name"]
+        parts += [text(NAMES - 8, y + 4, name, class_="name", text_anchor="end")]
         parts += [
-            text(LEFT + NAMES - 8, y + 4, ("+ " if place else "") + row["name"], class_="name", text_anchor="end")
+            line(x(mean - std), y, x(mean + std), y, "curve c0 w3"),
+            line(x(mean), y - 5, x(mean), y + 5, "curve c0 w2"),
         ]
-        parts += [line(x(mean - std), y, x(mean + std), y, "curve c0 w1")]
-        parts += [element("circle", cx=x(mean), cy=y, r=3.5, class_="dot c0")]
         parts += [text(x.end + 8, y + 4, f"{mean:.2f} %", class_="name")]
     parts.append(text(0, 8, "test accuracy %, mean and standard deviation over seeds", class_="title"))
-    return framed(title, WIDTH + NAMES, bottom + 24, parts)
+    return framed(title, NAMES + ACROSS + VALUES, bottom + 24, parts)
 
 
 def titled(rows: list[dict[str, Any]]) -> str:
