@@ -40,7 +40,8 @@ class Scores:
 class Evaluation:
     """A set of images on this rank's device: `evaluation(model)` scores a model on it.
 
-    `evaluation(model, tta)` scores the mean of the model's logits over several views of each image, see `VIEWS`.
+    `evaluation(model, "none", "flip")` also scores the mean of its logits over several views of each image, see
+    `VIEWS`; a view that both have passes through the model once.
     """
 
     def __init__(self, cfg: Config, world: World, images: np.ndarray, labels: np.ndarray, classes: int):
@@ -51,21 +52,29 @@ class Evaluation:
         self.rows = ROWS if world.device.type == "cpu" else max(ROWS, PIXELS // math.prod(images.shape[2:]))
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, tta: str = "none") -> Scores:
+    def __call__(self, model: nn.Module, *tta: str) -> list[Scores]:
+        ways = [VIEWS[name] for name in tta or ["none"]]
+        views = dict.fromkeys(how for way in ways for how in way)
         # Each rank fills its own rows, and one all-reduce brings them together. The last column counts.
-        filled = torch.zeros(self.count, self.classes + 1, dtype=self.dtype, device=self.mine.device)
+        filled = torch.zeros(self.count, len(ways) * self.classes + 1, dtype=self.dtype, device=self.mine.device)
         model.eval()
         for index in self.mine.split(self.rows):
             images = to_unit(self.images.index_select(0, index), self.dtype)
-            seen = (model(view(images, *how)).to(self.dtype) * weight for how, weight in VIEWS[tta].items())
-            filled[index] = F.pad(functools.reduce(torch.add, seen), (0, 1), value=1.0)
+            seen = {how: model(view(images, *how)).to(self.dtype) for how in views}
+            means = [functools.reduce(torch.add, (seen[how] * weight for how, weight in way.items())) for way in ways]
+            filled[index] = F.pad(torch.cat(means, 1), (0, 1), value=1.0)
         model.train()
-        logits, counted = all_reduce(filled).split([self.classes, 1], dim=1)
+        *several, counted = all_reduce(filled).split([*[self.classes] * len(ways), 1], dim=1)
+        once = (counted == 1).sum()
+        return [self._scores(logits, once) for logits in several]
+
+    def _scores(self, logits: Tensor, once: Tensor) -> Scores:
+        """Compare logits [n, classes] with the labels; `once` of them were computed once."""
         predicted = logits.argmax(1)
         loss = F.cross_entropy(logits.double(), self.labels)
-        figures = torch.stack([loss, (predicted == self.labels).sum(), (counted == 1).sum()])
-        mean_loss, hits, once = figures.tolist()  # the one read from the device
-        assert once == self.count, "evaluation must count every sample once"
+        figures = torch.stack([loss, (predicted == self.labels).sum(), once])
+        mean_loss, hits, counted = figures.tolist()  # the one read from the device
+        assert counted == self.count, "evaluation must count every sample once"
         return Scores(mean_loss, int(hits) / self.count, logits, predicted)
 
 
@@ -80,7 +89,7 @@ def evaluate(cfg: Config, model: nn.Module, sets: Mapping[str, Evaluation], last
     """Score a model, after an epoch, on each set whose turn it is. Where test-time augmentation was asked for, its
     scores stand beside the last epoch's plain ones, as `test_tta`."""
     due = {name: one for name, one in sets.items() if last_epoch or name != "test" or cfg.test_at == "epoch"}
-    scores = {name: evaluation(model) for name, evaluation in due.items()}
-    if last_epoch and cfg.tta != "none":
-        scores |= {f"{name}_tta": evaluation(model, cfg.tta) for name, evaluation in due.items()}
-    return scores
+    augmented = [cfg.tta] if last_epoch and cfg.tta != "none" else []
+    scores = {name: evaluation(model, "none", *augmented) for name, evaluation in due.items()}
+    plain = {name: one for name, [one, *_] in scores.items()}
+    return plain | {f"{name}_tta": one for name, [_, *several] in scores.items() for one in several}

@@ -62,7 +62,7 @@ def train(cfg: Config, d: data.Dataset, steps: int) -> dict[str, Any]:
                     step(k)
                 trained += step.read(window)
         with step.state.averaged():
-            scores = evaluation(model)
+            [scores] = evaluation(model)
         return {
             "loss": torch.tensor([t.loss / t.rows for t in trained], dtype=torch.float64),
             "hits": [t.hits for t in trained],
@@ -224,7 +224,7 @@ def evaluate(cfg: Config, d: data.Dataset) -> list[tuple[float, float, torch.Ten
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
         of = [Evaluation(cfg, world, d.test_images[:n], d.test_labels[:n], 10)(model) for n in COUNTS]
-        return [(scores.loss, scores.accuracy, scores.logits) for scores in of]
+        return [(scores.loss, scores.accuracy, scores.logits) for [scores] in of]
 
 
 def test_evaluation_is_exact_on_any_number_of_ranks(small: data.Dataset) -> None:
