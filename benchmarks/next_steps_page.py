@@ -4,11 +4,13 @@ python benchmarks/next_steps_page.py > docs/next-steps.md        draws docs/pict
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from next_steps import RESULTS
 from pictures import framed
+from speedrun import summarize
 
 from fashion_ddp.report.pairs import LEVEL
 from fashion_ddp.report.svg import LINE, Scale, line, text, tick_text
@@ -46,6 +48,15 @@ A step stays where it raises the accuracy on the held-out images; the next one b
 ![{title}](pictures/next-steps.svg)
 
 {together}
+
+## The recipes
+
+Settings for a purpose, each a [YAML file](../fashion_ddp/config/recipes), chosen on the held-out images and then
+trained on all 60,000 with seeds 0 to n - 1. Accuracies are of the last epoch, mean and standard deviation; with
+views: with test-time augmentation. Time is the tutorials' clock, median and range: training, and the passes over the
+test set. `python benchmarks/speedrun.py --model airbench --recipe fast` repeats the first.
+
+{recipes}
 
 ## Not measured
 
@@ -87,6 +98,25 @@ def hopes(rows: list[dict[str, Any]]) -> str:
     said += [f"Worse in each pair of runs: {', '.join(worse) or 'none'}."]
     said += [f"Not shown to be either, in three epochs: {', '.join(others) or 'none'}."]
     return "\n".join(said)
+
+
+def recipes(several: list[dict[str, Any]]) -> str:
+    """Write what the recipes reached, as speedrun.py found it, as a table and a line for each on its threshold."""
+    lines, said = [], []
+    for found in sorted(several, key=lambda one: statistics.median(run["seconds"] for run in one["runs"])):
+        runs, about = found["runs"], found["made"]["machine"]
+        plain, seconds = [run["plain"] for run in runs], [run["seconds"] for run in runs]
+        figures = [[run[name] for run in runs] for name in ("plain", "accuracy")]
+        cells = [percent([statistics.fmean(one), statistics.stdev(one)]) for one in figures]
+        time = f"{statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
+        model, flags = f"`--model {found['model']}`", " ".join(f"`{flag}`" for flag in found["flags"])
+        name = f"`{found['recipe']}` {flags}".strip()
+        row = [name, model, f"{runs[0]['parameters']:,}", str(runs[0]["epochs"]), runs[0]["precision"]]
+        lines.append([*row, str(len(plain)), *cells, time, about["processor"]])
+        said.append(f"- {name}: {summarize(runs, found['loop'], found['threshold'])}.")
+    titles = ["recipe", "model", "parameters", "epochs", "precision", "n", "test %", "with views %", "time s", "on"]
+    numeric = [False, False, True, True, False, *[True] * 4, False]
+    return "\n".join([markdown_table(Table(titles, numeric, lines)), *said])
 
 
 def picture(rows: list[dict[str, Any]], title: str) -> str:
@@ -132,6 +162,7 @@ def page(found: dict[str, Any]) -> str:
         hopes=hopes(alone),
         title=titled(together),
         together=table(together, kept=True),
+        recipes=recipes([json.loads(path.read_text()) for path in sorted(RESULTS.parent.glob("recipe_*.json"))]),
     )
 
 

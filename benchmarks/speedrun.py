@@ -44,7 +44,7 @@ def train(given: argparse.Namespace, others: list[str], seed: int) -> dict[str, 
         "plain": plain,
         "seconds": summary["time/train_total_s"] + summary["time/eval_total_s"],
         "from_start_to_end_s": summary["time/total_s"],
-        "looks": summary["test_evaluations"],
+        **{name: summary[name] for name in ("parameters", "epochs", "precision", "test_evaluations")},
     }
 
 
@@ -76,8 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beside", help="case of the tutorials' loop to run in turns, as cnn-25-blog")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/speedrun"))
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "speedrun.json")
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/recipe_<recipe>.json)")
     given, others = parser.parse_known_args(argv)
+    out = given.out or HERE / "results" / f"recipe_{given.recipe}.json"
     runs: list[dict[str, Any]] = []
     beside: list[dict[str, Any]] = []
     about = {name: getattr(given, name) for name in ("model", "recipe", "threshold", "beside", "device")}
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                 "runs": runs,
                 "loop": beside,
             }
-            given.out.write_text(json.dumps(found, indent=1) + "\n")
+            out.write_text(json.dumps(found, indent=1) + "\n")
             say(summarize(runs, beside, given.threshold))
     return 0
 

@@ -30,7 +30,7 @@ class Submission:
     models: tuple[str, ...] = ("linear", "relu", "mlp", "cnn")
     """Architectures to train."""
     recipe: str = "blog"
-    """Set of training settings: blog, lab, or the path of a YAML file."""
+    """Set of training settings: blog, lab, fast, five_minutes, small, best, or the path of a YAML file."""
     seeds: tuple[int, ...] = (42,)
     """Each architecture is trained once per seed."""
     sweep: tuple[str, ...] = ()

@@ -37,7 +37,7 @@ class Config:
     """Architecture: linear, relu, mlp, cnn, deep_mlp, small_resnet, airbench, wide_resnet, resnet18, or your own as
     package.module:Name."""
     recipe: str = "blog"
-    """Set of training settings: blog, lab, or the path of a YAML file."""
+    """Set of training settings: blog, lab, fast, five_minutes, small, best, or the path of a YAML file."""
     seed: int = 42
     """Seeds the initial weights, the order of the images and the augmentation."""
 
@@ -102,9 +102,9 @@ class Config:
     """Hold out so many training images, drawn by seed, and report val/* on them."""
     test_at: Literal["epoch", "end"] = "epoch"
     """When the test set is evaluated: after each epoch, or once, after the last: then nothing can be chosen by it."""
-    tta: Literal["none", "flip", "flip+shift"] = "none"
-    """Test-time augmentation: after the last epoch also take the mean answer to an image and its mirror image; with
-    flip+shift also moved by a pixel. Recorded beside the plain figures."""
+    tta: Literal["none", "flip", "shift", "flip+shift"] = "none"
+    """Test-time augmentation: after the last epoch also take the mean answer to an image and to it mirrored (flip),
+    moved by a pixel either way (shift), or both. Recorded beside the plain figures."""
 
     # The model
     hidden_units: int | None = None

@@ -17,12 +17,12 @@ from fashion_ddp.training.batches import DTYPES, to_unit
 ROWS = 128  # per forward pass on a CPU, whose cache bounds it
 # Test-time augmentation: what is seen of each image (mirrored, moved down, moved right), and the weight of its logits.
 # flip+shift is airbench's (Jordan, arXiv 2404.00498): half of the mean is of images that are moved by a pixel.
+SHIFTS = {0: 0.5, -1: 0.25, 1: 0.25}
 VIEWS = {
     "none": {(False, 0, 0): 1.0},
     "flip": {(mirrored, 0, 0): 0.5 for mirrored in (False, True)},
-    "flip+shift": {
-        (mirrored, by, by): weight for mirrored in (False, True) for by, weight in ((0, 0.25), (-1, 0.125), (1, 0.125))
-    },
+    "shift": {(False, by, by): weight for by, weight in SHIFTS.items()},
+    "flip+shift": {(mirrored, by, by): weight / 2 for mirrored in (False, True) for by, weight in SHIFTS.items()},
 }
 PIXELS = 2**21  # per forward pass on a card, which wants much to do at once: 2,675 images of 28 x 28
 

@@ -179,7 +179,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "mixup": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
     "cutmix": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
     "test_at": [("never", "choices: epoch, end")],
-    "tta": [("crop", "choices: none, flip, flip+shift")],
+    "tta": [("crop", "choices: none, flip, shift, flip+shift")],
     "depth": [("0", "greater than 0"), ("3", "does nothing for model 'cnn', only for deep_mlp, wide_resnet")],
     "precision": [("fp8", "choices: fp32, tf32, fp16, bf16, fp64"), ("float32", "fp32")],
     "validation": [("-1", "at least 0"), ("0.1", "whole number")],
@@ -355,7 +355,15 @@ def test_settings_that_exclude_each_other(flags: str, mistake: Mistake) -> None:
 
 def test_the_choices_are_those_that_exist() -> None:
     ours = ["linear", "relu", "mlp", "cnn", "deep_mlp", "small_resnet", "airbench", "wide_resnet", "resnet18"]
-    assert list(architectures()) == ours and recipe_names() == ["blog", "lab"]
+    assert list(architectures()) == ours and recipe_names() == [
+        "best",
+        "blog",
+        "fast",
+        "five_minutes",
+        "lab",
+        "mlp",
+        "small",
+    ]
     with pytest.raises(UserError, match=f"choices: {', '.join(ours)}, or your own"):
         Config(model="resnet")
 
