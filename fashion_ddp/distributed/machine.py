@@ -9,7 +9,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ CARDS = (
     ("/proc/driver/nvidia/gpus", "*"),
     ("/dev", "nvidia[0-9]*"),
 )  # where Linux shows NVIDIA's cards: a folder, names
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 AMPERE = (8, 0)  # the first compute capability with units for bf16 and tf32
 
 
@@ -125,14 +126,34 @@ def refuse_launcher_settings(cfg: Config, env: Mapping[str, str] = os.environ) -
             )
 
 
-def usable_cores() -> int:
-    """Return how many CPU cores this process may use, by its affinity and its container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups (v1 or v2) that this process is in: its own, as that of a SLURM job, and
+    those that it lies in, as that of a container. The limits of all of them hold."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return cores
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and controller not in controllers.split(","):
+            continue
+        # A system with both versions has that of version 2 in a folder of its own.
+        for root in [CGROUPS / controllers] if controllers else [CGROUPS, CGROUPS / "unified"]:
+            own = root / path.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def usable_cores() -> int:
+    """Return how many CPU cores this process may use, by its affinity and the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [float(cores)]
+    for group in _control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no quota
+            quota, period = (group / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quotas += [int(quota) / int(period)] if int(quota) > 0 else []  # -1: no quota
+    return max(1, int(min(quotas)))
 
 
 def run_and_read_lines(*words: str) -> list[str]:
@@ -158,24 +179,27 @@ def cpu_multiplies_bf16() -> bool:
 def _cpuinfo(*names: str) -> str:
     """Return what Linux says of the first processor under the first of some names that it has; "" for nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = (PROC / "cpuinfo").read_text().splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
 def free_memory() -> int | None:
-    """Return how many bytes of memory this process can still get on this machine, within its container's limit (cgroup
-    v2); None where the system does not say."""
+    """Return how many bytes of memory this process can still get on this machine, within the limits of its control
+    groups, as a SLURM job's --mem; None where the system does not say."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (PROC / "meminfo").read_text().splitlines()
         found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        group = Path("/sys/fs/cgroup")
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used + int(stat["file"]))  # the system drops cached files when memory is needed
+    for group in _control_groups("memory"):
+        for limit, used, prefix in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no number: no limit
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # Of what is used, the system drops cached files when memory is needed.
+                cached = sum(int(stat[f"{prefix}{name}_file"]) for name in ("active", "inactive"))
+                most, taken = (int((group / f"memory.{name}").read_text()) for name in (limit, used))
+                found.append(most - taken + cached)
     return min(found, default=None)
 
 

@@ -5,7 +5,7 @@ There is no card in a test: torch.cuda answers as the case says, and the machine
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,23 +209,80 @@ def test_ranks_take_the_cards_that_they_see_by_their_number(cards: Any) -> None:
         machine.choose_card(here(4), 2, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A system whose files say this of the process's control groups."""
+    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+
+    def write(of_process: str, files: dict[str, str]) -> None:
+        for name, text in {"proc/self/cgroup": of_process, **files}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text + "\n")
+
+    return write
+
+
+JOB = "/slurm/uid_0/job_7/step_0"
+V1 = f"9:name=systemd:/\n4:cpu,cpuacct:{JOB}\n3:memory:{JOB}\n0::/"
+
+
 @pytest.mark.parametrize(
-    ("cpu_max", "cores"),
+    ("of_process", "files", "cores"),
     [
-        (None, 8),
-        ("max 100000", 8),
-        ("400000 100000", 4),
-        ("150000 100000", 1),
-        ("50000 100000", 1),
-        ("9900000 100000", 8),
+        ("0::/", {}, 8),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "400000 100000"}, 4),
+        ("0::/", {"cpu.max": "150000 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "9900000 100000"}, 8),
+        (f"0::{JOB}", {"slurm/uid_0/cpu.max": "300000 100000", "cpu.max": "500000 100000"}, 3),
+        (V1, {f"cpu,cpuacct{JOB}/cpu.cfs_{n}_us": str(v) for n, v in (("quota", 200_000), ("period", 100_000))}, 2),
+        (V1, {f"cpu,cpuacct{JOB}/cpu.cfs_{n}_us": str(v) for n, v in (("quota", -1), ("period", 100_000))}, 8),
     ],
 )
-def test_usable_cores(cpu_max: str | None, cores: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if cpu_max is not None:
-        (tmp_path / "cpu.max").write_text(cpu_max + "\n")
-    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / Path(path).name)
+def test_usable_cores(
+    of_process: str, files: dict[str, str], cores: int, groups: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups(of_process, {f"cgroup/{name}": text for name, text in files.items()})
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert machine.usable_cores() == cores
+
+
+def memory(folder: str, limit: str, version: int = 2) -> dict[str, str]:
+    """The files of a group that uses 100 bytes, 30 of them for files that were read."""
+    names = ("max", "current", "") if version == 2 else ("limit_in_bytes", "usage_in_bytes", "total_")
+    stat = f"{names[2]}active_file 10\n{names[2]}inactive_file 20\nshmem 5"
+    return {f"{folder}memory.{names[0]}": limit, f"{folder}memory.{names[1]}": "100", f"{folder}memory.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("of_process", "files", "free"),
+    [
+        ("0::/", {}, 2**20),
+        ("0::/", memory("", "max"), 2**20),
+        ("0::/", memory("", "1100"), 1030),
+        (f"0::{JOB}", memory("slurm/uid_0/job_7/", "600") | memory("", "1100"), 530),  # a job's --mem, in a container
+        (V1, memory(f"memory{JOB}/", "600", 1), 530),
+        (V1, memory(f"memory{JOB}/", str(2**63 - 4096), 1), 2**20),
+        (V1, memory("unified/", "600"), 530),
+    ],
+)
+def test_free_memory(of_process: str, files: dict[str, str], free: int, groups: Callable[..., None]) -> None:
+    groups(of_process, {f"cgroup/{name}": text for name, text in files.items()} | {"proc/meminfo": INFO})
+    assert machine.free_memory() == free
+
+
+INFO = "MemTotal:       4096 kB\nMemFree:         512 kB\nMemAvailable:   1024 kB"
+
+
+def test_memory_that_is_free_here_is_asked_for() -> None:
+    free = machine.free_memory()
+    assert free is not None and 1e8 < free < 1e14
+    machine.require_memory("dataset x", free, free)
+    machine.require_memory("dataset x", 1, None)
+    with pytest.raises(UserError, match=r"dataset x takes 2.00 GB, and 1.00 GB of memory are free on this machine"):
+        machine.require_memory("dataset x", 2 * 10**9, 10**9)
 
 
 @pytest.mark.parametrize(("asked", "ranks", "threads"), [(0, 1, 8), (0, 3, 2), (0, 16, 1), (5, 1, 5), (5, 16, 5)])
