@@ -48,7 +48,8 @@ def markdown_text(text: str) -> str:
 
 def markdown_table(table: Table) -> str:
     rule = ["---:" if numeric else ":---" for numeric in table.numeric]
-    lines = [table.titles, rule, *([markdown_text(cell) for cell in row] for row in table.rows)]
+    titles, *rows = ([markdown_text(cell) for cell in row] for row in (table.titles, *table.rows))
+    lines = [titles, rule, *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -12,6 +12,7 @@ from reports import Report, make_report, make_run
 
 from fashion_ddp.report.page import PICTURED
 from fashion_ddp.report.tables import BEST
+from fashion_ddp.report.text import Table, markdown_table
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +159,9 @@ def test_fifty_runs_of_fifty_settings_fit_one_page(browser: Browser, tmp_path: P
     assert browser.ask(outside) == []
     labels = r.page.tables[1]  # of fifty rows, the pairs with the first
     assert len(labels) == 50 and {row[0] for row in labels[1:]} == {r.json["rows"][0]["label"]}
+
+
+@pytest.mark.quick
+def test_a_class_may_have_any_name_in_the_title_of_a_column() -> None:
+    title, *_ = markdown_table(Table(["row", "<img src=x onerror=alert(1)>|b"], [False, True], [])).splitlines()
+    assert title == r"| row | &lt;img src=x onerror=alert(1)&gt;\|b |"
