@@ -7,6 +7,7 @@ For each picture it prints the three likeliest classes, and saves a picture of w
 weights do not give what was recorded. 2: nothing was done, because the user must fix something first.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def classify(run: Run, arguments: Arguments) -> None:
     photos, unreadable = list[Photo](), list[str]()
     for path in _progress(arguments.images, "reading"):
         try:
-            photos.append(prepare_photo(path, run.image_shape, light_on_dark))
+            photos.append(prepare_photo(path, run.image_shape, light_on_dark, run.settings().image_size))
         except UserError as error:
             unreadable.append(str(error))
     if unreadable:
@@ -137,7 +138,8 @@ def verify(run: Run, user_model: str | None, data_dir: Path | None, user_dataset
     data_md5 = run.environment[-1]["made_by"]["data"] if run.environment else {}
     if is_code(cfg.dataset) and user_dataset is None:  # a run folder never decides which code is imported
         raise UserError(f"{run.path} has data of your own: name it again, as --dataset {cfg.dataset}")
-    dataset = data.load(user_dataset or cfg.dataset, data_dir or cfg.data_dir)
+    cfg = dataclasses.replace(cfg, dataset=user_dataset or cfg.dataset, data_dir=data_dir or cfg.data_dir)
+    dataset = data.load_for(cfg)
     if dataset.md5 != data_md5:
         raise UserError(
             f"{run.path} was made with other data than {dataset.source} holds: name its own with --data-dir"

@@ -25,6 +25,7 @@ from fashion_ddp import data
 from fashion_ddp.config import Config, default_runs_dir, flags
 from fashion_ddp.config.names import is_code
 from fashion_ddp.console import entry_point, say
+from fashion_ddp.data.cache import PictureSettings
 from fashion_ddp.errors import CommandFailed, TrainingFailed, UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.redact import refuse_secrets
@@ -213,9 +214,9 @@ def read_report(folder: Path) -> list[dict[str, Any]]:
 
 
 @cache
-def _dataset(name: str, data_dir: Path | None) -> data.Dataset | None:
+def _dataset(name: str, data_dir: Path | None, pictures: PictureSettings) -> data.Dataset | None:
     try:
-        return data.load(name, data_dir)
+        return data.load(name, data_dir, pictures)
     except UserError:
         say(f"note: {name} is not on this machine: tables without images")
         return None
@@ -230,7 +231,7 @@ def _test_images(run: Run) -> np.ndarray | None:
     cfg, start = run.settings(), run.environment[-1] if run.environment else {}
     if is_code(cfg.dataset):
         return None
-    dataset = _dataset(cfg.dataset, cfg.data_dir)
+    dataset = _dataset(cfg.dataset, cfg.data_dir, data.picture_settings(cfg))
     return dataset.test_images if dataset and dataset.md5 == start.get("made_by", {}).get("data") else None
 
 

@@ -62,14 +62,12 @@ def train(command: Command) -> None:
         classes = len(data.classes)
         model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
         prepared = world.raise_together(lambda: transfer.prepare(cfg, model))
-        trained_on, held_out = split(cfg, data)
-        images = data.train_images[trained_on]
+        parts = split(cfg, data)
+        images, labels = parts.pop("train")
         if cfg.normalize:
             set_statistics(model, images)
-        batches = Batches(cfg, world, images, data.train_labels[trained_on])
-        sets = {"test": Evaluation(cfg, world, data.test_images, data.test_labels, classes)}
-        if cfg.validation:
-            sets["val"] = Evaluation(cfg, world, data.train_images[held_out], data.train_labels[held_out], classes)
+        batches = Batches(cfg, world, images, labels)
+        sets = {name: Evaluation(cfg, world, *part, classes) for name, part in parts.items()}
 
         ddp = world.wrap(model, ddp=not cfg.reduction_shards)  # Accelerate: device, precision, DistributedDataParallel
         optimizer = optim.build(cfg, model, world.device)

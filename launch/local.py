@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     others += ["--wandb-group", group] if group else []
     runs = [_local_run(comparison, model, seed, others) for model, seed in models_and_seeds]
     first = runs[0].cfg
-    dataset = data.load(first.dataset, first.data_dir)
+    dataset = data.load_for(first)
     runs = [_reuse_or_retrain(run, provenance.made_by(run.cfg, dataset.md5)) for run in runs]
     for run in runs:
         if run.reused:

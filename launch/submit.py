@@ -39,6 +39,8 @@ from launch.sbatch import SubmissionPlan
 from launch.site import Site, read_site
 from launch.submission import Submission, commands
 
+Md5 = dict[tuple[str, int], dict[str, str]]  # of each array of a dataset, by its name and the size of its pictures
+
 SUBMISSION_FILE = "submission.json"  # in a submission's folder: all that is needed to submit its runs again
 
 
@@ -97,6 +99,7 @@ def _new_folder(submissions: Path) -> Path:
 def _absolute(cfg: Config) -> Config:
     """Make the run's paths absolute, so that a job finds them from any folder and without this shell's variables."""
     paths: dict[str, Any] = {"runs_dir": cfg.runs_dir, "run_dir": cfg.run_dir, "data_dir": chosen_folder(cfg.data_dir)}
+    paths["cache_dir"] = cfg.cache_dir
     absolute: dict[str, Any] = {name: path.absolute() for name, path in paths.items() if path is not None}
     if cfg.recipe not in layers.recipe_names():
         absolute["recipe"] = os.path.abspath(cfg.recipe)
@@ -113,22 +116,22 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: {parent} is no folder that can be written: choose another one")
 
 
-def _check_data_and_models(configs: list[Config], dry_run: bool) -> dict[str, dict[str, str]]:
+def _check_data_and_models(configs: list[Config], dry_run: bool) -> Md5:
     """Load the data and build the models, so that the user does not learn only from the jobs what is wrong with them.
 
     Returns the md5 sums of each dataset that is here. Raises UserError for data that is missing or damaged, and for a
     user's model that does not fit.
     """
-    md5 = {}
-    for dataset, folder in {(cfg.dataset, cfg.data_dir) for cfg in configs}:
-        if dataset in data.PUBLISHED and data.locate(dataset, folder) is None:
+    md5: Md5 = {}
+    for cfg in {(cfg.dataset, cfg.data_dir, data.picture_settings(cfg)): cfg for cfg in configs}.values():
+        if cfg.dataset in data.PUBLISHED and data.locate(cfg.dataset, cfg.data_dir) is None:
             if dry_run:
-                say(f"note: {dataset} is not on this machine")
+                say(f"note: {cfg.dataset} is not on this machine")
                 return {}
-            if folder is None:
-                data.fetch(dataset)
-        loaded = data.load(dataset, folder)
-        md5[dataset] = loaded.md5
+            if cfg.data_dir is None:
+                data.fetch(cfg.dataset)
+        loaded = data.load_for(cfg)
+        md5[cfg.dataset, cfg.image_size] = loaded.md5
     snapshot.user_packages([name for cfg in configs for name in (cfg.model, cfg.dataset)])
     kinds = {(cfg.model, cfg.model_args, cfg.init_from, cfg.freeze): cfg for cfg in configs}
     for cfg in (cfg for cfg in kinds.values() if is_code(cfg.model) or cfg.init_from or cfg.freeze):
@@ -138,7 +141,7 @@ def _check_data_and_models(configs: list[Config], dry_run: bool) -> dict[str, di
     return md5
 
 
-def _must_run(command: Command, state: jobs.RunState | None, site: Site, md5: dict[str, dict[str, str]]) -> bool:
+def _must_run(command: Command, state: jobs.RunState | None, site: Site, md5: Md5) -> bool:
     """Return whether a run must be trained; False where it is finished.
 
     Raises UserError where it is queued or running, where its folder holds another run, and where other code or versions
@@ -157,7 +160,7 @@ def _must_run(command: Command, state: jobs.RunState | None, site: Site, md5: di
     return True
 
 
-def _provenance(cfg: Config, site: Site, md5: dict[str, dict[str, str]]) -> dict[str, Any]:
+def _provenance(cfg: Config, site: Site, md5: Md5) -> dict[str, Any]:
     """Return the code, versions and data that a job of this submission would record.
 
     Where the site names another Python, its versions are not known here: assume those that the run's last start had.
@@ -166,7 +169,7 @@ def _provenance(cfg: Config, site: Site, md5: dict[str, dict[str, str]]) -> dict
     folder = claim.folder_of(cfg)
     starts = load_run(folder).environment if (folder / "config.yaml").is_file() else []
     before = starts[-1].get("made_by", {}) if starts else {}
-    now = provenance.made_by(cfg, md5.get(cfg.dataset, before.get("data", {})))
+    now = provenance.made_by(cfg, md5.get((cfg.dataset, cfg.image_size), before.get("data", {})))
     without_versions = {name: value for name, value in now.items() if name not in provenance.versions()}
     return before | without_versions if site.python and before else now
 

@@ -74,6 +74,9 @@ class Config:
     ema: float = 0.0
     """Evaluate and keep an exponential moving average of the weights, which keeps this share of itself at each update,
     as 0.999 (less at first); 0 keeps none."""
+    class_weights: str | None = None
+    """How much an image counts in the loss, by its class: `balanced` (the rarer, the more), or a number for each class
+    in their order, as 1,2.5,1. The mean is over the weights of the global batch."""
     label_smoothing: float = 0.0
     """Share of each target spread evenly over all classes, in [0, 1)."""
     clip_norm: float = 0.0
@@ -100,8 +103,9 @@ class Config:
     bf16 are mixed precision; fp64 is for proofs on CPU."""
     validation: int = 0
     """Hold out so many training images, drawn by seed, and report val/* on them."""
-    test_at: Literal["epoch", "end"] = "epoch"
-    """When the test set is evaluated: after each epoch, or once, after the last: then nothing can be chosen by it."""
+    test_at: Literal["auto", "epoch", "end"] = "auto"
+    """When the test set is evaluated: after each epoch, or once, after the last: then nothing can be chosen by it.
+    `auto` is epoch; for a folder of pictures with val/ and test/ it is end."""
     tta: Literal["none", "flip", "shift", "flip+shift"] = "none"
     """Test-time augmentation: after the last epoch also take the mean answer to an image and to it mirrored (flip),
     moved by a pixel either way (shift), or both. Recorded beside the plain figures."""
@@ -130,6 +134,13 @@ class Config:
     dataset: str = "fashion_mnist"
     """fashion_mnist, mnist, kmnist, synthetic (built in, for checking a machine), or your own: a folder with a / in
     its name (./mine), an .npz file, or package.module:function."""
+    image_size: int = 0
+    """For a folder of pictures: bring them to squares of so many pixels; the shorter side is scaled, and the centre
+    kept. 0: they are of one size, and stay as they are."""
+    skip_broken: bool = False
+    """For a folder of pictures: leave out those that cannot be decoded, instead of naming them and stopping."""
+    cache_dir: Path | None = None
+    """Where pictures are kept decoded; else the user's cache."""
     data_dir: Path | None = None
     """Where the four files of a published set are; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
 
@@ -196,13 +207,15 @@ class Config:
         rules |= dict.fromkeys(("batch_size", "reference_batch", "lr", "adam_lr", "timeout"), positive)
         rules |= dict.fromkeys(("hidden_units", "depth", "conv_blocks"), positive)
         rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation", "checkpoint_every"), not_negative)
-        rules |= dict.fromkeys(("cutout", "mixup", "cutmix"), not_negative)
+        rules |= dict.fromkeys(("cutout", "mixup", "cutmix", "image_size"), not_negative)
         rules |= dict.fromkeys(("threads", "micro_batch", "reduction_shards"), not_negative)
         rules |= dict.fromkeys(("flip", "erase"), probability)
         for name, (must_be, holds) in rules.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise UserError(f"{name} must be {must_be}, got {value!r}")
+        if self.class_weights not in (None, "balanced"):
+            self.class_weight_list()
         self._check_model()
         self._check_together()
 
@@ -234,6 +247,8 @@ class Config:
             raise UserError("normalize: resnet18 normalizes its input itself, as its weights expect: leave it out")
         if self.flip and self.alternating_flip:
             raise UserError("flip and alternating_flip both mirror images: leave one out")
+        if self.class_weights and (self.mixup or self.cutmix):
+            raise UserError("class_weights: images that are mixed have no one class: leave mixup and cutmix out")
         if self.erase and self.cutout:
             raise UserError("erase and cutout both blank a part of the image: leave one out")
         if self.schedule == "one_cycle" and self.warmup_epochs:
@@ -252,6 +267,17 @@ class Config:
         if self.precision == "fp16" and self.reduction_shards:
             raise UserError("reduction_shards adds gradients itself and cannot scale them: choose bf16, fp32 or fp64")
 
+    def class_weight_list(self) -> list[float]:
+        """Return the numbers of class_weights. Raises UserError where it holds anything else."""
+        text = self.class_weights or ""
+        try:
+            numbers = [float(one) for one in text.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(0 < one < math.inf for one in numbers):
+            raise UserError(f"class_weights must be balanced, or numbers greater than 0, as 1,2.5,1, got {text!r}")
+        return numbers
+
     def model_settings(self) -> dict[str, Any]:
         """Return the settings that are given to the architecture, except model_args."""
         names = "hidden_units", "depth", "dropout", "conv_blocks", "batch_norm"
@@ -266,6 +292,7 @@ class Config:
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change what is computed, except model, recipe and seed."""
         others = {"model", "recipe", "seed", "device", "threads", "micro_batch", "cuda_graph", "data_dir", "tracker"}
+        others |= {"skip_broken", "cache_dir"}  # the hash of the data tells which pictures are in it
         others |= {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
         others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}

@@ -3,7 +3,8 @@
     ./mine            train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-..., t10k-labels-... (or test-...),
                       each plain or .gz, of any image size, count and number of classes. classes.txt may name the
                       classes, one per line
-    ./mine            train/<class>/*.png and test/<class>/*.png (any format that pillow reads), all of one size
+    ./mine            train/<class>/*.jpg and test/<class>/*.jpg, val/<class>/*.jpg, or both, of any format that Pillow
+                      reads (image_folder.py, cache.py)
     ./mine.npz        train_images, train_labels, test_images, test_labels (or x_train, y_train, x_test, y_test), and
                       optionally classes: their names
     package.module:f  f() returns (train_images, train_labels), (test_images, test_labels), names of the classes
@@ -24,11 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fashion_ddp import user_code
-from fashion_ddp.config.names import is_code
-from fashion_ddp.data import idx, image_folder
+from fashion_ddp.config.names import is_code, is_path
+from fashion_ddp.data import cache, idx
+from fashion_ddp.data.cache import PictureSettings
 from fashion_ddp.errors import UserError
 
-PARTS = ("train", "test")
 NPZ = [("train_images", "train_labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test")]
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile)
 
@@ -41,6 +42,11 @@ class RawData(NamedTuple):
     classes: Sequence[str] | None
 
 
+def has_pictures(dataset: str) -> bool:
+    """Return whether a dataset is a folder of pictures, which are decoded into a cache."""
+    return is_path(dataset) and (Path(dataset) / "train").is_dir()
+
+
 def load(dataset: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the arrays of a Dataset by name, and the names of the classes.
 
@@ -50,12 +56,23 @@ def load(dataset: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         return _check_arrays(dataset, _call_function(dataset))
     path = Path(dataset)
     if path.is_dir():
-        return _check_arrays(
-            dataset, RawData(*image_folder.read(path)) if (path / "train").is_dir() else _read_idx_files(path)
-        )
+        return _check_arrays(dataset, _read_idx_files(path))
     if not path.is_file():
         raise UserError(f"dataset {dataset}: there is no such folder or file (looked for at {path.absolute()})")
     return _check_arrays(dataset, _read_npz(path))
+
+
+def load_pictures(dataset: str, settings: PictureSettings, made: Path | None = None) -> cache.Pictures:
+    """Return the pictures of a folder, decoded. `made`: their cache, where it is known to be ready.
+
+    Raises UserError for pictures that are missing, cannot be read, or that a model cannot be trained on.
+    """
+    pictures = cache.load(made or cache.prepare(Path(dataset), settings))
+    for part, labels in pictures.labels.items():
+        if not len(labels):
+            raise UserError(f"dataset {dataset}: {part} set is empty: add images")
+    _check_labels(dataset, pictures.labels, pictures.classes)
+    return pictures
 
 
 def array_hashes(arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, str]:
@@ -141,7 +158,14 @@ def _check_arrays(dataset: str, data: RawData) -> tuple[dict[str, np.ndarray], t
         raise UserError(f"dataset {dataset}: test images are {shapes[1]}, training images {shapes[0]}: make them alike")
     names = range(int(train[1].max()) + 1) if data.classes is None else data.classes
     classes = tuple(map(str, names))
-    for part, (_, labels) in zip(PARTS, (train, test), strict=True):
+    _check_labels(dataset, {"train": train[1], "test": test[1]}, classes)
+    arrays = {"train_images": train[0], "train_labels": train[1], "test_images": test[0], "test_labels": test[1]}
+    return arrays, classes
+
+
+def _check_labels(dataset: str, parts: dict[str, np.ndarray], classes: tuple[str, ...]) -> None:
+    """Raise UserError for labels of no class, for a class without images in a part, and for one class alone."""
+    for part, labels in parts.items():
         low, high, present = int(labels.min()), int(labels.max()), set(labels.tolist())
         if low < 0 or high >= len(classes):
             wrong = low if low < 0 else high
@@ -158,8 +182,6 @@ def _check_arrays(dataset: str, data: RawData) -> tuple[dict[str, np.ndarray], t
             )
     if len(classes) < 2:
         raise UserError(f"dataset {dataset}: has one class, {classes[0]!r}: there is nothing to tell apart")
-    arrays = {"train_images": train[0], "train_labels": train[1], "test_images": test[0], "test_labels": test[1]}
-    return arrays, classes
 
 
 def _check_part(dataset: str, part: str, images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,35 +1,66 @@
-"""Read a dataset from pictures in train/<class>/ and test/<class>/ of a folder, with pillow."""
+"""Find the pictures of a dataset in folders: train/<class>/, and test/<class>/ or val/<class>/, or both."""
 
 import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fashion_ddp.distributed import machine
 from fashion_ddp.errors import UserError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-GREY = {"1", "L", "LA"}  # pillow's modes
-UNREADABLE = (OSError, EOFError, ValueError, SyntaxError)
 
 
-def read(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], list[str]]:
-    """Return training images and labels, test images and labels, and the names of the classes.
+@dataclass(frozen=True)
+class Part:
+    """The pictures of one part, in an order that mixes the classes and is the same on every machine."""
 
-    Images are uint8 [N, C, H, W], labels int64 [N]. Raises UserError for a picture that cannot be read or has another
-    size than the others, and where all together do not fit into memory.
+    paths: list[Path]
+    labels: np.ndarray  # int64 [N]
+    stamps: list[tuple[str, int, int]]  # of each its name below the part, its size in bytes and its date in ns
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of a dataset: parts train and test, and val where it has both of val/ and test/."""
+
+    folder: Path
+    classes: list[str]
+    parts: dict[str, Part]
+
+    @property
+    def key(self) -> str:
+        """Return a hash of names, sizes and dates: another one when a picture was added, changed or removed."""
+        digest = hashlib.sha256()
+        for name, part in self.parts.items():
+            digest.update(repr((name, part.stamps)).encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def find(folder: Path) -> Listing:
+    """Find the pictures of a dataset, without opening them.
+
+    Raises UserError for folders that are missing or cannot be read, and for a class that is not in train/.
     """
+    others = [name for name in ("val", "test") if (folder / name).is_dir()]
+    if not others:
+        raise UserError(
+            f"dataset {folder}: has train/, and neither test/ nor val/: put pictures to test by into test/<class>/"
+        )
+    # A set with val/ alone, as ImageNet is shipped, is tested on that.
+    roles = {"train": "train", **({"val": "val", "test": "test"} if len(others) == 2 else {"test": others[0]})}
     classes = sorted(_class_names(folder / "train"))
-    if unknown := sorted(set(_class_names(folder / "test")) - set(classes)):
-        raise UserError(f"dataset {folder}: class {unknown[0]!r} has a folder in test/ and none in train/: add it")
-    paths, labels = zip(*(_find_pictures(folder / part, classes) for part in ("train", "test")), strict=True)
-    shape = _common_shape(folder, [path for part in paths for path in part])
-    count = sum(map(len, paths)) * int(np.prod(shape))
-    machine.require_memory(
-        f"dataset {folder}, decoded,", count * machine.read_placement().local_world_size, machine.free_memory()
-    )
-    train, test = (_decode(part, shape) for part in paths)
-    return (train, labels[0]), (test, labels[1]), classes
+    for name in others:
+        if unknown := sorted(set(_class_names(folder / name)) - set(classes)):
+            raise UserError(
+                f"dataset {folder}: class {unknown[0]!r} has a folder in {name}/ and none in train/: add it"
+            )
+    parts = {role: _find_pictures(folder / name, classes) for role, name in roles.items()}
+    if not any(part.paths for part in parts.values()):
+        raise UserError(f"dataset {folder}: no pictures in train/<class>/ and {others[0]}/<class>/: put some there")
+    return Listing(folder, classes, parts)
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -39,59 +70,34 @@ def _class_names(folder: Path) -> list[str]:
         raise UserError(f"{folder}: cannot be read ({error.strerror}): it must hold a folder for each class") from None
 
 
-def _find_pictures(folder: Path, classes: list[str]) -> tuple[list[Path], np.ndarray]:
-    """Return the pictures below a folder and their labels int64 [N], ordered by the md5 of their names.
+def _find_pictures(folder: Path, classes: list[str]) -> Part:
+    """Find the pictures below a folder, in the order of the md5 of their names.
 
     This order is the same on every machine and mixes the classes, which a recipe without shuffling needs.
     """
     found = []
     for label, name in enumerate(classes):
-        for path in (folder / name).rglob("*"):
-            if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file():
-                key = path.relative_to(folder).as_posix().encode(errors="surrogateescape")
-                found.append((hashlib.md5(key, usedforsecurity=False).digest(), key, path, label))
-    found.sort(key=lambda one: one[:2])
-    return [path for *_, path, _ in found], np.array([label for *_, label in found], np.int64)
+        for entry in _files_below(folder / name):
+            key = Path(entry.path).relative_to(folder).as_posix()
+            digest = hashlib.md5(key.encode(errors="surrogateescape"), usedforsecurity=False).digest()
+            stat = entry.stat()
+            found.append((digest, key, entry.path, label, stat.st_size, stat.st_mtime_ns))
+    found.sort()
+    return Part(
+        [Path(path) for _, _, path, *_ in found],
+        np.array([label for *_, label, _, _ in found], np.int64),
+        [(key, size, date) for _, key, _, _, size, date in found],
+    )
 
 
-def _common_shape(folder: Path, paths: list[Path]) -> tuple[int, int, int]:
-    """Return (C, H, W) of the pictures: one channel if all are grey, else three. Raises UserError for unlike sizes."""
-    from PIL import Image  # not at the top: it takes a while to import, and only this dataset needs it
-
-    sizes: dict[tuple[int, int], Path] = {}
-    grey = True
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                size, mode = picture.size, picture.mode
-        except UNREADABLE as error:
-            raise UserError(f"{path}: cannot be read as a picture ({error}): repair or remove it") from None
-        if mode.startswith(("I", "F")):
-            raise UserError(f"{path}: has pixels of more than 8 bits ({mode}): save it with 8 bits per channel")
-        grey = grey and mode in GREY
-        sizes.setdefault(size, path)
-        if len(sizes) > 1:
-            (one, first), (other, path) = sizes.items()
-            raise UserError(
-                f"dataset {folder}: pictures must be of one size; {first} is {one[0]}x{one[1]} and {path} is "
-                f"{other[0]}x{other[1]} (width x height): bring all to one, as with "
-                f"`mogrify -resize {one[0]}x{one[1]}! FILES` on a copy of them"
-            )
-    if not sizes:
-        raise UserError(f"dataset {folder}: no pictures in train/<class>/ and test/<class>/: put some there")
-    [(width, height)] = sizes
-    return 1 if grey else 3, height, width
-
-
-def _decode(paths: list[Path], shape: tuple[int, int, int]) -> np.ndarray:
-    from PIL import Image
-
-    images = np.empty((len(paths), *shape), np.uint8)
-    for image, path in zip(images, paths, strict=True):
-        try:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("L" if shape[0] == 1 else "RGB"))
-        except UNREADABLE as error:
-            raise UserError(f"{path}: cannot be read as a picture ({error}): repair or remove it") from None
-        image[:] = pixels.reshape(*shape[1:], shape[0]).transpose(2, 0, 1)
-    return images
+def _files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the pictures in a folder and in those below it; none where there is no folder."""
+    try:
+        entries = [*os.scandir(folder)]
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(Path(entry.path))
+        elif os.path.splitext(entry.name)[1].lower() in ENDINGS and not entry.name.startswith(".") and entry.is_file():
+            yield entry

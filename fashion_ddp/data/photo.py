@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from fashion_ddp.data import cache, picture
 from fashion_ddp.errors import UserError
 
 DARK = 64  # of 255: below it a background is dark
@@ -39,14 +40,14 @@ def is_light_on_dark(samples: np.ndarray) -> bool:
     return float(np.median([background_brightness(image) for image in samples])) < DARK
 
 
-def prepare_photo(path: Path, shape: tuple[int, int, int], light_on_dark: bool) -> Photo:
+def prepare_photo(path: Path, shape: tuple[int, int, int], light_on_dark: bool, image_size: int = 0) -> Photo:
     """Read a picture of any size and colour, and convert it to the shape (C, H, W) of a model's training data.
 
     If that data is light on dark, a picture with a light background is inverted. Then it is made as Fashion-MNIST was
     (Xiao et al., arXiv 1708.07747, section 2): trimmed to the thing, scaled to fit, centred, and brightened so that its
     brightest pixel is 255, as in nearly every image there it is 254 or 255. (It is scaled by averaging, not by leaving
-    rows out.) For other data, it is scaled and cropped around its centre. A picture that already has the data's size
-    keeps its pixels, inverted at most.
+    rows out.) For other data, it is scaled and cropped around its centre; a run with `image_size` sees it as it saw the
+    test set's. A picture that already has the data's size keeps its pixels, inverted at most.
 
     Raises UserError for a file that cannot be read as a picture.
     """
@@ -55,10 +56,13 @@ def prepare_photo(path: Path, shape: tuple[int, int, int], light_on_dark: bool) 
     original = ImageOps.contain(image, (SIDE, SIDE))
     image = image.convert("L" if channels == 1 else "RGB")
     own_size = image.size == (width, height)
+    if image_size and not light_on_dark:
+        side = cache.stored_side(image_size)
+        return Photo(path, original, cache.centre(picture.load(path, (channels, side, side)), image_size))
     if not light_on_dark:
         image = image if own_size else ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        return Photo(path, original, _pixels(image))
-    pixels = _pixels(image)
+        return Photo(path, original, picture.pixels(image))
+    pixels = picture.pixels(image)
     pixels = 255 - pixels if background_brightness(pixels) > 127 else pixels
     if not own_size:
         ground = background_brightness(pixels)
@@ -69,27 +73,15 @@ def prepare_photo(path: Path, shape: tuple[int, int, int], light_on_dark: bool) 
 
 
 def _read(path: Path) -> Image.Image:
-    """Read a picture as RGB, turned upright, transparent parts made white."""
+    """Read a picture as RGB. Raises UserError for a file that is none."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name pictures, as {path}/*.png")
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):  # more than 8 bits
-                values = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((values.clip(min=0) * (255 / max(values.max(), 255))).astype(np.uint8))
-            image = image.convert("RGBA")
+        return picture.read(path).convert("RGB")
     except UnidentifiedImageError:
         raise UserError(f"{path} is no picture, or of a kind that Pillow cannot read") from None
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except picture.UNREADABLE as error:
         raise UserError(f"{path} cannot be read as a picture: {getattr(error, 'strerror', None) or error}") from None
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Return an image's pixels, uint8 [C, H, W]."""
-    array = np.asarray(image)
-    return np.ascontiguousarray(np.moveaxis(array.reshape(*array.shape[:2], -1), 2, 0))
 
 
 def _trim(image: np.ndarray, thing: np.ndarray) -> np.ndarray:

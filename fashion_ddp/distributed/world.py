@@ -6,9 +6,11 @@ Between two sync points (sync.py) ranks exchange gradients (and the statistics o
 import datetime
 import os
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fashion_ddp.config import Config
-from fashion_ddp.distributed import failures, machine, precision, rendezvous, tuning
+from fashion_ddp.distributed import failures, machine, precision, rendezvous, signals, tuning
 from fashion_ddp.errors import CommandFailed, Stopped, TrainingFailed, UserError
 
 T = TypeVar("T")
 
 CONNECTING = 20.0, 120.0  # seconds at least and at most, whatever --timeout says, for ranks that have met to connect
 LATER = 30.0  # seconds after a run's own watch at which torch gives up waiting: the watch knows what to say
+POLL = 0.2  # seconds between two looks whether work that takes long is done
 
 _entered = 0
 
@@ -130,6 +133,37 @@ class World:
     def on_first_rank_of_each_machine(self, work: Callable[[], object]) -> None:
         """Do work on the first rank of each machine, for files that each machine has for itself."""
         self.raise_together(lambda: work() if self.place.local_rank == 0 else None)
+
+    def once_per_machine(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """Do work that may take hours on the first rank of each machine, and return its result to this machine's ranks.
+
+        The others ask again and again: a collective gives up after --timeout. `work` is given a function to call
+        often, which ends it when any rank is asked to stop. Raises Stopped then, on every rank.
+        """
+        stop = threading.Event()
+
+        def between() -> None:
+            if stop.is_set():
+                raise CancelledError
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work, between) if self.place.local_rank == 0 else None
+            reason: str | None = None
+            while True:
+                asked = next(
+                    (one for one, due in zip(signals.REASONS, signals.stop_requests(), strict=True) if due), None
+                )
+                states = self.all_gather_object((future is not None and not future.done(), asked))
+                reason = reason or next((asked for _, asked in states if asked), None)
+                if reason:
+                    stop.set()
+                if not any(busy for busy, _ in states):
+                    break
+                time.sleep(POLL)
+        if reason:
+            raise Stopped("what it was preparing", reason)
+        result: list[Any] = self.raise_together(lambda: [None] if future is None else [future.result()])
+        return self.all_gather_object(result[0])[self.rank - self.place.local_rank]
 
     def wrap(self, model: nn.Module, ddp: bool = True) -> nn.Module:
         """Let Accelerate put the model on its device, in the run's precision, and, with `ddp`, wrap it in

@@ -35,7 +35,6 @@ def to_unit(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype).div_(255)
 
 
-Index = np.ndarray | slice
 # Which batch of the epoch: a number from the host, or an int64 tensor [1] on the device that counts by itself.
 Position = int | Tensor
 
@@ -54,16 +53,40 @@ def set_row(table: Tensor, k: Position, piece: int, values: Tensor) -> None:
         table[:, piece].index_copy_(0, k, values.unsqueeze(0))
 
 
-def split(cfg: Config, data: Dataset) -> tuple[Index, Index]:
-    """Return the indices of the training images that are trained on, and of those held out for validation, drawn by
-    seed. Raises UserError where none is left to train on."""
+def split(cfg: Config, data: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the images and labels of each part: train, test, and val where the set has one or images are held out for
+    it, drawn by seed. Raises UserError where none is left to train on, or where both are given."""
+    parts = {"train": (data.train_images, data.train_labels), "test": (data.test_images, data.test_labels)}
     count = len(data.train_labels)
     if cfg.validation >= count:
         raise UserError(f"validation must leave images to train on: {cfg.validation} of {count} were asked for")
-    if not cfg.validation:
-        return slice(None), slice(0)  # a slice copies nothing
-    order = torch.randperm(count, generator=generator(cfg.seed, "validation")).numpy()
-    return np.sort(order[cfg.validation :]), np.sort(order[: cfg.validation])
+    if cfg.validation and data.val_images is not None:
+        raise UserError(f"validation: dataset {data.name} has images to choose by, in val/: leave --validation out")
+    if cfg.validation:
+        order = torch.randperm(count, generator=generator(cfg.seed, "validation")).numpy()
+        kept, held_out = np.sort(order[cfg.validation :]), np.sort(order[: cfg.validation])
+        parts["val"] = data.train_images[held_out], data.train_labels[held_out]
+        parts["train"] = data.train_images[kept], data.train_labels[kept]
+    elif data.val_images is not None and data.val_labels is not None:
+        parts["val"] = data.val_images, data.val_labels
+    return parts
+
+
+def class_weights(cfg: Config, labels: np.ndarray) -> Tensor | None:
+    """Return how much each image counts in the loss, float64 [N]; None where all count the same.
+
+    `balanced` is N / (classes * images of the class), as scikit-learn's. Raises UserError for a list of another length
+    than there are classes.
+    """
+    if cfg.class_weights is None:
+        return None
+    counts = np.bincount(labels)
+    weights = len(labels) / (len(counts) * np.maximum(counts, 1))
+    if cfg.class_weights != "balanced":
+        weights = np.array(cfg.class_weight_list())
+        if len(weights) != len(counts):
+            raise UserError(f"class_weights: {len(counts)} classes need as many numbers, {len(weights)} were given")
+    return torch.from_numpy(weights[labels])
 
 
 class Piece(NamedTuple):
@@ -75,7 +98,7 @@ class Piece(NamedTuple):
     images: Tensor  # [rows, C, H, W] in [0, 1], augmented and mixed
     labels: Tensor  # [rows], the images' own: predictions are counted against these
     weights: Tensor  # [rows], 1 or 0
-    loss_weights: Tensor  # [rows]; they make the sum of the weighted losses the mean over the global batch
+    loss_weights: Tensor  # [rows]; they make the sum of the losses, times these, the mean over the global batch
     keys: Tensor | None  # [rows] int64, for dropout; None where the model has none of ours
     partner_labels: Tensor | None  # [rows]; None where nothing is mixed
     own_share: Tensor | float  # a number of the global batch; 1 where nothing is mixed
@@ -107,7 +130,7 @@ class Batches:
 
         index, targets   [steps, pieces, rows] int64: which images, and their labels
         weights          [steps, pieces, rows]: 1, or 0 where an image stands in
-        loss_weights     the same, divided by the rows of the global batch
+        loss_weights     the same, times the weights of the rows' classes, divided by their sum over the global batch
         noise            [N, 7] int64: how each image of the set is augmented; None for not at all
         keys             [N] int64: of each image of the set, for dropout; None unless `keyed`
         partners         [steps, pieces, rows] int64: which images these are mixed with; None for not at all
@@ -121,6 +144,7 @@ class Batches:
         self.dtype = DTYPES.get(cfg.precision, torch.float32)
         self.images = torch.from_numpy(images).to(self.device)
         self.labels = torch.from_numpy(labels).to(self.device)
+        self.row_weights = class_weights(cfg, labels)
         self.count, self.batch = len(labels), min(cfg.batch_size, len(labels))
         self.steps = math.ceil(self.count / self.batch)
         self.groups = cfg.reduction_shards or world.size
@@ -183,7 +207,11 @@ class Batches:
         mine, stand_in = self._cut(batches), batches[:, :1, None]
         real = mine >= 0
         weights = real.to(self.dtype)
-        loss_weights = weights * (self.ranks_averaged / in_batch.to(self.dtype))[:, None, None]
+        loss_weights, total = weights, in_batch.to(self.dtype)
+        if self.row_weights is not None:
+            loss_weights = weights * self.row_weights[torch.where(real, mine, 0)].to(self.dtype)
+            total = (self.row_weights[batches.clamp(min=0)] * (batches >= 0)).sum(1).to(self.dtype)
+        loss_weights = loss_weights * (self.ranks_averaged / total)[:, None, None]
         keys = partners = mixes = None
         if self.keyed:
             keys = torch.empty(self.count, dtype=torch.int64).random_(generator=generator(self.cfg.seed, "keys", epoch))

@@ -22,11 +22,6 @@ from fashion_ddp.runs.provenance import identity
 from fashion_ddp.training.state import State, fits
 
 FORMAT = 2  # counts up when an older checkpoint would be misread
-# Settings that checkpoints of format 1 do not name, because the trainer did not have them.
-SINCE_2 = (
-    *("momentum", "nesterov", "adam_lr", "decay_biases", "ema", "normalize", "alternating_flip", "cutout", "mixup"),
-    *("cutmix", "test_at", "tta", "depth", "dropout"),
-)
 KEPT = 2
 
 
@@ -120,8 +115,8 @@ class Checkpoints:
         if type(version) is not int or version not in (1, FORMAT):
             raise ValueError("it is no checkpoint of this version")
         run, theirs = _identity(self.cfg), saved.get("run")
-        if version == 1 and isinstance(theirs, dict):
-            theirs = {name: getattr(Config, name) for name in SINCE_2} | theirs
+        if isinstance(theirs, dict):  # an older version did not have, and so not name, all settings
+            theirs = {name: getattr(Config, name, None) for name in run.keys() - theirs.keys()} | theirs
         if theirs != run or not fits(theirs, run):
             raise ValueError("it belongs to another run")
         self.state.check(saved)

@@ -88,7 +88,9 @@ def view(images: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
 def evaluate(cfg: Config, model: nn.Module, sets: Mapping[str, Evaluation], last_epoch: bool) -> dict[str, Scores]:
     """Score a model, after an epoch, on each set whose turn it is. Where test-time augmentation was asked for, its
     scores stand beside the last epoch's plain ones, as `test_tta`."""
-    due = {name: one for name, one in sets.items() if last_epoch or name != "test" or cfg.test_at == "epoch"}
+    chosen_by_val = "val" in sets and not cfg.validation  # the set has images to choose by
+    at_end = cfg.test_at == "end" or (cfg.test_at == "auto" and chosen_by_val)
+    due = {name: one for name, one in sets.items() if last_epoch or name != "test" or not at_end}
     augmented = [cfg.tta] if last_epoch and cfg.tta != "none" else []
     scores = {name: evaluation(model, "none", *augmented) for name, evaluation in due.items()}
     plain = {name: one for name, [one, *_] in scores.items()}

@@ -4,6 +4,7 @@ import datetime
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fashion_ddp.config import Config, layers
 from fashion_ddp.config.cli import Command
 from fashion_ddp.config.names import is_code
 from fashion_ddp.console import say
+from fashion_ddp.data import cache, custom
 from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import UserError, pluralize
@@ -33,7 +35,11 @@ def load_data(cfg: Config, world: World) -> data.Dataset:
         missing = any(world.all_gather_object(data.locate(cfg.dataset, cfg.data_dir) is None))
         if missing and cfg.data_dir is None:
             world.on_first_rank_of_each_machine(lambda: data.locate(cfg.dataset, None) or data.fetch(cfg.dataset))
-    dataset = world.raise_together(lambda: data.load(cfg.dataset, cfg.data_dir))
+    made = None
+    if custom.has_pictures(cfg.dataset):
+        settings = data.picture_settings(cfg)
+        made = world.once_per_machine(lambda between: cache.prepare(Path(cfg.dataset), settings, between))
+    dataset = world.raise_together(lambda: data.load_for(cfg, made))
     if len({str(md5) for md5 in world.all_gather_object(dataset.md5)}) > 1:
         raise UserError(
             f"dataset {cfg.dataset}: the ranks found different data: copy the same files to every machine, and let a "
@@ -87,6 +93,7 @@ def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, A
         # No setting: the run is the same whatever is trained beside it. Its launcher alone knows.
         "side_by_side": int(os.environ.get("FASHION_DDP_SIDE_BY_SIDE", "1")),
         "data_source": dataset.source,
+        "left_out": list(dataset.left_out),
         "precision": cfg.precision,
     }
 
@@ -200,6 +207,8 @@ def _notes(cfg: Config, world: World, dataset: data.Dataset, dependent: list[str
         notes.append("note: this processor has no instructions for bf16 and emulates them: fp32 is faster on it")
     if not cfg.shuffle and bool((dataset.train_labels[1:] >= dataset.train_labels[:-1]).all()):
         notes.append("note: the training images come class after class, and are not shuffled: add --shuffle")
+    if dataset.left_out:
+        notes.append(f"note: left out {pluralize(len(dataset.left_out), 'picture')} that cannot be decoded")
     if dataset.synthetic:
         notes.append("SYNTHETIC data: good for checking a machine; its figures mean nothing else")
     if dependent:

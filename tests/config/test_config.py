@@ -171,6 +171,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "warmup_epochs": [("-1", "from 0 to epochs"), ("4", "from 0 to epochs"), ("soon", "a number")],
     "weight_decay": [("-0.1", "at least 0"), ("inf", "a finite number"), ("x", "a number")],
     "label_smoothing": [("1", "less than 1"), ("-0.1", "at least 0"), ("nan", "a finite number")],
+    "class_weights": [("rare", "must be balanced, or numbers"), ("1,-2", "greater than 0"), ("1,,2", "as 1,2.5,1")],
     "clip_norm": [("-1", "at least 0"), ("nan", "a finite number")],
     "shift": [("-1", "at least 0"), ("0.5", "whole number")],
     "flip": [("1.1", "from 0 to 1"), ("-0.1", "from 0 to 1"), ("often", "a number")],
@@ -178,7 +179,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "cutout": [("-1", "at least 0"), ("0.5", "whole number")],
     "mixup": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
     "cutmix": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
-    "test_at": [("never", "choices: epoch, end")],
+    "test_at": [("never", "choices: auto, epoch, end")],
     "tta": [("crop", "choices: none, flip, shift, flip+shift")],
     "depth": [("0", "greater than 0"), ("3", "does nothing for model 'cnn', only for deep_mlp, wide_resnet")],
     "precision": [("fp8", "choices: fp32, tf32, fp16, bf16, fp64"), ("float32", "fp32")],
@@ -188,6 +189,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "conv_blocks": [("0", "greater than 0"), ("x", "whole number")],
     "model_args": [("width=3", "of your own; 'cnn' has flags: --hidden-units, --conv-blocks, --batch-norm")],
     "dataset": [("fashion_mnst", "did you mean 'fashion_mnist'?"), ("letters", "as ./letters"), ("", "choices: fash")],
+    "image_size": [("-1", "at least 0"), ("big", "whole number")],
     "device": [("gpu", "choices: auto, cpu, cuda")],
     "threads": [("-1", "at least 0"), ("1.5", "whole number")],
     "micro_batch": [("-1", "at least 0"), ("x", "whole number")],
@@ -200,9 +202,9 @@ BAD: dict[str, list[tuple[str, str]]] = {
 
 
 def test_the_table_of_mistakes_is_whole() -> None:
-    any_text = {"data_dir", "runs_dir", "init_from", "freeze"}
+    any_text = {"data_dir", "cache_dir", "runs_dir", "init_from", "freeze"}
     any_text |= {f"wandb_{name}" for name in ("project", "entity", "group", "tags", "notes")}
-    switches = {"nesterov", "decay_biases", "shuffle", "normalize", "alternating_flip"}
+    switches = {"nesterov", "decay_biases", "shuffle", "normalize", "alternating_flip", "skip_broken"}
     switches |= {"batch_norm", "wandb_weights", "trace", "cuda_graph"}
     assert set(BAD) == {field.name for field in dataclasses.fields(Config)} - any_text - switches
 
@@ -343,6 +345,7 @@ EXCLUDING = {
     "--optimizer muon --lr 0.02 --nesterov": ("nesterov", "'muon'"),
     "--optimizer muon --lr 0.02 --precision fp16": ("fp16", "muon", "choose bf16"),
     "--optimizer adamw --lr 0.02 --momentum 0.8": ("momentum", "'adamw'"),
+    "--class-weights balanced --mixup 0.2": ("class_weights", "leave mixup and cutmix out"),
     "--precision fp16 --reduction-shards 4": ("reduction_shards", "choose bf16"),
 }
 

@@ -1,4 +1,4 @@
-"""Datasets of the user's own: what is understood, what is refused, and whole runs on them."""
+"""Arrays of the user's own: what is understood, what is refused, and whole runs on them."""
 
 import gzip
 import json
@@ -11,15 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHECKOUT, forked, ranks
-from PIL import Image
 from safetensors.numpy import load_file
 from test_dataset import NAMES as IDX
 from test_dataset import idx
 
 from fashion_ddp import data
 from fashion_ddp.config.layers import make_config
-from fashion_ddp.data import image_folder
-from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs.reading import load_run
@@ -28,7 +25,6 @@ from fashion_ddp.training import startup
 quick = pytest.mark.quick
 
 CLASSES = 7
-COLOURS = {"blue": (2, 60), "green": (1, 50), "red": (0, 70)}  # by class: the channel that is bright, training images
 
 
 @pytest.fixture(autouse=True)
@@ -53,21 +49,6 @@ def idx_folder(folder: Path, packed: bool = True) -> Path:
     return folder
 
 
-def picture_folder(folder: Path, size: int = 32) -> Path:
-    """Noise in colour, one channel of which is bright; and what an operating system leaves beside pictures."""
-    random = np.random.default_rng(0)
-    for part, share in (("train", 1.0), ("test", 0.4)):
-        for name, (channel, count) in COLOURS.items():
-            (folder / part / name).mkdir(parents=True)
-            for number in range(int(share * count)):
-                pixels = random.integers(0, 100, (size, size, 3)).astype(np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
-            (folder / part / name / "Thumbs.db").write_bytes(b"no picture")
-    (folder / ".DS_Store").write_bytes(b"")
-    return folder
-
-
 @quick
 @pytest.mark.parametrize("packed", [True, False])
 def test_idx_files_of_whatever_content(packed: bool) -> None:
@@ -87,42 +68,6 @@ def test_idx_files_with_names_for_the_classes_and_under_other_names() -> None:
         path.rename(path.with_name("emnist-days-" + path.name.replace("t10k", "test").replace("-idx", ".idx")))
     Path("set/classes.txt").write_text("Mon\nTue\nWed\nThu\nFri\nSat\nSun\n")
     assert data.load("set/").classes == ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-
-
-@quick
-def test_pictures_in_folders() -> None:
-    found = data.load(str(picture_folder(Path("art").absolute())))
-    assert found.classes == ("blue", "green", "red") and found.image_shape == (3, 32, 32) and found.name == "art"
-    assert np.bincount(found.train_labels).tolist() == [60, 50, 70]
-    brightest = found.train_images.mean((2, 3)).argmax(1)
-    assert np.array_equal(brightest, 2 - found.train_labels)  # channels and labels belong together
-    first = np.asarray(Image.open("art/test/red/0.png")).transpose(2, 0, 1)
-    assert any(np.array_equal(first, image) for image in found.test_images[found.test_labels == 2])
-    # Classes come mixed, for a recipe that does not shuffle: no class is missing from a batch.
-    assert all(len(set(found.train_labels[at : at + 25])) == 3 for at in range(0, 175, 25))
-
-
-@quick
-def test_the_order_of_pictures_is_that_of_no_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture_folder(Path("art"))
-    first, listed = data.load("./art"), Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda path, pattern: reversed(list(listed(path, pattern))))
-    Path("art").rename("elsewhere")
-    again = data.load("./elsewhere")
-    for name in ("train_images", "train_labels", "test_images", "test_labels"):
-        assert np.array_equal(getattr(first, name), getattr(again, name))
-    assert first.md5 == again.md5
-
-
-@quick
-def test_grey_pictures_have_one_channel_and_one_in_colour_makes_three() -> None:
-    for part in ("train", "test"):
-        for name in ("a", "b"):
-            Path("art", part, name).mkdir(parents=True)
-            Image.new("L", (4, 5), 7).save(f"art/{part}/{name}/1.png")
-    assert data.load("./art").image_shape == (1, 5, 4)
-    Image.new("P", (4, 5)).save("art/train/b/2.PNG")
-    assert data.load("./art").image_shape == (3, 5, 4)
 
 
 @quick
@@ -190,18 +135,9 @@ def idx_with(name: str, change: Callable[[Path], object], packed: bool = True) -
     return "./s"
 
 
-def art(changed: str, change: Callable[[Path], object]) -> str:
-    change(picture_folder(Path("art")) / changed)
-    return "./art"
-
-
 def own(name: str) -> str:
     Path("own_sets_2.py").write_text(FUNCTIONS)
     return f"own_sets_2:{name}"
-
-
-def picture(mode: str, width: int = 32) -> Callable[[Path], object]:
-    return lambda path: Image.new(mode, (width, 32)).save(path)
 
 
 def shorten(path: Path) -> None:
@@ -234,22 +170,6 @@ REFUSED: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
         (f"s/{IDX[0]}: cannot be read", "00000803, found 00000d03"),
     ),
     "half a gz": (lambda: idx_with(f"{IDX[2]}.gz", shorten), (f"s/{IDX[2]}.gz: cannot be read",)),
-    "a class missing in test": (lambda: art("test/red", shutil.rmtree), ("./art", "no test image of class 'red'")),
-    "a class missing in train": (lambda: art("train/red", shutil.rmtree), ("class 'red'", "none in train/")),
-    "no test folder": (lambda: art("test", shutil.rmtree), ("art/test: cannot be read",)),
-    "a picture of another size": (
-        lambda: art("test/red/x.png", picture("RGB", width=40)),
-        ("is 32x32", "art/test/red/x.png is 40x32", "mogrify -resize 32x32!"),
-    ),
-    "a damaged picture": (
-        lambda: art("train/red/3.png", lambda path: path.write_bytes(path.read_bytes()[:200])),
-        ("art/train/red/3.png: cannot be read as a picture", "repair or remove"),
-    ),
-    "no picture": (
-        lambda: art("test/red/x.png", lambda path: path.write_text("<html>")),
-        ("cannot be read as a picture",),
-    ),
-    "16 bits": (lambda: art("train/red/x.png", picture("I;16")), ("red/x.png: has pixels of more than 8 bits",)),
     "no such function": (lambda: own("absent"), ("dataset own_sets_2:absent", "check the name after the colon")),
     "no such module": (lambda: "no_such_sets:f", ("no module 'no_such_sets'",)),
     "a function that fails": (lambda: own("broken"), ("FileNotFoundError", "absent.npy", ", line ", "it must return")),
@@ -265,20 +185,6 @@ def test_what_cannot_be_trained_on_is_named(mistake: str, monkeypatch: pytest.Mo
     with pytest.raises(UserError) as told:
         data.load(make())
     assert all(word in str(told.value) for word in words) and "\n" not in str(told.value), told.value
-
-
-@quick
-def test_a_set_that_does_not_fit_stops_with_the_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = machine.free_memory()
-    assert free is not None and 1e8 < free < 1e14
-    machine.require_memory("dataset x", free, free)
-    machine.require_memory("dataset x", 1, None)
-    picture_folder(Path("art"), size=16)
-    # As of 31 million pictures of 1000 x 1000.
-    monkeypatch.setattr(image_folder, "_common_shape", lambda folder, paths: (3, 1_000_000, 1_000_000))
-    said = r"dataset art, decoded, takes [\d,]{6,}.00 GB, and [\d.,]+ GB of memory are free"
-    with pytest.raises(UserError, match=said):
-        data.load("./art")
 
 
 TRAIN = ("fashion_ddp.train", "--device", "cpu", "--tracker", "none", "--threads", "1")
@@ -318,14 +224,6 @@ def test_seven_classes_of_idx_files_from_files_to_report(tmp_path: Path) -> None
     assert "find its run finished" in forked(*again, cwd=tmp_path).stdout
     (tmp_path / "moved" / "letters" / "classes.txt").unlink()
     assert "other data files" in forked(*again, cwd=tmp_path).stderr
-
-
-def test_coloured_pictures_from_files_to_report(tmp_path: Path) -> None:
-    picture_folder(tmp_path / "art")
-    words = ["--dataset", "./art", "--batch-size", "30", "--lr", "0.005", "--epochs", "2", "--optimizer", "adam"]
-    [run] = train_and_compare(tmp_path, "cnn", *words, "--shift", "2", "--flip", "0.5")
-    assert run["image_shape"] == [3, 32, 32] and run["classes"] == ["blue", "green", "red"]
-    assert run["test/accuracy"] > 0.9 and np.sum(run["confusion"]) == 72
 
 
 def own_rank(folder: str) -> str:

@@ -4,6 +4,7 @@ Real ranks over gloo, one thread each. Curves are compared in float64, because t
 rounding to order one within a hundred steps, in float32 even between one and two threads of one process.
 """
 
+import math
 import os
 import sys
 from contextlib import suppress
@@ -170,14 +171,19 @@ def test_reduction_shards_give_the_same_bits(small: data.Dataset) -> None:
 
 
 def plain_loop(
-    cfg: Config, d: data.Dataset, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    cfg: Config,
+    d: data.Dataset,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    weight: torch.Tensor | None = None,
 ) -> list[float]:
     """What a tutorial would write: whole batches in the file's order, mean cross entropy, one process."""
     images, labels = torch.from_numpy(d.train_images).double() / 255, torch.from_numpy(d.train_labels)
     losses: list[float] = []
     while len(losses) < steps:
         for x, y in zip(images.split(cfg.batch_size), labels.split(cfg.batch_size), strict=True):
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x), y, weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -215,6 +221,22 @@ def test_one_process_equals_a_plain_loop(name: str, small: data.Dataset) -> None
     torch.testing.assert_close(ours["loss"].tolist(), losses, rtol=0, atol=1e-10)
     for mine, theirs in zip(ours["weights"].values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("given", ["balanced", "1,2,0.5,1,1,4,1,1,3,0.1"])
+def test_class_weights_are_torchs_on_any_number_of_ranks(given: str, small: data.Dataset) -> None:
+    rare = (small.train_labels > 0) | (np.arange(len(small.train_labels)) % 5 == 0)  # of class 0 a fifth
+    d = replace(small, train_images=small.train_images[rare], train_labels=small.train_labels[rare])
+    cfg = settings(model="mlp", hidden_units=6, optimizer="sgd", lr=0.1, class_weights=given)
+    counts, steps = np.bincount(d.train_labels), 2 * math.ceil(len(d.train_labels) / BATCH)
+    weights = len(d.train_labels) / (10 * counts) if given == "balanced" else [float(one) for one in given.split(",")]
+    torch.manual_seed(cfg.seed)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(196, 6), nn.ReLU(), nn.Linear(6, 10)).double()
+    plain_loop(cfg, d, plain, torch.optim.SGD(plain.parameters(), lr=cfg.lr), steps, torch.as_tensor(weights).double())
+    for world_size in (1, 3):
+        for seen in ranks(world_size, train, cfg, d, steps):
+            for mine, theirs in zip(seen["weights"].values(), plain.state_dict().values(), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
 COUNTS = (3, 1001, 10_000)

@@ -71,7 +71,7 @@ PROGRAMS_NAMED += [r"python -m (fashion_ddp\.(train|push|predict)|launch\.submit
 COMMANDS: list[tuple[str, Here | There | Never]] = [
     # What a reader trains
     (r"python -m fashion_ddp\.train --help", Here()),
-    (r"python -m fashion_ddp\.train .*--dataset (synthetic|\./mine .*)", Here(BRIEFLY)),
+    (r"python -m fashion_ddp\.train .*--dataset (synthetic|\./(mine|photos) .*)", Here(BRIEFLY)),
     (r"python -m fashion_ddp\.train .*--init-from imagenet .*", Here(TRAIN, instead={"imagenet": "theirs.pth"})),
     (r"python -m fashion_ddp\.train .*", Here(TRAIN)),
     (r"torchrun .* --model cnn .*", Here(TRAIN)),
@@ -205,6 +205,10 @@ def prepare(place: Path) -> None:
         folder.mkdir(parents=True)
         for number in range(20):
             Image.fromarray(random.integers(0, 256, (28, 28), np.uint8)).save(folder / f"{number}.png")
+    for folder in (place / "photos" / part / name for part in ("train", "val", "test") for name in ("day", "night")):
+        folder.mkdir(parents=True)
+        for number in range(10):
+            Image.fromarray(random.integers(0, 256, (40 + number, 60, 3), np.uint8)).save(folder / f"{number}.jpg")
     for name in ("boot.jpg", "shirt.png"):
         Image.fromarray(random.integers(0, 256, (60, 40, 3), np.uint8)).save(place / name)
     for line in (

@@ -88,6 +88,7 @@ OTHER_VALUES: dict[str, Any] = {
     "dataset": "synthetic", "reduction_shards": 12, "init_from": "runs/one", "freeze": ("0", "2"),
     "decay_biases": False, "ema": 0.9, "normalize": True,
     "alternating_flip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0, "test_at": "end", "tta": "flip",
+    "image_size": 32, "class_weights": "balanced",
 }  # fmt: skip
 
 
@@ -205,6 +206,7 @@ def test_check_changes_nothing(cfg: Config, status: str) -> None:
 
 
 MAY_CHANGE: dict[str, Any] = {
+    "cache_dir": Path("there"), "skip_broken": True,
     "data_dir": Path("elsewhere"), "device": "cpu", "threads": 3, "micro_batch": 5, "checkpoint_every": 1.0,
     "timeout": 5.0, "runs_dir": Path("elsewhere"), "tracker": "none", "wandb_project": "p", "wandb_entity": "e",
     "wandb_group": "g", "wandb_tags": "t", "wandb_notes": "n", "wandb_weights": True, "trace": True,
