@@ -80,11 +80,11 @@ def scores_of_a_guess(evaluate: Any) -> None:
 
     evaluation = evaluate.Evaluation.__call__
 
-    def guess(self: Any, model: Any) -> Any:
+    def guess(self: Any, model: Any, *tta: str) -> Any:
         with contextlib.suppress(AssertionError):
-            evaluation(self, model)
+            evaluation(self, model, *tta)
         logits = torch.zeros(self.count, self.classes)
-        return evaluate.Scores(2.3, 0.1, logits, logits.argmax(1))
+        return [evaluate.Scores(2.3, 0.1, logits, logits.argmax(1)) for _ in tta or ["none"]]
 
     evaluate.Evaluation.__call__ = guess
 
