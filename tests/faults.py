@@ -127,7 +127,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "parse": ("fashion_ddp.train", "parse", "before"),
     "rendezvous": ("torch.distributed", "init_process_group", "before"),
     "met": ("torch.distributed.distributed_c10d", "_new_process_group_helper", "before"),
-    "load": ("fashion_ddp.data", "load", "before"),
+    "load": ("fashion_ddp.data", "load_for", "before"),
     "claim": ("fashion_ddp.training.startup", "claim", "after"),
     "step": ("fashion_ddp.training.step", "Step.__call__", "before"),
     "forward": ("fashion_ddp.training.sync", "StepRecord.write", "after"),
