@@ -105,13 +105,11 @@ def recipes(several: list[dict[str, Any]]) -> str:
     lines, said = [], []
     for found in sorted(several, key=lambda one: statistics.median(run["seconds"] for run in one["runs"])):
         runs, about = found["runs"], found["made"]["machine"]
-        plain, seconds = [run["plain"] for run in runs], [run["seconds"] for run in runs]
-        figures = [[run[name] for run in runs] for name in ("plain", "accuracy")]
-        cells = [percent([statistics.fmean(one), statistics.stdev(one)]) for one in figures]
+        plain, viewed, seconds = ([run[name] for run in runs] for name in ("plain", "accuracy", "seconds"))
+        cells = [percent([statistics.fmean(one), statistics.stdev(one)]) for one in (plain, viewed)]
         time = f"{statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
-        model, flags = f"`--model {found['model']}`", " ".join(f"`{flag}`" for flag in found["flags"])
-        name = f"`{found['recipe']}` {flags}".strip()
-        row = [name, model, f"{runs[0]['parameters']:,}", str(runs[0]["epochs"]), runs[0]["precision"]]
+        name = " ".join([found["recipe"], *found["flags"]])
+        row = [name, found["model"], f"{runs[0]['parameters']:,}", str(runs[0]["epochs"]), runs[0]["precision"]]
         lines.append([*row, str(len(plain)), *cells, time, about["processor"]])
         said.append(f"- {name}: {summarize(runs, found['loop'], found['threshold'])}.")
     titles = ["recipe", "model", "parameters", "epochs", "precision", "n", "test %", "with views %", "time s", "on"]

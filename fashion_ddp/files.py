@@ -1,9 +1,11 @@
-"""Write files atomically, and say where this package lies."""
+"""Write files atomically, do work in one process at a time, and say where this package lies."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -33,3 +35,22 @@ def write_whole(path: Path, content: str | bytes, before_replace: Callable[[], o
             raise
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, when_busy: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Let one process at a time in, by a lock on the file `path`. Its end, however it comes, opens the lock.
+
+    `when_busy` is called before waiting for another process; what it raises is raised. Some cluster file systems have
+    no locks: there nobody waits, and the work must bear to be done twice. Raises OSError where the file cannot be
+    written.
+    """
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            when_busy()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield

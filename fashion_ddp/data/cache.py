@@ -9,7 +9,7 @@ journal when its pixels are on the disk, and a cache gets its name when it is wh
 """
 
 import contextlib
-import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,13 @@ from fashion_ddp.data.image_folder import Listing
 from fashion_ddp.data.published import cache_folder
 from fashion_ddp.distributed import machine
 from fashion_ddp.errors import UserError, pluralize
-from fashion_ddp.files import write_whole
+from fashion_ddp.files import one_at_a_time, write_whole
 
 T = TypeVar("T")
 Shape = tuple[int, int, int]
 
 FORMAT = 1
-INDEX, PARTIAL = "index.json", ".partial"
+INDEX, JOURNAL, PARTIAL = "index.json", "journal.jsonl", ".partial"
 BLOCK = 64  # pictures that a thread decodes at a time
 LISTED = 20  # pictures that a message names
 ROOM = 0.875  # of a stored side is seen, as torchvision's 224 of 256: a random crop has room to move
@@ -82,7 +82,8 @@ def prepare(folder: Path, settings: PictureSettings, between: Callable[[], objec
     if not (made / INDEX).is_file():
         try:
             settings.root.mkdir(parents=True, exist_ok=True)
-            with _locked(settings.root / f".{key}.lock", made):
+            waiting = f"waiting for another process, which decodes the same pictures into {made}"
+            with one_at_a_time(settings.root / f".{key}.lock", lambda: say(waiting)):
                 if not (made / INDEX).is_file():
                     _make(listing, settings.image_size, made, between)
         except OSError as error:
@@ -142,20 +143,6 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(path: Path, made: Path) -> Iterator[None]:
-    """Let one process at a time in. Its end, however it comes, opens the lock."""
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process, which decodes the same pictures into {made}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: there two processes write the same bytes to the same places
-        yield
-
-
 # --- What there is ----------------------------------------------------------------------------------------------
 
 
@@ -202,16 +189,14 @@ def remove(root: Path, names: Sequence[str]) -> list[Found]:
     removed = []
     for one in there:
         if "all" in names or one.name in names:
-            with open(root / f".{one.name}.lock", "w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"{one.folder} is being made by another process: stop that one first") from None
-                except OSError:
-                    pass
+            with one_at_a_time(root / f".{one.name}.lock", functools.partial(_refuse_busy, one.folder)):
                 shutil.rmtree(one.folder)
             removed.append(one)
     return removed
+
+
+def _refuse_busy(folder: Path) -> None:
+    raise UserError(f"{folder} is being made by another process: stop that one first")
 
 
 # --- Making one -------------------------------------------------------------------------------------------------
@@ -259,7 +244,20 @@ def _make(listing: Listing, image_size: int, made: Path, between: Callable[[], o
     """Decode a listing's pictures into a cache, from where another process left off."""
     partial = made.with_name(f"{made.name}{PARTIAL}")
     partial.mkdir(exist_ok=True)
-    journal = Journal(partial / "journal.jsonl")
+    if not (partial / INDEX).is_file():
+        index = _decode_all(listing, image_size, partial, between)
+        write_whole(partial / INDEX, json.dumps(index) + "\n")
+    index = read_index(partial)
+    for name, part in index["parts"].items():
+        os.truncate(partial / f"{name}.u8", len(part["labels"]) * math.prod(index["stored_shape"]))
+    (partial / JOURNAL).unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):  # where there are no locks, another process was first
+        partial.rename(made)
+
+
+def _decode_all(listing: Listing, image_size: int, partial: Path, between: Callable[[], object]) -> dict[str, Any]:
+    """Decode the pictures that the journal does not name yet, and return what the cache says of itself."""
+    journal = Journal(partial / JOURNAL)
     blocks = [
         Block(name, first, part.paths[first : first + BLOCK])
         for name, part in listing.parts.items()
@@ -273,26 +271,20 @@ def _make(listing: Listing, image_size: int, made: Path, between: Callable[[], o
             partial.rmdir()  # nothing is in it yet
             raise
     shape: Shape = tuple(journal.found["shape"])
-    if not (partial / INDEX).is_file():
-        count = sum(len(block.paths) for block in blocks)
-        _require_room(partial, count * math.prod(shape))
-        say(f"decoding {count:,} pictures into {made}: {count * math.prod(shape) / 1e9:,.2f} GB")
-        with contextlib.ExitStack() as scope:
-            # Unbuffered, and each row at its own place: threads write side by side.
-            files = {name: scope.enter_context(_open(partial / f"{name}.u8")) for name in listing.parts}
-            todo = [block for block in blocks if block.name not in journal.found]
-            decoding = _in_threads("decoding", lambda one: _decode(one, shape, files[one.part]), todo, between)
-            for block, done in scope.enter_context(contextlib.closing(decoding)):
-                journal.write(block.name, done)
-            parts, left_out = _close_gaps(listing, blocks, journal, math.prod(shape), files)
-        index = {"parts": parts, "stored_shape": shape, "image_size": image_size, "classes": listing.classes}
-        index |= {"left_out": left_out, "folder": str(listing.folder.absolute())}
-        write_whole(partial / INDEX, json.dumps(index) + "\n")
-    for name, part in read_index(partial)["parts"].items():
-        os.truncate(partial / f"{name}.u8", len(part["labels"]) * math.prod(shape))
-    journal.path.unlink(missing_ok=True)
-    with contextlib.suppress(FileExistsError):  # where there are no locks, another process was first
-        partial.rename(made)
+    count = sum(len(block.paths) for block in blocks)
+    size = count * math.prod(shape)
+    _require_room(partial, size)
+    say(f"decoding {count:,} pictures into {partial}: {size / 1e9:,.2f} GB")
+    with contextlib.ExitStack() as scope:
+        # Unbuffered, and each row at its own place: threads write side by side.
+        files = {name: scope.enter_context(_open(partial / f"{name}.u8")) for name in listing.parts}
+        todo = [block for block in blocks if block.name not in journal.found]
+        decoding = _in_threads("decoding", lambda one: _decode(one, shape, files[one.part]), todo, between)
+        for block, done in scope.enter_context(contextlib.closing(decoding)):
+            journal.write(block.name, done)
+        parts, left_out = _close_gaps(listing, blocks, journal, math.prod(shape), files)
+    index = {"parts": parts, "stored_shape": shape, "image_size": image_size, "classes": listing.classes}
+    return index | {"left_out": left_out, "folder": str(listing.folder.absolute())}
 
 
 def _in_threads(
@@ -348,7 +340,7 @@ def _stored_shape(folder: Path, looked: list[Looked], image_size: int) -> Shape:
 
 def _require_room(partial: Path, size: int) -> None:
     """Raise UserError where the disk has no room for the rest of `size` bytes."""
-    there = sum(path.stat().st_size for path in partial.glob("*.u8"))
+    there = sum(512 * path.stat().st_blocks for path in partial.glob("*.u8"))  # they have holes
     free = shutil.disk_usage(partial).free
     if size - there > free:
         raise UserError(
@@ -364,6 +356,8 @@ def _open(path: Path) -> io.FileIO:
 
 def _decode(block: Block, shape: Shape, file: io.FileIO) -> dict[str, Any]:
     """Write a block's images [n, *shape] to their place in a file. Return their md5, and what is broken, by row."""
+    from PIL import UnidentifiedImageError
+
     from fashion_ddp.data import picture
 
     images, broken = np.zeros((len(block.paths), *shape), np.uint8), {}
@@ -371,7 +365,7 @@ def _decode(block: Block, shape: Shape, file: io.FileIO) -> dict[str, Any]:
         try:
             images[row] = picture.load(path, shape)
         except picture.UNREADABLE as error:
-            unknown = isinstance(error, picture.UnidentifiedImageError)  # whose text repeats the path
+            unknown = isinstance(error, UnidentifiedImageError)  # whose text repeats the path
             why = "no picture of a kind that Pillow reads" if unknown else getattr(error, "strerror", None) or error
             broken[row] = f"{path}: {why}"
     content = images.tobytes()

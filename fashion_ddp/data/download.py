@@ -3,8 +3,6 @@
 $FASHION_DDP_DATA_MIRROR, the URL of a folder, is tried before the public sources. http_proxy and the like are used.
 """
 
-import contextlib
-import fcntl
 import http.client
 import os
 import queue
@@ -24,7 +22,7 @@ from fashion_ddp.data.published import (
     missing_files_message,
 )
 from fashion_ddp.errors import UserError
-from fashion_ddp.files import write_whole
+from fashion_ddp.files import one_at_a_time, write_whole
 
 TIMEOUT = 5.0  # seconds without a byte, after which the next source is tried
 DOWNLOAD_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: not a URL
@@ -42,10 +40,7 @@ def fetch(name: str, timeout: float = TIMEOUT) -> Path:
     folder = cache_folder() / PUBLISHED[name].folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            # Some cluster file systems have no locks. There a file may be downloaded twice, which does no harm.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with one_at_a_time(folder / ".lock"):
             for file in PUBLISHED[name].files:
                 if not file.exists_in(folder):
                     write_whole(folder / f"{file.name}.gz", _download(name, file, timeout))

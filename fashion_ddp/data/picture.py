@@ -6,9 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-__all__ = ["UNREADABLE", "UnidentifiedImageError", "centre_square", "is_grey", "load", "look", "pixels", "read"]
+from PIL import Image, ImageOps
 
 # It warns of files that are unusual and yet readable, in the midst of whatever is said.
 warnings.filterwarnings("ignore", module=r"PIL\.")

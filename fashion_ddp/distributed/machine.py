@@ -136,8 +136,9 @@ def _control_groups(controller: str) -> Iterator[Path]:
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers and controller not in controllers.split(","):
             continue
-        # A system with both versions has that of version 2 in a folder of its own.
-        for root in [CGROUPS / controllers] if controllers else [CGROUPS, CGROUPS / "unified"]:
+        # Several controllers in one folder have links to it of their own names. A system with both versions has that
+        # of version 2 in a folder of its own.
+        for root in [CGROUPS / controllers, CGROUPS / controller] if controllers else [CGROUPS, CGROUPS / "unified"]:
             own = root / path.lstrip("/")
             yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 

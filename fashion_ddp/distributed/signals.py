@@ -13,7 +13,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -107,6 +107,11 @@ def stop_requests() -> list[bool]:
     if _launcher and os.getppid() != _launcher:
         _received.add(REASONS[-1])
     return [reason in _received for reason in REASONS]
+
+
+def reason(requests: Iterable[object]) -> str | None:
+    """Return the first of REASONS whose place in `requests` is not 0 or False; None without any."""
+    return next((why for why, asked in zip(REASONS, requests, strict=True) if asked), None)
 
 
 def received() -> list[signal.Signals]:

@@ -149,19 +149,21 @@ class World:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work, between) if self.place.local_rank == 0 else None
             reason: str | None = None
-            while True:
-                asked = next(
-                    (one for one, due in zip(signals.REASONS, signals.stop_requests(), strict=True) if due), None
-                )
-                states = self.all_gather_object((future is not None and not future.done(), asked))
-                reason = reason or next((asked for _, asked in states if asked), None)
-                if reason:
-                    stop.set()
-                if not any(busy for busy, _ in states):
-                    break
-                time.sleep(POLL)
+            busy = True
+            try:
+                while busy:
+                    asked = signals.reason(signals.stop_requests())
+                    states = self.all_gather_object((future is not None and not future.done(), asked))
+                    busy = any(one for one, _ in states)
+                    reason = reason or next((asked for _, asked in states if asked), None)
+                    if reason:
+                        stop.set()
+                    if busy:
+                        time.sleep(POLL)
+            finally:
+                stop.set()  # where another rank is lost, too
         if reason:
-            raise Stopped("what it was preparing", reason)
+            raise Stopped("its cache", reason)
         result: list[Any] = self.raise_together(lambda: [None] if future is None else [future.result()])
         return self.all_gather_object(result[0])[self.rank - self.place.local_rank]
 

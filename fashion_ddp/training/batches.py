@@ -207,9 +207,10 @@ class Batches:
         mine, stand_in = self._cut(batches), batches[:, :1, None]
         real = mine >= 0
         weights = real.to(self.dtype)
+        index = torch.where(real, mine, stand_in)
         loss_weights, total = weights, in_batch.to(self.dtype)
         if self.row_weights is not None:
-            loss_weights = weights * self.row_weights[torch.where(real, mine, 0)].to(self.dtype)
+            loss_weights = weights * self.row_weights[index].to(self.dtype)
             total = (self.row_weights[batches.clamp(min=0)] * (batches >= 0)).sum(1).to(self.dtype)
         loss_weights = loss_weights * (self.ranks_averaged / total)[:, None, None]
         keys = partners = mixes = None
@@ -219,7 +220,7 @@ class Batches:
             mixing = generator(self.cfg.seed, "mix", epoch)
             partners = torch.where(real, self._cut(_partners(batches, mixing)), stand_in)
             mixes = self._draw_mixes(mixing).to(self.dtype)
-        index, noise = torch.where(real, mine, stand_in), self._draw_noise(draws, epoch)
+        noise = self._draw_noise(draws, epoch)
         if self.device.type == "cuda":  # from pinned memory a copy waits for nobody
             index, weights, loss_weights = index.pin_memory(), weights.pin_memory(), loss_weights.pin_memory()
             others = noise, keys, partners, mixes

@@ -110,6 +110,6 @@ class SyncPoint:
         values = all_reduce(message).tolist()
         length, any_due, *requests = values[rows.numel() :]
         self.length, self.save_due = int(length), any_due > 0
-        self.stop = next((why for why, count in zip(signals.REASONS, requests, strict=True) if count), None)
+        self.stop = signals.reason(requests)
         self.since = time.perf_counter()
         return torch.tensor(values[: rows.numel()], dtype=torch.float64).view(rows.shape).tolist()
