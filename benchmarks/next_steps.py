@@ -78,7 +78,6 @@ ALONE = [
     Change("mixup", {"mixup": 0.2}),
     Change("CutMix", {"cutmix": 1.0}),
     Change("moving average of the weights", {"ema": 0.999}),
-    Change("bf16", {"precision": "bf16"}),
     Change("test-time augmentation", views=True),
 ]
 STACK = [

@@ -33,6 +33,7 @@ from fashion_ddp.distributed.world import World, open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.training import optim
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.images import Part
 from fashion_ddp.training.step import Step
 from fashion_ddp.training.sync import StepRecord
 
@@ -171,7 +172,7 @@ def config(case: str, **given: Any) -> Config:
 def prepare(cfg: Config, world: World, dataset: data.Dataset) -> Step:
     """A run's step, ready for the first epoch."""
     net = architectures.build(cfg, dataset.image_shape, 10, trained_on=world.device.type)
-    ddp, batches = world.wrap(net), Batches(cfg, world, dataset.train_images, dataset.train_labels)
+    ddp, batches = world.wrap(net), Batches(cfg, world, Part(dataset.train_images, dataset.train_labels))
     step = Step(cfg, world, ddp, optim.build(cfg, net, world.device), batches, StepRecord(batches))
     step.warm_up()
     step.batches.draw(1)

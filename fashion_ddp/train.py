@@ -8,6 +8,7 @@ Exit code 0: finished. 1: failed. 2: nothing was started, because something must
 the same command continues.
 """
 
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ def train(command: Command) -> None:
         from fashion_ddp.distributed.world import open_world
         from fashion_ddp.models import architectures, transfer
         from fashion_ddp.models.normalize import set_statistics
-        from fashion_ddp.training import artifacts, cuda_graph, optim, startup
+        from fashion_ddp.training import artifacts, cuda_graph, images, optim, startup
         from fashion_ddp.training.batches import Batches, split
         from fashion_ddp.training.checkpoint import Checkpoints
         from fashion_ddp.training.evaluate import Evaluation, evaluate
@@ -63,11 +64,12 @@ def train(command: Command) -> None:
         model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
         prepared = world.raise_together(lambda: transfer.prepare(cfg, model))
         parts = split(cfg, data)
-        images, labels = parts.pop("train")
+        place = images.choose_place(cfg, world, parts.values())  # all on the device, or read ahead
+        train_part = parts.pop("train")
         if cfg.normalize:
-            set_statistics(model, images)
-        batches = Batches(cfg, world, images, labels)
-        sets = {name: Evaluation(cfg, world, *part, classes) for name, part in parts.items()}
+            set_statistics(model, train_part.sums(), math.prod(data.image_shape[1:]))
+        batches = Batches(cfg, world, train_part, place)
+        sets = {name: Evaluation(cfg, world, part, classes, place) for name, part in parts.items()}
 
         ddp = world.wrap(model, ddp=not cfg.reduction_shards)  # Accelerate: device, precision, DistributedDataParallel
         optimizer = optim.build(cfg, model, world.device)
@@ -75,8 +77,9 @@ def train(command: Command) -> None:
         record = StepRecord(batches)
         step = Step(cfg, world, ddp, optimizer, batches, record)
         step.warm_up()
+        images.settle(world, place, step.trained, [batches, *sets.values()], scope)
 
-        environment = startup.environment(cfg, world, data)
+        environment = startup.environment(cfg, world, data, batches)
         folder = startup.claim(command, world, environment["made_by"])
         if folder is None:
             return
@@ -97,6 +100,7 @@ def train(command: Command) -> None:
                 batches.draw(epoch)
                 for window in sync.windows(batches.steps, state.steps_of(epoch)):
                     for k in window:
+                        batches.images.bring(k)
                         take_step(k, rates[state.done])
                         state.advance()
                         trace.step()

@@ -19,6 +19,7 @@ from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.training import cuda_graph
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.images import Part
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
 
@@ -66,7 +67,9 @@ def captured(given: dict[str, Any]) -> tuple[str | None, float, list[float]]:
     with open_world(cfg) as world:
         losses = []
         for capture in (False, True):
-            step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+            step = Trainer(
+                cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, Part(IMAGES, LABELS))
+            )
             assert isinstance(step.step.ddp, DistributedDataParallel)
             if capture:
                 step.take, no_graph = cuda_graph.capture(step.step, step.state, step.rates)
@@ -112,7 +115,7 @@ def test_what_is_not_proven_in_a_graph_is_launched_kernel_by_kernel(tmp_path: Pa
 def gradient(precision: str) -> torch.Tensor:
     cfg = make_config({"model": "cnn", "precision": precision, "batch_size": 128})
     with open_world(cfg) as world:
-        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, Part(IMAGES, LABELS)))
         step.batches.draw(1)
         step.leave_gradient(0)
         return torch.cat([p.grad.flatten() for p in step.step.trained if p.grad is not None]).cpu()

@@ -37,6 +37,7 @@ class Trainer:
 
     def __call__(self, k: int) -> None:
         self.state.clock.start()
+        self.batches.images.bring(k)
         self.take(k, self.rates[self.state.done])
         self.state.advance()
 
@@ -48,6 +49,7 @@ class Trainer:
         kept: list[Any] = []
         with_update = self.optimizer.step
         self.optimizer.step = lambda *_: kept.extend(p.grad for p in self.step.trained)  # type: ignore[assignment]
+        self.batches.images.bring(k)
         self.step(k, 0.0)
         self.optimizer.step = with_update  # type: ignore[method-assign]
         for parameter, gradient in zip(self.step.trained, kept, strict=True):

@@ -83,6 +83,9 @@ class Config:
     """Largest L2 norm of the gradient; 0 does not clip."""
     normalize: bool = False
     """Let the model see pixels less the training set's mean, divided by its deviation, by channel."""
+    random_resized_crop: float = 0.0
+    """Augmentation: see a random rectangle of each image, scaled to its size, of at least this share of its area, as
+    0.08, and sides from 3:4 to 4:3."""
     shift: int = 0
     """Augmentation: move each image by up to so many pixels, zeros coming in."""
     flip: float = 0.0
@@ -141,6 +144,10 @@ class Config:
     """For a folder of pictures: leave out those that cannot be decoded, instead of naming them and stopping."""
     cache_dir: Path | None = None
     """Where pictures are kept decoded; else the user's cache."""
+    data_on: Literal["auto", "device", "host"] = "auto"
+    """Where the decoded images lie while a run trains: all in the memory of each rank's device, or in their file or the
+    host's memory, from which the next steps' are read ahead; auto reads ahead where they do not fit. Changes no
+    result."""
     data_dir: Path | None = None
     """Where the four files of a published set are; else $FASHION_DDP_DATA_DIR, ./data, the user's cache."""
 
@@ -209,7 +216,7 @@ class Config:
         rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation", "checkpoint_every"), not_negative)
         rules |= dict.fromkeys(("cutout", "mixup", "cutmix", "image_size"), not_negative)
         rules |= dict.fromkeys(("threads", "micro_batch", "reduction_shards"), not_negative)
-        rules |= dict.fromkeys(("flip", "erase"), probability)
+        rules |= dict.fromkeys(("random_resized_crop", "flip", "erase"), probability)
         for name, (must_be, holds) in rules.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -292,7 +299,7 @@ class Config:
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change what is computed, except model, recipe and seed."""
         others = {"model", "recipe", "seed", "device", "threads", "micro_batch", "cuda_graph", "data_dir", "tracker"}
-        others |= {"skip_broken", "cache_dir"}  # the hash of the data tells which pictures are in it
+        others |= {"data_on", "skip_broken", "cache_dir"}  # the hash of the data tells which pictures are in it
         others |= {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
         others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}

@@ -1,6 +1,7 @@
 """Decode a folder of pictures once, into files that every later start maps into memory.
 
-    <cache>/pictures/<key>/          index.json, and the images of each part, uint8 [N, C, S, S]: train.u8, test.u8 ...
+    <cache>/pictures/<key>/          index.json, and of each part its images, uint8 [N, C, S, S], as train.u8, and what
+                                     their pixels add up to, int64 [N, C, 2], as train.i64
     <cache>/pictures/<key>.partial/  the same while it is made, and journal.jsonl: what of it is done
 
 The key is a hash of the files' names, sizes and dates, and of the settings: where one differs, another cache is made.
@@ -35,11 +36,13 @@ from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.files import one_at_a_time, write_whole
 
 T = TypeVar("T")
+Array = TypeVar("Array", bound=Any)
 Shape = tuple[int, int, int]
 
-FORMAT = 1
+FORMAT = 2
 INDEX, JOURNAL, PARTIAL = "index.json", "journal.jsonl", ".partial"
 BLOCK = 64  # pictures that a thread decodes at a time
+SUMS = 16  # bytes for a channel's sums
 LISTED = 20  # pictures that a message names
 ROOM = 0.875  # of a stored side is seen, as torchvision's 224 of 256: a random crop has room to move
 
@@ -62,7 +65,9 @@ class PictureSettings:
 class Pictures:
     """A decoded set. By part (train, test, and val where the set has one):"""
 
-    images: dict[str, np.ndarray]  # uint8 [N, C, H, W], mapped: not in memory until they are read
+    stored: dict[str, np.memmap]  # uint8 [N, C, S, S], mapped: not in memory until they are read
+    images: dict[str, np.ndarray]  # uint8 [N, C, H, W], a view of these: the centre, which is what a model sees
+    sums: dict[str, np.ndarray]  # int64 [N, C, 2], of what is seen: see `pixel_sums`
     labels: dict[str, np.ndarray]  # int64 [N]
     md5: dict[str, str]  # of images and labels
     classes: tuple[str, ...]
@@ -112,20 +117,25 @@ def read_index(made: Path) -> dict[str, Any]:
 def load(made: Path) -> Pictures:
     """Map a cache that `prepare` made into memory. Raises UserError where it is damaged."""
     index = read_index(made)
-    images, labels = dict[str, np.ndarray](), dict[str, np.ndarray]()
-    md5 = dict[str, str]()
+    found = Pictures({}, {}, {}, {}, {}, tuple(index["classes"]), tuple(index["left_out"]))
     for name, part in index["parts"].items():
-        path, shape = made / f"{name}.u8", (len(part["labels"]), *index["stored_shape"])
-        if not path.is_file() or path.stat().st_size != math.prod(shape):
-            raise UserError(f"{path} is damaged: remove {made}, and it is made anew")
-        # Copy on write: what is written into it stays in this process. torch warns about arrays that are read-only.
-        stored = np.memmap(path, np.uint8, "c", shape=shape) if shape[0] else np.empty(shape, np.uint8)
-        images[name] = centre(stored, index["image_size"])
-        labels[name] = np.array(part["labels"], np.int64)
-        md5 |= {f"{name}_images": part["md5"], f"{name}_labels": _md5(labels[name].tobytes())}
-    classes = tuple(index["classes"])
-    md5["classes"] = _md5("\n".join(classes).encode(errors="surrogateescape"))
-    return Pictures(images, labels, md5, classes, tuple(index["left_out"]))
+        shape: Shape = index["stored_shape"]
+        labels = np.array(part["labels"], np.int64)
+        found.stored[name] = _map(made / f"{name}.u8", np.uint8, (len(labels), *shape))
+        found.images[name] = centre(found.stored[name], index["image_size"])
+        found.sums[name] = _map(made / f"{name}.i64", np.int64, (len(labels), shape[0], 2))
+        found.labels[name] = labels
+        found.md5[f"{name}_images"], found.md5[f"{name}_labels"] = part["md5"], _md5(labels.tobytes())
+    found.md5["classes"] = _md5("\n".join(found.classes).encode(errors="surrogateescape"))
+    return found
+
+
+def _map(path: Path, kind: type[np.integer[Any]], shape: tuple[int, ...]) -> np.memmap:
+    """Map a file into memory, as an array. Raises UserError where it has another size."""
+    if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(kind).itemsize:
+        raise UserError(f"{path} is damaged: remove {path.parent}, and it is made anew")
+    # Copy on write: what is written into it stays in this process. torch warns about arrays that are read-only.
+    return np.memmap(path, kind, "c", shape=shape)
 
 
 def stored_side(image_size: int) -> int:
@@ -133,10 +143,20 @@ def stored_side(image_size: int) -> int:
     return round(image_size / ROOM)
 
 
-def centre(images: np.ndarray, side: int) -> np.ndarray:
-    """Return the squares [..., side, side] at the centre of images; whole images for 0."""
+def centre(images: Array, side: int) -> Array:
+    """Return the squares [..., side, side] at the centre of images (numpy's or torch's); whole images for 0."""
     first = (images.shape[-1] - side) // 2
     return images[..., first : first + side, first : first + side] if side else images
+
+
+def pixel_sums(images: np.ndarray) -> np.ndarray:
+    """Return, of images uint8 [N, C, H, W], the sum of the pixels by channel, and that of their squares: [N, C, 2].
+
+    Of these the mean and the deviation of any part of a set follow exactly, without its pixels.
+    """
+    pixels = images.reshape(*images.shape[:2], -1)
+    squares = np.einsum("ncp,ncp->nc", pixels, pixels, dtype=np.int64)
+    return np.stack([pixels.sum(2, dtype=np.int64), squares], axis=2)
 
 
 def _md5(content: bytes) -> str:
@@ -221,6 +241,13 @@ class Looked(NamedTuple):
     sizes: dict[tuple[int, int], Path]
 
 
+class PartFiles(NamedTuple):
+    """What of a part is written. Unbuffered, and each row at its own place: threads write side by side."""
+
+    images: io.FileIO
+    sums: io.FileIO
+
+
 class Journal:
     """What was found out and done, by name, in a file that a process after this one reads."""
 
@@ -249,7 +276,9 @@ def _make(listing: Listing, image_size: int, made: Path, between: Callable[[], o
         write_whole(partial / INDEX, json.dumps(index) + "\n")
     index = read_index(partial)
     for name, part in index["parts"].items():
-        os.truncate(partial / f"{name}.u8", len(part["labels"]) * math.prod(index["stored_shape"]))
+        channels, *sides = index["stored_shape"]
+        os.truncate(partial / f"{name}.u8", len(part["labels"]) * channels * math.prod(sides))
+        os.truncate(partial / f"{name}.i64", len(part["labels"]) * channels * SUMS)
     (partial / JOURNAL).unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):  # where there are no locks, another process was first
         partial.rename(made)
@@ -276,13 +305,15 @@ def _decode_all(listing: Listing, image_size: int, partial: Path, between: Calla
     _require_room(partial, size)
     say(f"decoding {count:,} pictures into {partial}: {size / 1e9:,.2f} GB")
     with contextlib.ExitStack() as scope:
-        # Unbuffered, and each row at its own place: threads write side by side.
-        files = {name: scope.enter_context(_open(partial / f"{name}.u8")) for name in listing.parts}
+        files = {}
+        for name in listing.parts:
+            images, sums = (scope.enter_context(_open(partial / f"{name}.{kind}")) for kind in ("u8", "i64"))
+            files[name] = PartFiles(images, sums)
         todo = [block for block in blocks if block.name not in journal.found]
-        decoding = _in_threads("decoding", lambda one: _decode(one, shape, files[one.part]), todo, between)
+        decoding = _in_threads("decoding", lambda one: _decode(one, shape, image_size, files[one.part]), todo, between)
         for block, done in scope.enter_context(contextlib.closing(decoding)):
             journal.write(block.name, done)
-        parts, left_out = _close_gaps(listing, blocks, journal, math.prod(shape), files)
+        parts, left_out = _close_gaps(listing, blocks, journal, shape, files)
     index = {"parts": parts, "stored_shape": shape, "image_size": image_size, "classes": listing.classes}
     return index | {"left_out": left_out, "folder": str(listing.folder.absolute())}
 
@@ -354,8 +385,9 @@ def _open(path: Path) -> io.FileIO:
     return io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
 
 
-def _decode(block: Block, shape: Shape, file: io.FileIO) -> dict[str, Any]:
-    """Write a block's images [n, *shape] to their place in a file. Return their md5, and what is broken, by row."""
+def _decode(block: Block, shape: Shape, image_size: int, files: PartFiles) -> dict[str, Any]:
+    """Write a block's images [n, *shape] and their sums to their places. Return the images' md5, and what is broken, by
+    row."""
     from PIL import UnidentifiedImageError
 
     from fashion_ddp.data import picture
@@ -369,15 +401,17 @@ def _decode(block: Block, shape: Shape, file: io.FileIO) -> dict[str, Any]:
             why = "no picture of a kind that Pillow reads" if unknown else getattr(error, "strerror", None) or error
             broken[row] = f"{path}: {why}"
     content = images.tobytes()
-    os.pwrite(file.fileno(), content, block.first * images[0].nbytes)
-    os.fdatasync(file.fileno())
+    os.pwrite(files.images.fileno(), content, block.first * images[0].nbytes)
+    os.pwrite(files.sums.fileno(), pixel_sums(centre(images, image_size)).tobytes(), block.first * shape[0] * SUMS)
+    for file in files:
+        os.fdatasync(file.fileno())
     return {"md5": _md5(content), "broken": broken}
 
 
 def _close_gaps(
-    listing: Listing, blocks: list[Block], journal: Journal, row: int, files: dict[str, io.FileIO]
+    listing: Listing, blocks: list[Block], journal: Journal, shape: Shape, files: dict[str, PartFiles]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Move the last images, of `row` bytes, to the places of those that are missing. Return of each part its labels
+    """Move the last images, and their sums, to the places of those that are missing. Return of each part its labels
     and md5, and the pictures that are left out, and why. To do it twice does no harm."""
     parts, left_out = {}, list[str]()
     for name, part in listing.parts.items():
@@ -387,9 +421,11 @@ def _close_gaps(
         gaps = [n for n in sorted(broken) if n < count]
         last = [n for n in range(count, len(labels)) if n not in broken]
         for gap, moved in zip(gaps, last, strict=True):
-            os.pwrite(files[name].fileno(), os.pread(files[name].fileno(), row, moved * row), gap * row)
+            for file, row in zip(files[name], (math.prod(shape), shape[0] * SUMS), strict=True):
+                os.pwrite(file.fileno(), os.pread(file.fileno(), row, moved * row), gap * row)
             labels[gap] = labels[moved]
-        os.fsync(files[name].fileno())
+        for file in files[name]:
+            os.fsync(file.fileno())
         md5 = _md5(json.dumps([[done["md5"] for _, done in mine], sorted(broken)]).encode())
         parts[name] = {"labels": labels[:count].tolist(), "md5": md5}
         left_out += [broken[n] for n in sorted(broken)]

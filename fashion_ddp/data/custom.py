@@ -28,6 +28,7 @@ from fashion_ddp import user_code
 from fashion_ddp.config.names import is_code, is_path
 from fashion_ddp.data import cache, idx
 from fashion_ddp.data.cache import PictureSettings
+from fashion_ddp.distributed import machine
 from fashion_ddp.errors import UserError
 
 NPZ = [("train_images", "train_labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test")]
@@ -99,8 +100,18 @@ def _call_function(dataset: str) -> RawData:
     return RawData((train_images, train_labels), (test_images, test_labels), classes)
 
 
+def _require_memory(dataset: Path, nbytes: int) -> None:
+    """Raise UserError where the machine's ranks, of which each reads a set of its own, have no memory for it."""
+    ranks = machine.read_placement().local_world_size
+    what = f"dataset {dataset}, decoded{f' by {ranks} ranks' if ranks > 1 else ''},"
+    way_on = "take fewer or smaller images, or fewer ranks; only pictures in train/<class>/ need not fit into memory"
+    machine.require_memory(what, ranks * nbytes, machine.free_memory(), way_on=way_on)
+
+
 def _read_npz(path: Path) -> RawData:
     try:
+        with zipfile.ZipFile(path) as archive:
+            _require_memory(path, sum(array.file_size for array in archive.infolist()))
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
     except UNREADABLE as error:
@@ -120,7 +131,7 @@ def _read_npz(path: Path) -> RawData:
 
 def _read_idx_files(folder: Path) -> RawData:
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    arrays = []
+    files: list[tuple[Path, tuple[int, ...]]] = []
     for part in ("train", "t10k|test"):
         for kind, axes in (("images", (3, 4)), ("labels", (1,))):
             pattern = rf"({part}).*{kind}.*(idx|ubyte)"
@@ -131,14 +142,26 @@ def _read_idx_files(folder: Path) -> RawData:
                     f"dataset {folder}: needs one file {what}, found {', '.join(matches) or 'none'}; or pictures in "
                     "train/<class>/ and test/<class>/"
                 )
-            path = folder / (f"{matches[0]}.gz" if f"{matches[0]}.gz" in names else matches[0])
-            try:
-                content = path.read_bytes()
-                arrays.append(idx.decode(gzip.decompress(content) if path.suffix == ".gz" else content, *axes))
-            except UNREADABLE as error:
-                raise UserError(f"{path}: cannot be read as an idx file: {error}: write it again") from None
+            files.append((folder / (f"{matches[0]}.gz" if f"{matches[0]}.gz" in names else matches[0]), axes))
+    _require_memory(folder, sum(_idx_size(path) for path, _ in files))
+    arrays = []
+    for path, accepted in files:
+        try:
+            content = path.read_bytes()
+            arrays.append(idx.decode(gzip.decompress(content) if path.suffix == ".gz" else content, *accepted))
+        except UNREADABLE as error:
+            raise UserError(f"{path}: cannot be read as an idx file: {error}: write it again") from None
     images, labels, test_images, test_labels = arrays
     return RawData((images, labels), (test_images, test_labels), _read_class_names(folder / "classes.txt"))
+
+
+def _idx_size(path: Path) -> int:
+    """Return how many values an idx file says that it has; 0 where it cannot be read, which whoever reads it says."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return idx.size(file.read(idx.LONGEST_HEADER))
+    except UNREADABLE:
+        return 0
 
 
 def _read_class_names(path: Path) -> list[str] | None:

@@ -5,7 +5,8 @@ own.
 """
 
 import gzip
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,15 @@ class Dataset:
     val_images: np.ndarray | None = None  # as the others, for a set that has images to choose settings by
     val_labels: np.ndarray | None = None
     left_out: tuple[str, ...] = ()  # pictures that could not be decoded, and why
+    # By part, of pictures that lie decoded in a file: as they lie there, and the sums of their pixels.
+    stored: Mapping[str, np.memmap] = field(default_factory=dict)  # uint8 [N, C, S, S], with room around what is seen
+    sums: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N, C, 2], see `cache.pixel_sums`
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Return (C, H, W)."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
-
-    @property
-    def nbytes(self) -> int:
-        arrays = (
-            self.train_images,
-            self.train_labels,
-            self.test_images,
-            self.test_labels,
-            self.val_images,
-            self.val_labels,
-        )
-        return sum(array.nbytes for array in arrays if array is not None)
 
     @property
     def synthetic(self) -> bool:
@@ -77,9 +69,8 @@ def load(
         found = custom.load_pictures(name, settings, made)
         arrays |= {f"{part}_images": images for part, images in found.images.items()}
         arrays |= {f"{part}_labels": labels for part, labels in found.labels.items()}
-        return Dataset(
-            names.dataset_name(name), found.classes, **arrays, md5=found.md5, source=name, left_out=found.left_out
-        )
+        arrays |= {"stored": found.stored, "sums": found.sums, "left_out": found.left_out}
+        return Dataset(names.dataset_name(name), found.classes, **arrays, md5=found.md5, source=name)
     if settings.image_size or settings.skip_broken:
         flag = "image_size" if settings.image_size else "skip_broken"
         raise UserError(

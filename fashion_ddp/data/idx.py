@@ -5,6 +5,18 @@ import struct
 
 import numpy as np
 
+LONGEST_HEADER = 4 + 4 * 4  # bytes, of four axes
+
+
+def size(content: bytes) -> int:
+    """Return how many values an idx file says that it has, by the beginning of its content; 0 where it has no header.
+
+    Its reader then knows how much memory it takes; `decode` says what is wrong.
+    """
+    count = content[3] if content[3:4] else 0
+    lengths = content[4 : 4 + 4 * count]
+    return math.prod(struct.unpack(f">{count}I", lengths)) if count and len(lengths) == 4 * count else 0
+
 
 def decode(content: bytes, *axes: int) -> np.ndarray:
     """Return the array in an idx file of unsigned bytes: uint8, of the shape in its header.

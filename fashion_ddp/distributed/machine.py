@@ -204,12 +204,17 @@ def free_memory() -> int | None:
     return min(found, default=None)
 
 
-def require_memory(what: str, needed: int, free: int | None, on: str = "this machine") -> None:
+def require_memory(
+    what: str,
+    needed: int,
+    free: int | None,
+    on: str = "this machine",
+    way_on: str = "take fewer or smaller images, fewer ranks on the machine, or another machine",
+) -> None:
     """Raise UserError, with both sizes, where `needed` bytes do not fit into `free` ones. None: unknown, accepted."""
     if free is not None and needed > free:
         raise UserError(
-            f"{what} takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB of memory are free on {on}: take fewer or "
-            "smaller images, fewer ranks on the machine, or another machine"
+            f"{what} takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB of memory are free on {on}: {way_on}"
         )
 
 

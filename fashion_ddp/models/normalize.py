@@ -4,6 +4,8 @@ Mean and deviation are buffers of the model. Saved with its weights, they let wh
 did.
 """
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,18 +28,15 @@ def _normalize(model: Any, inputs: tuple[Tensor]) -> Tensor:
     return (inputs[0] - model.input_mean) / model.input_std
 
 
-def set_statistics(model: nn.Module, images: np.ndarray) -> None:
-    """Give a model from `normalize_input` the mean and the standard deviation of images uint8 [N, C, H, W], by channel.
+def set_statistics(model: nn.Module, sums: np.ndarray, pixels: int) -> None:
+    """Give a model from `normalize_input` the mean and the standard deviation of a set's images, by channel.
 
-    They are computed from counts of the 256 values, exactly, so that all ranks have the same. A channel that is the
-    same everywhere is left undivided.
+    `sums`: [N, C, 2] int64, of each image the sum of its pixels (0 to 255) and that of their squares; `pixels`: of an
+    image, H * W. All is computed in whole numbers, so that every rank has the same. A channel that is the same
+    everywhere is left undivided.
     """
-    for channel in range(images.shape[1]):
-        counts = np.zeros(256, dtype=np.int64)
-        for part in np.array_split(images[:, channel], max(1, len(images) // 4096)):  # bincount needs int64 copies
-            counts += np.bincount(part.reshape(-1), minlength=256)
-        values = np.arange(256) / 255
-        mean = float(counts @ values) / int(counts.sum())
-        std = float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))
-        model.get_buffer("input_mean")[channel] = mean
-        model.get_buffer("input_std")[channel] = std or 1.0
+    count = len(sums) * pixels
+    for channel, (first, second) in enumerate(sums.sum(0).tolist()):
+        variance = Fraction(second, count) - Fraction(first, count) ** 2
+        model.get_buffer("input_mean")[channel] = first / count / 255
+        model.get_buffer("input_std")[channel] = math.sqrt(variance) / 255 or 1.0

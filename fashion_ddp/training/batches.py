@@ -1,15 +1,16 @@
 """Which images each rank takes at each step, and how they are augmented.
 
-The whole set lives decoded on the rank's device. For each epoch one CPU generator, seeded by (seed, epoch) and so the
-same on every rank, draws the order of the images and an augmentation for each image; both go to the device once. What
-else is drawn (partners to mix images with, keys for dropout) has generators of its own and changes none of it.
+The images lie decoded on the rank's device, or are read ahead (images.py). For each epoch one CPU generator, seeded by
+(seed, epoch) and so the same on every rank, draws the order of the images and an augmentation for each image; both go
+to the device once. What else is drawn (partners to mix images with, keys for dropout) has generators of its own and
+changes none of it.
 Global batch k is rows [kB, (k+1)B) of that order, whatever the number of ranks; a row's place in it decides which rank
-takes it. There is no DataLoader and no worker: a position in the run is (epoch, step).
+takes it. There is no DataLoader: a position in the run is (epoch, step).
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.data import Dataset
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import UserError
+from fashion_ddp.training.images import Part, Place, lay
 
 DTYPES = {"fp64": torch.float64}  # of the images; mixed precision casts inside the model
 
@@ -53,22 +55,29 @@ def set_row(table: Tensor, k: Position, piece: int, values: Tensor) -> None:
         table[:, piece].index_copy_(0, k, values.unsqueeze(0))
 
 
-def split(cfg: Config, data: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the images and labels of each part: train, test, and val where the set has one or images are held out for
-    it, drawn by seed. Raises UserError where none is left to train on, or where both are given."""
-    parts = {"train": (data.train_images, data.train_labels), "test": (data.test_images, data.test_labels)}
-    count = len(data.train_labels)
+def split(cfg: Config, data: Dataset) -> dict[str, Part]:
+    """Return the parts of a run's data: train, test, and val where the set has one or images are held out for it, drawn
+    by seed. Raises UserError where none is left to train on, or where both are given."""
+    parts = {
+        name: Part(images, labels, None, data.stored.get(name), data.sums.get(name))
+        for name, images, labels in (
+            ("train", data.train_images, data.train_labels),
+            ("test", data.test_images, data.test_labels),
+            ("val", data.val_images, data.val_labels),
+        )
+        if images is not None and labels is not None
+    }
+    count, whole = len(data.train_labels), parts["train"]
     if cfg.validation >= count:
         raise UserError(f"validation must leave images to train on: {cfg.validation} of {count} were asked for")
-    if cfg.validation and data.val_images is not None:
+    if cfg.validation and "val" in parts:
         raise UserError(f"validation: dataset {data.name} has images to choose by, in val/: leave --validation out")
     if cfg.validation:
         order = torch.randperm(count, generator=generator(cfg.seed, "validation")).numpy()
-        kept, held_out = np.sort(order[cfg.validation :]), np.sort(order[: cfg.validation])
-        parts["val"] = data.train_images[held_out], data.train_labels[held_out]
-        parts["train"] = data.train_images[kept], data.train_labels[kept]
-    elif data.val_images is not None and data.val_labels is not None:
-        parts["val"] = data.val_images, data.val_labels
+        for name, rows in (("train", order[cfg.validation :]), ("val", order[: cfg.validation])):
+            parts[name] = whole.subset(np.sort(rows))
+    if cfg.random_resized_crop and whole.stored is not None:  # it moves in what is around, too
+        parts["train"] = replace(parts["train"], images=whole.stored)
     return parts
 
 
@@ -131,7 +140,7 @@ class Batches:
         index, targets   [steps, pieces, rows] int64: which images, and their labels
         weights          [steps, pieces, rows]: 1, or 0 where an image stands in
         loss_weights     the same, times the weights of the rows' classes, divided by their sum over the global batch
-        noise            [N, 7] int64: how each image of the set is augmented; None for not at all
+        noise            [N, 7 or 11] int64: how each image of the set is augmented; None for not at all
         keys             [N] int64: of each image of the set, for dropout; None unless `keyed`
         partners         [steps, pieces, rows] int64: which images these are mixed with; None for not at all
         mixes            [steps, 1, 6]: how, by global batch, as `_mix` takes it; None for not at all
@@ -139,13 +148,16 @@ class Batches:
 
     keyed = False  # whether keys are drawn: the step says so where its model needs them
 
-    def __init__(self, cfg: Config, world: World, images: np.ndarray, labels: np.ndarray):
-        self.cfg, self.device = cfg, world.device
+    def __init__(self, cfg: Config, world: World, part: Part, place: Place = "device"):
+        """`place`: where the images lie."""
+        self.cfg, self.device, self.part = cfg, world.device, part
         self.dtype = DTYPES.get(cfg.precision, torch.float32)
-        self.images = torch.from_numpy(images).to(self.device)
-        self.labels = torch.from_numpy(labels).to(self.device)
-        self.row_weights = class_weights(cfg, labels)
-        self.count, self.batch = len(labels), min(cfg.batch_size, len(labels))
+        self.images = lay(part, world.device, place)
+        height, width = part.images.shape[2:]
+        self.size = (cfg.image_size, cfg.image_size) if cfg.image_size else (height, width)  # as the model sees them
+        self.labels = torch.from_numpy(part.labels).to(self.device)
+        self.row_weights = class_weights(cfg, part.labels)
+        self.count, self.batch = len(part.labels), min(cfg.batch_size, len(part.labels))
         self.steps = math.ceil(self.count / self.batch)
         self.groups = cfg.reduction_shards or world.size
         if self.groups % world.size:
@@ -177,6 +189,7 @@ class Batches:
         """Fill the tables with the order and the augmentation of an epoch (from 1)."""
         drawn = self.ahead if self.ahead and self.ahead.epoch == epoch else self._draw(epoch)
         self.ahead = None
+        self.images.order(drawn.index, drawn.partners)
         self.index.copy_(drawn.index, non_blocking=True)
         self.targets.copy_(self.labels[self.index])
         self.weights.copy_(drawn.weights, non_blocking=True)
@@ -235,31 +248,36 @@ class Batches:
         return _padded(mine, per_group).reshape(self.steps, self.pieces, self.rows)
 
     def piece(self, k: Position, piece: int) -> Piece:
-        """Return what one forward pass of global batch k takes."""
+        """Return what one forward pass of global batch k takes, whose images were brought."""
         index = row(self.index, k, piece)
-        images, labels = self._images(index), row(self.targets, k, piece)
+        images, labels = self._augmented(piece, index), row(self.targets, k, piece)
         keys = None if self.keys is None else self.keys.index_select(0, index)
         partner_labels: Tensor | None = None
         own_share: Tensor | float = 1.0
         if self.partners is not None and self.mixes is not None:
             partners, mix = row(self.partners, k, piece), row(self.mixes, k, 0)
-            images, partner_labels = _mix(images, self._images(partners), mix), self.labels.index_select(0, partners)
-            own_share = mix[0]
+            images = _mix(images, self._augmented(self.pieces + piece, partners), mix)
+            partner_labels, own_share = self.labels.index_select(0, partners), mix[0]
         weights, loss_weights = row(self.weights, k, piece), row(self.loss_weights, k, piece)
         whole_batch = self.alone and isinstance(k, int) and self.in_batch[k] == len(index)
         return Piece(images, labels, weights, loss_weights, keys, partner_labels, own_share, whole_batch)
 
-    def _images(self, index: Tensor) -> Tensor:
-        """Return images [n, C, H, W] of the set in [0, 1], augmented."""
-        images = self.images.index_select(0, index)
+    def _augmented(self, place: int, index: Tensor) -> Tensor:
+        """Return images [n, C, H, W] of the set in [0, 1], augmented. `place`: where among a step's images they are."""
+        images = self.images.take(place, index)
         if self.noise is not None:
-            images = _augment(images, self.noise.index_select(0, index))
+            noise = self.noise.index_select(0, index)
+            if self.cfg.random_resized_crop:
+                images, noise = _crop(images.to(self.dtype), noise[:, :4], self.size), noise[:, 4:]
+            images = _augment(images, noise)
         return to_unit(images, self.dtype)
 
     def _draw_noise(self, draws: torch.Generator, epoch: int) -> Tensor | None:
-        """Draw the augmentation of each image of the set: [N, 7] int64, as `_augment` takes it; None for none."""
-        cfg, (height, width) = self.cfg, self.images.shape[2:]
-        if not (cfg.shift or cfg.flip or cfg.alternating_flip or cfg.erase or cfg.cutout):
+        """Draw the augmentation of each image of the set: [N, 7] int64, as `_augment` takes it; where images are
+        cropped, 4 columns for `_crop` come first; None for none."""
+        cfg, (height, width) = self.cfg, self.size
+        moves, blanks = cfg.shift or cfg.flip or cfg.alternating_flip, cfg.erase or cfg.cutout
+        if not (moves or blanks or cfg.random_resized_crop):
             return None
         uniform = torch.rand(self.count, 8, generator=draws, dtype=torch.float64)
         shift = torch.randint(-cfg.shift, cfg.shift + 1, (self.count, 2), generator=draws)
@@ -279,11 +297,34 @@ class Batches:
             top, bottom = _around(uniform[:, 4], cfg.cutout, height)
             left, right = _around(uniform[:, 5], cfg.cutout, width)
         columns = [shift[:, 0], shift[:, 1], flip, top, bottom, left, right]
+        if cfg.random_resized_crop:
+            columns = [*self._draw_crops(generator(cfg.seed, "crop", epoch)).unbind(1), *columns]
         return torch.stack([c.long() for c in columns], dim=1)
+
+    def _draw_crops(self, draws: torch.Generator) -> Tensor:
+        """Draw a rectangle in each image of the set, [N, 4] float64: top, left, height and width, as torchvision's
+        RandomResizedCrop does (Szegedy et al., arXiv 1409.4842): of ten that are tried, the first that fits, or else
+        the largest of the ratios in the centre."""
+        height, width = self.part.images.shape[2:]
+        low, high = 3 / 4, 4 / 3  # of width to height
+        tall, wide = min(height, round(width / low)), min(width, round(height * high))
+        crops = torch.tensor([(height - tall) // 2, (width - wide) // 2, tall, wide], dtype=torch.float64)
+        crops, found = crops.repeat(self.count, 1), torch.zeros(self.count, dtype=torch.bool)
+        for _ in range(10):
+            uniform = torch.rand(self.count, 4, generator=draws, dtype=torch.float64)
+            area = height * width * (1 - (1 - self.cfg.random_resized_crop) * uniform[:, 0])
+            aspect = torch.exp(math.log(low) + uniform[:, 1] * math.log(high / low))
+            sides = torch.stack([torch.sqrt(area / aspect), torch.sqrt(area * aspect)], 1).round()
+            room = torch.tensor([height, width]) - sides
+            fits = ((sides > 0) & (room >= 0)).all(1)
+            tried = torch.cat([(uniform[:, 2:] * (room + 1)).floor(), sides], 1)
+            crops = torch.where((fits & ~found)[:, None], tried, crops)
+            found |= fits
+        return crops
 
     def _draw_mixes(self, draws: torch.Generator) -> Tensor:
         """Draw how the images of each global batch are mixed: [steps, 1, 6] float64, as `_mix` takes it."""
-        cfg, (height, width) = self.cfg, self.images.shape[2:]
+        cfg, (height, width) = self.cfg, self.size
         uniform = torch.rand(self.steps, 3, generator=draws, dtype=torch.float64)
         cuts = uniform[:, 0] < (0.5 if cfg.mixup and cfg.cutmix else float(cfg.cutmix > 0))
         concentration = np.where(cuts, cfg.cutmix, cfg.mixup)
@@ -324,6 +365,28 @@ def _mix(images: Tensor, partners: Tensor, mix: Tensor) -> Tensor:
     y, x = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
     own = blend * ~((y >= top) & (y < bottom) & (x >= left) & (x < right))  # [H, W]
     return torch.lerp(partners, images, own)
+
+
+def _crop(images: Tensor, crops: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scale a rectangle of each of images [n, C, H, W] to `size`, bilinear, with antialiasing where it shrinks. `crops`
+    [n, 4]: top, left, height, width."""
+    n, channels, height, width = images.shape
+    top, left, tall, wide = crops.to(images.dtype).unbind(1)
+    across = torch.bmm(images.reshape(n, channels * height, width), _scaling(left, wide, width, size[1]).mT)
+    by_row = across.view(n, channels, height, -1).transpose(1, 2).reshape(n, height, -1)
+    down = torch.bmm(_scaling(top, tall, height, size[0]), by_row)
+    return down.view(n, size[0], channels, size[1]).transpose(1, 2)
+
+
+def _scaling(first: Tensor, length: Tensor, of: int, to: int) -> Tensor:
+    """Return how much of each of `of` pixels is in each of `to`, [n, to, of], when the `length` [n] pixels from `first`
+    [n] on are scaled: weights of a triangle, as Pillow's and torch's antialiasing has them."""
+    scale = (length / to)[:, None, None]
+    source = torch.arange(of, device=first.device)[None, None] + 0.5 - first[:, None, None]
+    centre = (torch.arange(to, device=first.device)[None, :, None] + 0.5) * scale
+    weights = (1 - (source - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((source > 0) & (source < length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def _augment(images: Tensor, noise: Tensor) -> Tensor:

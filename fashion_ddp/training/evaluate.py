@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from fashion_ddp.config import Config
 from fashion_ddp.distributed.world import World, all_reduce
 from fashion_ddp.training.batches import DTYPES, to_unit
+from fashion_ddp.training.images import Part, Place, lay
 
 ROWS = 128  # per forward pass on a CPU, whose cache bounds it
 # Test-time augmentation: what is seen of each image (mirrored, moved down, moved right), and the weight of its logits.
@@ -44,22 +44,28 @@ class Evaluation:
     `VIEWS`; a view that both have passes through the model once.
     """
 
-    def __init__(self, cfg: Config, world: World, images: np.ndarray, labels: np.ndarray, classes: int):
-        self.classes, self.dtype, self.count = classes, DTYPES.get(cfg.precision, torch.float32), len(labels)
-        self.images = torch.from_numpy(images).to(world.device)
-        self.labels = torch.from_numpy(labels).to(world.device)
-        self.mine = torch.arange(world.rank, self.count, world.size, device=world.device)
-        self.rows = ROWS if world.device.type == "cpu" else max(ROWS, PIXELS // math.prod(images.shape[2:]))
+    def __init__(self, cfg: Config, world: World, part: Part, classes: int, place: Place = "device"):
+        """`place`: where the images lie."""
+        self.classes, self.dtype, self.count = classes, DTYPES.get(cfg.precision, torch.float32), len(part.labels)
+        self.part = part
+        self.images = lay(part, world.device, place)
+        self.labels = torch.from_numpy(part.labels).to(world.device)
+        rows = ROWS if world.device.type == "cpu" else max(ROWS, PIXELS // math.prod(part.images.shape[2:]))
+        mine = torch.arange(world.rank, self.count, world.size)
+        self.blocks = mine.to(world.device).split(rows)
+        self.table = F.pad(mine, (0, len(self.blocks) * rows - len(mine)), value=-1).view(len(self.blocks), 1, rows)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, *tta: str) -> list[Scores]:
         ways = [VIEWS[name] for name in tta or ["none"]]
         views = dict.fromkeys(how for way in ways for how in way)
         # Each rank fills its own rows, and one all-reduce brings them together. The last column counts.
-        filled = torch.zeros(self.count, len(ways) * self.classes + 1, dtype=self.dtype, device=self.mine.device)
+        filled = torch.zeros(self.count, len(ways) * self.classes + 1, dtype=self.dtype, device=self.labels.device)
         model.eval()
-        for index in self.mine.split(self.rows):
-            images = to_unit(self.images.index_select(0, index), self.dtype)
+        self.images.order(self.table)
+        for k, index in enumerate(self.blocks):
+            self.images.bring(k)
+            images = to_unit(self.images.take(0, index), self.dtype)
             seen = {how: model(view(images, *how)).to(self.dtype) for how in views}
             means = [functools.reduce(torch.add, (seen[how] * weight for how, weight in way.items())) for way in ways]
             filled[index] = F.pad(torch.cat(means, 1), (0, 1), value=1.0)

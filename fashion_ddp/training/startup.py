@@ -45,10 +45,6 @@ def load_data(cfg: Config, world: World) -> data.Dataset:
             f"dataset {cfg.dataset}: the ranks found different data: copy the same files to every machine, and let a "
             "function return the same at every call"
         )
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        what, where = f"dataset {cfg.dataset}, decoded,", f"{world.device_name} ({world.device})"
-        world.raise_together(lambda: machine.require_memory(what, dataset.nbytes, free, where))
     return dataset
 
 
@@ -77,7 +73,7 @@ def _say(world: World, text: str) -> None:
         say(text)
 
 
-def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, Any]:
+def environment(cfg: Config, world: World, dataset: data.Dataset, batches: Batches) -> dict[str, Any]:
     """Return this start's entry of environment.json: machines, devices, versions and code. A collective."""
     here = {"host": socket.gethostname(), "device": world.device_name, "cpu": machine.cpu_name()}
     ranks = world.all_gather_object(here | {"threads": world.threads})
@@ -93,6 +89,7 @@ def environment(cfg: Config, world: World, dataset: data.Dataset) -> dict[str, A
         # No setting: the run is the same whatever is trained beside it. Its launcher alone knows.
         "side_by_side": int(os.environ.get("FASHION_DDP_SIDE_BY_SIDE", "1")),
         "data_source": dataset.source,
+        "data_on": batches.images.lie_on,
         "left_out": list(dataset.left_out),
         "precision": cfg.precision,
     }
@@ -192,7 +189,7 @@ def _facts(cfg: Config, world: World, env: dict[str, Any], dataset: data.Dataset
         "ranks": f"{world.size} on {', '.join(machines)}; {pluralize(world.threads, 'CPU thread')} each",
         "device": f"{', '.join(devices)}; precision {cfg.precision}",
         "data": f"{dataset.name}, {batches.count:,} training and {len(dataset.test_labels):,} test images of {shape}, "
-        f"{len(dataset.classes)} classes; from {dataset.source}",
+        f"{len(dataset.classes)} classes; {'read ahead ' * (batches.images.lie_on == 'host')}from {dataset.source}",
         "batch": f"{batches.batch} over all ranks, of which each gets {' '.join(map(str, batches.shares))}; "
         f"{batches.steps} steps an epoch, the last of {last}",
         "optimizer": f"{cfg.optimizer}, lr {cfg.scaled_lr():g}{scaled}, {cfg.schedule}; "

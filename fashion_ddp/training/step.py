@@ -107,6 +107,7 @@ class Step:
         this a run that was stopped and continued would differ in the last bits from one that was not.
         """
         self.batches.draw(1)
+        self.batches.images.bring(0)
         buffers = [buffer.clone() for buffer in self.ddp.buffers()]
         piece = self.batches.piece(0, 0)
         self._tell_layers(piece)

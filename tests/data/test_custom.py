@@ -17,6 +17,7 @@ from test_dataset import idx
 
 from fashion_ddp import data
 from fashion_ddp.config.layers import make_config
+from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs.reading import load_run
@@ -47,6 +48,26 @@ def idx_folder(folder: Path, packed: bool = True) -> Path:
         content = gzip.compress(idx(array)) if packed else idx(array)
         (folder / (f"{name}.gz" if packed else name)).write_bytes(content)
     return folder
+
+
+@quick
+def test_a_set_that_memory_does_not_hold_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = seven(350)
+    np.savez_compressed("set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    idx_folder(Path("packed"))
+    idx_folder(Path("plain"), packed=False)
+    # Values alone, or with .npz's headers; on each of two ranks.
+    for dataset, nbytes in (("./packed", 434 * 109), ("./plain", 434 * 109), ("./set.npz", 2 * 350 * 109 + 4 * 128)):
+        for ranks_here in (1, 2):
+            place = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "x", "LOCAL_WORLD_SIZE": ranks_here}
+            for name, value in place.items():
+                monkeypatch.setenv(name, str(value))
+            monkeypatch.setattr(machine, "free_memory", lambda: ranks_here * nbytes - 1)  # noqa: B023
+            with pytest.raises(UserError, match=r"and 0.00 GB of memory are free on this machine: take fewer") as told:
+                data.load(dataset)
+            assert ("decoded by 2 ranks, takes" in str(told.value)) == (ranks_here == 2)
+            monkeypatch.setattr(machine, "free_memory", lambda: ranks_here * nbytes)  # noqa: B023
+            assert len(data.load(dataset).train_labels) == 350
 
 
 @quick

@@ -29,6 +29,7 @@ from fashion_ddp.models import architectures
 from fashion_ddp.models.dropout import SampleDropout
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.evaluate import Evaluation
+from fashion_ddp.training.images import Part
 
 BATCH = 50  # divides by neither 3 nor 4
 IMAGES = 30 * BATCH + 2  # the last batch has 2 rows: fewer than 3 or 4 ranks
@@ -52,8 +53,8 @@ def train(cfg: Config, d: data.Dataset, steps: int) -> dict[str, Any]:
     """What one rank sees of some steps: losses, hits, weights, and logits on the test set's first thousand."""
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
-        batches = Batches(cfg, world, d.train_images, d.train_labels)
-        evaluation = Evaluation(cfg, world, d.test_images[:1001], d.test_labels[:1001], len(d.classes))
+        batches = Batches(cfg, world, Part(d.train_images, d.train_labels))
+        evaluation = Evaluation(cfg, world, Part(d.test_images[:1001], d.test_labels[:1001]), len(d.classes))
         step = Trainer(cfg, world, model, batches)
         trained = []
         for epoch in range(1, -(-steps // batches.steps) + 1):
@@ -99,6 +100,7 @@ CASES = {
     },
     "linear, mixed, other augmentation": {
         "model": "linear", "shuffle": True, "cutout": 5, "alternating_flip": True, "mixup": 0.4,
+        "random_resized_crop": 0.3,
     },
     "dropout": DROPPING | {"shuffle": True, "micro_batch": 7},
     # No biases before its batch norm: their gradient is rounding alone, which Adam would bring to full size.
@@ -144,7 +146,7 @@ def gradients(cfg: Config, d: data.Dataset, weights: list[dict[str, torch.Tensor
         for state in weights:
             model = architectures.build(cfg, d.image_shape, len(d.classes))
             model.load_state_dict(state)
-            step = Trainer(cfg, world, model, Batches(cfg, world, d.train_images, d.train_labels))
+            step = Trainer(cfg, world, model, Batches(cfg, world, Part(d.train_images, d.train_labels)))
             step.leave_gradient(0)
             found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
     return found
@@ -245,7 +247,7 @@ COUNTS = (3, 1001, 10_000)
 def evaluate(cfg: Config, d: data.Dataset) -> list[tuple[float, float, torch.Tensor]]:
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
-        of = [Evaluation(cfg, world, d.test_images[:n], d.test_labels[:n], 10)(model) for n in COUNTS]
+        of = [Evaluation(cfg, world, Part(d.test_images[:n], d.test_labels[:n]), 10)(model) for n in COUNTS]
         return [(scores.loss, scores.accuracy, scores.logits) for [scores] in of]
 
 

@@ -22,8 +22,9 @@ from trainer import Trainer
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures
-from fashion_ddp.training import cuda_graph
+from fashion_ddp.training import cuda_graph, images
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.images import Part
 
 IMAGES, LABELS = np.zeros((96, 1, 28, 28), dtype=np.uint8), np.zeros(96, dtype=np.int64)
 STEPS = 5
@@ -50,7 +51,8 @@ def configurations() -> list[dict[str, Any]]:
         if (one["optimizer"], one["precision"]) == ("muon", "fp16"):  # which it does not take
             one |= {"optimizer": "adamw"}
     adamw = {"model": "cnn", "batch_norm": True, "optimizer": "adamw", "lr": 0.001, "ema": 0.9}
-    return [*found, adamw, {"model": "cnn", "hidden_units": 25, "precision": "fp16"}]
+    ahead = {"data_on": "host", "random_resized_crop": 0.5, "mixup": 0.5}
+    return [*found, adamw, {"model": "cnn", "hidden_units": 25, "precision": "fp16"}, {"model": "linear"} | ahead]
 
 
 def counts() -> dict[str, int]:
@@ -66,7 +68,8 @@ def observe(given: dict[str, Any], graph: bool) -> dict[str, Any]:
     cfg = make_config({"device": "cuda", "batch_size": 8, "epochs": 2, "cuda_graph": graph} | given)
     with open_world(cfg) as world:
         model = architectures.build(cfg, (1, 28, 28), 10)
-        step = Trainer(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
+        place = images.choose_place(cfg, world, [part := Part(IMAGES, LABELS)])
+        step = Trainer(cfg, world, model, Batches(cfg, world, part, place))
         step.batches.draw(1)
         counts()
         step.take, no_graph = cuda_graph.capture(step.step, step.state, step.rates)
@@ -84,6 +87,7 @@ def observe(given: dict[str, Any], graph: bool) -> dict[str, Any]:
         step.batches.draw(2)
         between = counts()
         del others
+        step.batches.images.close()
     AcceleratorState._reset_state(reset_partial_state=True)
     return {
         "given": given,
@@ -98,7 +102,7 @@ def observe(given: dict[str, Any], graph: bool) -> dict[str, Any]:
 def main() -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     every = configurations()
-    few = every[::5]  # each model, and each optimizer, once
+    few = [*every[::5], every[-1]]  # each model, and each optimizer, once; and images that are read ahead
     captured = every if sys.argv[1] == "every" else [*few, {"model": "resnet18"}]
     for graph, given in [*((True, one) for one in captured), *((False, one) for one in few)]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -30,10 +30,13 @@ def observed(
     return [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
 
 
-def offenders(observed: Observed, graph: bool, part: str, wrong: Callable[[dict[str, int]], bool]) -> list[Any]:
-    """The configurations, with or without a graph, of which the counts of a part are wrong; and these counts."""
-    cases = [one for one in observed if one["graph"] == graph]
-    assert len(cases) >= 4
+def offenders(
+    observed: Observed, graph: bool, part: str, wrong: Callable[[dict[str, int]], bool], ahead: bool = False
+) -> list[Any]:
+    """The configurations, with or without a graph, of which the counts of a part are wrong; and these counts. `ahead`:
+    those whose images are read ahead, by a thread whose calls are counted, too."""
+    cases = [one for one in observed if one["graph"] == graph and ("data_on" in one["given"]) == ahead]
+    assert len(cases) >= (1 if ahead else 4)
     return [(one["given"], one["no_graph"], one[part]) for one in cases if wrong(one[part])]
 
 
@@ -48,6 +51,14 @@ def test_a_capture_makes_no_call_that_cuda_forbids_and_launches_nothing_beside_i
 def test_a_step_is_one_launch_without_a_copy_or_a_wait(observed: Observed) -> None:
     # The one event tells when the step began (training/timing.py).
     assert not offenders(observed, True, "steps", lambda steps: steps != {"graph launch": 5, "event recorded": 5})
+
+
+def test_a_step_whose_images_are_read_ahead_copies_them_once_more_and_waits_for_nobody(observed: Observed) -> None:
+    def wrong(steps: dict[str, int]) -> bool:
+        launches = steps.get("graph launch"), steps.get("copy on the device"), "kernel" in steps
+        return launches != (5, 5, False) or "stream synchronize" in steps or "device synchronize" in steps
+
+    assert not offenders(observed, True, "steps", wrong, ahead=True)
 
 
 def test_a_step_kernel_by_kernel_waits_for_nothing_and_brings_nothing_back(observed: Observed) -> None:

@@ -24,6 +24,7 @@ from fashion_ddp.models import weights as initial_weights
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
 from fashion_ddp.runs import claim, provenance
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.images import Part
 
 quick = pytest.mark.quick
 Patch = pytest.MonkeyPatch
@@ -199,7 +200,7 @@ def test_frozen_parts_are_not_trained(weights: Path) -> None:
     with open_world(make_config({"device": "cpu"})) as world:
         images = np.random.default_rng(0).integers(0, 255, (12, 3, 32, 32)).astype(np.uint8)
         cfg = make_config({"model": "resnet18", "device": "cpu", "batch_size": 6, "optimizer": "adamw", "lr": 0.01})
-        step = Trainer(cfg, world, model, Batches(cfg, world, images, np.arange(12) % 7))
+        step = Trainer(cfg, world, model, Batches(cfg, world, Part(images, np.arange(12) % 7)))
         before = {name: t.clone() for name, t in model.state_dict().items()}
         assert sum(len(g["params"]) for g in step.optimizer.param_groups) == len([*model.parameters()]) - len(frozen)
         step(0)
@@ -247,7 +248,7 @@ def gradient(weights: Path, freeze: list[str]) -> dict[str, torch.Tensor]:
     with open_world(cfg) as world:
         model = architectures.build(cfg, (1, 16, 16), 3)
         transfer.prepare(cfg, model)
-        step = Trainer(cfg, world, model, Batches(cfg, world, images, np.arange(10) % 3))
+        step = Trainer(cfg, world, model, Batches(cfg, world, Part(images, np.arange(10) % 3)))
         step.leave_gradient(0)
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -84,6 +84,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model": "mlp", "recipe": "lab", "seed": 43, "epochs": 4, "batch_size": 64, "shuffle": True, "optimizer": "adamw",
     "lr": 0.30000000000000004, "lr_scaling": "sqrt", "reference_batch": 64, "schedule": "cosine", "warmup_epochs": 0.5,
     "weight_decay": 1e-4, "label_smoothing": 0.1, "clip_norm": 1.0, "shift": 2, "flip": 0.5, "erase": 0.25,
+    "random_resized_crop": 0.5,
     "precision": "bf16", "validation": 5000, "hidden_units": 32, "conv_blocks": 3, "batch_norm": True,
     "dataset": "synthetic", "reduction_shards": 12, "init_from": "runs/one", "freeze": ("0", "2"),
     "decay_biases": False, "ema": 0.9, "normalize": True,
@@ -206,7 +207,7 @@ def test_check_changes_nothing(cfg: Config, status: str) -> None:
 
 
 MAY_CHANGE: dict[str, Any] = {
-    "cache_dir": Path("there"), "skip_broken": True,
+    "data_on": "host", "cache_dir": Path("there"), "skip_broken": True,
     "data_dir": Path("elsewhere"), "device": "cpu", "threads": 3, "micro_batch": 5, "checkpoint_every": 1.0,
     "timeout": 5.0, "runs_dir": Path("elsewhere"), "tracker": "none", "wandb_project": "p", "wandb_entity": "e",
     "wandb_group": "g", "wandb_tags": "t", "wandb_notes": "n", "wandb_weights": True, "trace": True,

@@ -1,5 +1,6 @@
 """Which rows make a batch, who takes them, and what augmentation does to them: each against a slow reference."""
 
+import math
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as transforms
+from torchvision.transforms import RandomResizedCrop
 
 from fashion_ddp.config import Config
 from fashion_ddp.data import Dataset
@@ -14,6 +17,7 @@ from fashion_ddp.distributed.machine import RankPlacement
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import UserError
 from fashion_ddp.training.batches import Batches, split, to_unit
+from fashion_ddp.training.images import Part
 
 pytestmark = pytest.mark.quick
 
@@ -29,7 +33,7 @@ def batches(
     """One rank's batches, with an epoch drawn."""
     accelerator = SimpleNamespace(device=torch.device("cpu"))
     world = World(accelerator, RankPlacement(rank, size, rank, size), threads=1)
-    ours = Batches(Config(model="linear", **settings), world, images, np.arange(len(images)))
+    ours = Batches(Config(model="linear", **settings), world, Part(images, np.arange(len(images))))
     ours.keyed = keyed
     ours.draw(epoch)
     return ours
@@ -153,12 +157,12 @@ def dataset(count: int) -> Dataset:
 
 
 def held_out(cfg: Config, count: int = 100) -> list[int]:
-    return split(cfg, dataset(count))["val"][1].tolist()
+    return split(cfg, dataset(count))["val"].labels.tolist()
 
 
 @pytest.mark.parametrize("held", [0, 1, 40, 99])
 def test_validation_takes_its_images_from_training(held: int) -> None:
-    parts = {name: labels.tolist() for name, (_, labels) in split(Config(validation=held), dataset(100)).items()}
+    parts = {name: part.labels.tolist() for name, part in split(Config(validation=held), dataset(100)).items()}
     trained_on, kept_out = parts["train"], parts.get("val", [])
     assert len(kept_out) == held and sorted([*trained_on, *kept_out]) == list(range(100))
     assert list(trained_on) == sorted(trained_on)  # the order of the file, for recipes that do not shuffle
@@ -210,11 +214,13 @@ def test_each_kind_of_noise_acts_alone() -> None:
     assert batches().noise is None
     kinds: list[tuple[str, dict[str, Any]]] = [("shift", {"shift": 1}), ("flip", {"flip": 1.0})]
     kinds += [("flip", {"alternating_flip": True}), ("blank", {"erase": 1.0}), ("blank", {"cutout": 3})]
+    kinds += [("crop", {"random_resized_crop": 0.5})]
     for moved, settings in kinds:
         noise = batches(**settings).noise
         assert noise is not None
-        down, right, flip, top, bottom, _, _ = noise.T
+        *crop, down, right, flip, top, bottom, _, _ = noise.T
         acts = {"shift": down.any() or right.any(), "flip": flip.any(), "blank": (bottom > top).any()}
+        acts["crop"] = torch.tensor(bool(crop))
         assert {kind: bool(does) for kind, does in acts.items()} == {kind: kind == moved for kind in acts}
 
 
@@ -236,6 +242,7 @@ def test_what_is_drawn_belongs_to_the_image_wherever_it_is_computed(cut: dict[st
         return [seen, others]
 
     noisy: dict[str, Any] = {"batch_size": 20, "shift": 2, "flip": 0.5, "erase": 0.5, "keyed": True} | mixed
+    noisy |= {"random_resized_crop": 0.3} if mixed.get("cutmix") else {}
     alone = by_label(every_rank(1, **noisy))
     for size in (2, 3, 4):
         assert all(map(torch.equal, by_label(every_rank(size, **noisy, **cut)), alone))
@@ -293,6 +300,31 @@ def test_cutout_blanks_a_square_around_any_pixel(side: int) -> None:
         if len(left) == 28:
             assert float(times.min()) * 28 / 40_000 > 0.9 and float(times.max()) * 28 / 40_000 < 1.1
     assert abs(float(torch.corrcoef(noise[:, [3, 5]].T.double())[0, 1])) < 0.02
+
+
+def test_a_random_crop_is_torchvisions() -> None:
+    ours = batches(batch_size=COUNT, random_resized_crop=0.1, precision="fp64", flip=0.5)
+    assert ours.noise is not None
+    images, labels, *_ = ours.piece(0, 0)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        *crop, _, _, flip, _, _, _, _ = ours.noise[label].tolist()
+        pixels = torch.from_numpy(IMAGES[label]).double() / 255
+        theirs = transforms.resized_crop(pixels, *crop, [HEIGHT, WIDTH], antialias=True)
+        torch.testing.assert_close(image, theirs.flip(-1) if flip else theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("height", "width", "least"), [(64, 64, 0.08), (9, 40, 0.5), (20, 30, 1.0)])
+def test_crops_are_drawn_as_torchvision_draws_them(height: int, width: int, least: float) -> None:
+    noise = batches(images=np.zeros((5_000, 1, height, width), np.uint8), random_resized_crop=least).noise
+    assert noise is not None
+    torch.manual_seed(0)
+    image = torch.zeros(1, height, width)
+    drawn = [RandomResizedCrop.get_params(image, [least, 1.0], [3 / 4, 4 / 3]) for _ in range(5_000)]
+    for ours, theirs in zip(noise[:, :4].double().T, torch.tensor(drawn).double().T, strict=True):
+        assert float(ours.min()) == float(theirs.min()) and abs(float(ours.max() - theirs.max())) <= 1
+        gap = 4 * float(theirs.std()) * math.sqrt(2 / 5_000)
+        assert abs(float(ours.mean() - theirs.mean())) <= gap
+        assert abs(float(ours.std() - theirs.std())) <= gap
 
 
 # --- Mixing -----------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from fashion_ddp.models import architectures
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.checkpoint import Checkpoints
+from fashion_ddp.training.images import Part
 from fashion_ddp.training.recorder import Recorder
 
 pytestmark = pytest.mark.quick
@@ -54,7 +55,7 @@ class Training:
         accelerator.prepare_model = lambda model, evaluation_mode: model
         world = World(accelerator, RankPlacement(), threads=1)
         self.model = architectures.build(self.cfg, (1, 8, 8), 10)
-        self.trainer = Trainer(self.cfg, world, self.model, Batches(self.cfg, world, IMAGES, LABELS))
+        self.trainer = Trainer(self.cfg, world, self.model, Batches(self.cfg, world, Part(IMAGES, LABELS)))
         self.state, self.sync = self.trainer.state, self.trainer.sync
         self.sync.seconds = 0.0  # a sync point after every step
         path.mkdir(exist_ok=True)

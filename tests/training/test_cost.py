@@ -19,6 +19,7 @@ from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures, describe
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.images import Part
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), dtype=np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 10, 200)
@@ -43,7 +44,7 @@ def operations(model: str, **given: Any) -> Counter[str]:
     """Of one step, on one rank."""
     cfg = make_config(SMALL | {"model": model} | given)
     with open_world(cfg) as world:
-        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, Part(IMAGES, LABELS)))
         step.batches.draw(1)
         step(0)
         with Operations() as seen:
@@ -67,7 +68,7 @@ def collectives(steps: int, given: dict[str, Any]) -> tuple[dict[str, int], int,
     cfg = make_config(SMALL | given)
     with open_world(cfg) as world:
         model = architectures.build(cfg, (1, 28, 28), 10)
-        step = Trainer(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, model, Batches(cfg, world, Part(IMAGES, LABELS)))
         step.batches.draw(1)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
             for k in range(steps):
@@ -94,7 +95,7 @@ def kept_bytes() -> int:
     info = ctypes.CDLL(None).mallinfo2
     info.restype = MallInfo
     with open_world(cfg) as world:
-        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 28, 28), 10), Batches(cfg, world, Part(IMAGES, LABELS)))
         step.batches.draw(1)
         step.rates = step.rates * 100  # for more steps than the run has
         used = []

@@ -24,6 +24,7 @@ from fashion_ddp.models.dropout import SampleDropout
 from fashion_ddp.training import cuda_graph
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.cuda_graph import CountingStep, Launch
+from fashion_ddp.training.images import Part
 from fashion_ddp.training.sync import Trained
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 1, 28, 28), dtype=np.uint8)
@@ -60,7 +61,7 @@ def each(given: dict[str, Any], *works: Callable[[Trainer], Any], model: nn.Modu
         if fp16:
             world.accelerator.scaler = torch.amp.GradScaler("cpu")
         nets = [model or architectures.build(cfg, (1, 28, 28), 10) for _ in works]
-        steps = [Trainer(cfg, world, net, Batches(cfg, world, IMAGES, LABELS), "cuda") for net in nets]
+        steps = [Trainer(cfg, world, net, Batches(cfg, world, Part(IMAGES, LABELS)), "cuda") for net in nets]
         for step in steps:
             step.batches.alone = False  # as on a card, where the host does not know which rows a step takes
         for step in steps:  # a card's kernels take float32 learning rates, and float64 ones where all is float64

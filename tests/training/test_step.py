@@ -21,6 +21,7 @@ from fashion_ddp.errors import TrainingFailed
 from fashion_ddp.models import architectures
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.images import Part
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 10, 64)
@@ -42,7 +43,7 @@ def before_and_after() -> list[bool]:
     with open_world(cfg := settings()) as world:
         model = noisy_model()
         before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-        step = Trainer(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, model, Batches(cfg, world, Part(IMAGES, LABELS)))
         after = model.state_dict()
         return [
             all(torch.equal(after[name], before[name]) for name in before),
@@ -61,7 +62,7 @@ def weights_moved(clip_norm: float) -> tuple[float, list[torch.Tensor]]:
     """The norm of the first gradient, and the weights before and after each of three updates."""
     with open_world(cfg := settings(clip_norm=clip_norm, lr=0.5)) as world:
         model = architectures.build(cfg, (1, 8, 8), 10)
-        step = Trainer(cfg, world, model, Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, model, Batches(cfg, world, Part(IMAGES, LABELS)))
         step.leave_gradient(0)
         norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
         weights = [nn.utils.parameters_to_vector(model.parameters()).detach().clone()]
@@ -89,7 +90,7 @@ def mixed(given: dict[str, Any]) -> list[tuple[torch.Tensor, ...]]:
     """Of each batch: the gradient, and what a plain formula gives: soft targets, and their mean cross entropy."""
     with open_world(cfg := settings(label_smoothing=0.1, batch_size=12, **given)) as world:
         model = architectures.build(cfg, (1, 8, 8), 10)
-        step = Trainer(cfg, world, model, batches := Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, model, batches := Batches(cfg, world, Part(IMAGES, LABELS)))
         assert batches.partners is not None and batches.mixes is not None
         found = []
         for k in range(batches.steps):
@@ -121,7 +122,7 @@ def test_the_loss_of_mixed_images_is_that_of_mixed_targets(given: dict[str, Any]
 
 def rates_used() -> tuple[list[float], list[float], int, int]:
     with open_world(cfg := settings(schedule="cosine", warmup_epochs=0.5)) as world:
-        step = Trainer(cfg, world, architectures.build(cfg, (1, 8, 8), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 8, 8), 10), Batches(cfg, world, Part(IMAGES, LABELS)))
         used, told = [], []
         for epoch in (1, 2):
             step.batches.draw(epoch)
@@ -143,7 +144,7 @@ def test_each_update_takes_its_own_rate() -> None:
 def end(cfg: Config, window: int) -> tuple[str, int]:
     """What a run dies of, and how many updates it made before it noticed."""
     with open_world(cfg) as world:
-        step = Trainer(cfg, world, architectures.build(cfg, (1, 8, 8), 10), Batches(cfg, world, IMAGES, LABELS))
+        step = Trainer(cfg, world, architectures.build(cfg, (1, 8, 8), 10), Batches(cfg, world, Part(IMAGES, LABELS)))
         with pytest.raises(TrainingFailed) as died:
             for start in range(0, step.batches.steps, window):
                 for k in range(start, start + window):
