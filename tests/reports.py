@@ -89,6 +89,7 @@ def make_run(
         folder.append("metrics.jsonl", [last])
     known: dict[str, Any] = {"format": 1, "status": status, "model": cfg.model, "recipe": cfg.recipe, "seed": cfg.seed}
     known |= {"world_size": ranks, "rank_invariant": True, "dataset": cfg.dataset, "classes": CLASSES}
+    known |= {"training_images_by_class": [6000 + n for n in range(len(CLASSES))]}
     known |= {"changed": recipe_changes(cfg), "device": device, "epochs": cfg.epochs, "parameters": 7960, **last}
     if finished:
         known |= {"time/train_total_s": 13.5 + cfg.seed / 100, "time/eval_total_s": 0.75, "flops_per_image": 15880}

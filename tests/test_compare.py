@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reports
 from reports import CLASSES, MD5, make_report, make_run, predictions
 from safetensors.numpy import save_file
 
@@ -345,6 +346,19 @@ def test_heavy_libraries_are_not_imported() -> None:
 
 
 @pytest.mark.quick
+def test_classes_of_unlike_size_count_the_same_in_a_figure_of_its_own(
+    runs: Path, report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "IMAGES", 205)  # of five classes one more
+    make_run(runs / "one", model="cnn")
+    r = report()
+    counts = np.array(r.runs["one"]["confusion"])
+    expected = float(np.mean(counts.diagonal() / counts.sum(1)))
+    assert expected != r.runs["one"]["test/accuracy"] and r.runs["one"]["test/balanced_accuracy"] == expected
+    assert r.column("balanced accuracy %") == [f"{100 * expected:.2f}"]
+
+
+@pytest.mark.quick
 def test_every_other_number_is_that_of_the_json(runs: Path, report: Any) -> None:
     four_models(runs)
     make_run(runs / "linear 2", model="linear", skill=2.4, seed=2)
@@ -357,10 +371,16 @@ def test_every_other_number_is_that_of_the_json(runs: Path, report: Any) -> None
     ]
     assert r.table_of("p, Holm")[1:] == pairs and len(pairs) == 6
     rows = {row["label"]: row for row in r.json["rows"]}
-    f1 = next(table for table in r.page.tables if table[0] == ["row", *CLASSES])[1:]
-    assert f1 == [[label, *(f"{value:.2f}" for value in row["f1_by_class"])] for label, row in rows.items()]
+    titles, *lines = r.table_of("training images")
+    assert titles[:3] == ["class", "training images", "test images"] and len(titles) == 3 + 2 * len(rows)
+    by_class = [[f"{100 * v:.2f}" for v in row["recall_by_class"]] for row in rows.values()]
+    f1 = [[f"{v:.2f}" for v in row["f1_by_class"]] for row in rows.values()]
+    figures = [column for pair in zip(by_class, f1, strict=True) for column in pair]
+    counts = [[f"{6000 + n:,}" for n in range(10)], ["20"] * 10]
+    assert [*zip(*lines, strict=True)] == [*map(tuple, [CLASSES, *counts, *figures])]
     by_run = [r.runs[name]["f1_by_class"] for name in rows["linear"]["runs"]]
     assert len(by_run) == 2 and rows["linear"]["f1_by_class"] == pytest.approx(np.mean(by_run, axis=0))
+    assert "balanced accuracy %" not in r.page.tables[0][0]  # which is the accuracy where classes are of one size
     shares = r.runs["relu-blog-seed42"]["positive_by_class"]
     [drawn] = [figure for figure in r.page.drawn if "dead: 0 on every image" in figure]
     assert [text for text in drawn if text.endswith("%")] == [f"{100 * share:.2f} %" for share in shares if share]

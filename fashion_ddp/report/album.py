@@ -5,47 +5,40 @@ run did not save is left out.
 """
 
 import base64
-import struct
-import zlib
+import io
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from fashion_ddp.report.results import Result
 from fashion_ddp.report.rows import Row, Section
 from fashion_ddp.report.svg import element
-from fashion_ddp.runs.reading import read_arrays
+from fashion_ddp.runs.reading import evenly_spaced, read_arrays
 
 LARGEST = 64  # pixels of a side; larger images are scaled down
+LARGEST_MAP = 32  # the same of feature maps, of which there are many
+LAYERS = 8  # layers whose feature maps are shown of a model
 WRONG = 12  # images in the list of the most confidently wrong ones
 EACH = 4  # images of a confused pair
 MAPS = 32  # feature maps of a layer
 
 
-def png(pixels: np.ndarray) -> str:
-    """Return pixels, uint8 [h, w] grey or [h, w, 3], as the data URI of a PNG.
-
-    Source: W3C, Portable Network Graphics (2003).
-    """
-    height, width = pixels.shape[:2]
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    kind_of_colour = 2 if pixels.ndim == 3 else 0
-    header = struct.pack(">IIBBBBB", width, height, 8, kind_of_colour, 0, 0, 0)
-    lines = b"".join(b"\0" + line.tobytes() for line in np.ascontiguousarray(pixels))  # 0: no filter
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + content).decode()
+def data_uri(image: Image.Image) -> str:
+    """Return a picture as a data URI: as JPEG where it is a photograph, scaled to LARGEST; else, exactly, as PNG."""
+    kind = "jpeg" if image.mode == "RGB" and max(image.size) == LARGEST else "png"
+    content = io.BytesIO()
+    image.save(content, kind, optimize=True, quality=85)
+    return f"data:image/{kind};base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def as_pixels(image: np.ndarray) -> np.ndarray:
-    """Return an image uint8 [C, H, W] as pixels [h, w], or [h, w, 3] with three channels, scaled down to LARGEST."""
-    step = -(-max(image.shape[1:]) // LARGEST)
-    small = image[:, ::step, ::step]
-    return np.moveaxis(small, 0, 2) if len(small) == 3 else small[0]
+def as_picture(image: np.ndarray) -> Image.Image:
+    """Return an image uint8 [C, H, W] as a picture, in colour if it has three channels; large ones become smaller."""
+    picture = Image.fromarray(np.moveaxis(image, 0, 2) if len(image) == 3 else image[0])
+    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return picture
 
 
 class Tile(NamedTuple):
@@ -91,7 +84,7 @@ class Album:
         name = f"{self.prefix}-{key}"
         if name not in self.symbols:
             height, width = image.shape[1:]
-            drawn = element("image", width=width, height=height, href=png(as_pixels(image)))
+            drawn = element("image", width=width, height=height, href=data_uri(as_picture(image)))
             self.symbols[name] = element("symbol", drawn, id=name, viewBox=f"0 0 {width} {height}")
         return element("svg", element("use", href=f"#{name}"), class_="px", role="img", aria_label=label)
 
@@ -144,10 +137,11 @@ class Album:
         layers = {name.removeprefix("maps."): maps for name, maps in saved.items() if name.startswith("maps.")}
         if not layers:
             return None, []
-        name = self.classes[int(saved["image_label"])]
-        shown = [Maps(layer, maps.shape, png(tile_maps(maps[:MAPS]))) for layer, maps in layers.items()]
-        shown.sort(key=lambda maps: _order(maps.layer))
-        return Tile(self._picture("0", saved["image"], f"test image 0: {name}"), name), shown
+        label = self.classes[int(saved["image_label"])]
+        names = sorted(layers, key=_order)
+        names = [names[n] for n in evenly_spaced(LAYERS, len(names))]
+        shown = [Maps(layer, layers[layer].shape, data_uri(tile_maps(layers[layer][:MAPS]))) for layer in names]
+        return Tile(self._picture("0", saved["image"], f"test image 0: {label}"), label), shown
 
 
 def _order(layer: str) -> list[tuple[int, int | str]]:
@@ -155,17 +149,18 @@ def _order(layer: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in layer.split(".")]
 
 
-def tile_maps(maps: np.ndarray) -> np.ndarray:
+def tile_maps(maps: np.ndarray) -> Image.Image:
     """Return feature maps, float [n, h, w], as one grey picture; each map is scaled to its own range of values."""
-    step = -(-max(maps.shape[1:]) // LARGEST)
-    maps = np.nan_to_num(maps[:, ::step, ::step].astype(np.float64))
+    maps = np.nan_to_num(maps.astype(np.float64))
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     grey = (255 * (maps - low) / np.where(high > low, high - low, 1)).round().astype(np.uint8)
-    count, height, width = grey.shape
+    pictures = [Image.fromarray(one) for one in grey]
+    for picture in pictures:
+        picture.thumbnail((LARGEST_MAP, LARGEST_MAP), Image.Resampling.LANCZOS)
+    count, (width, height) = len(pictures), pictures[0].size
     # Up to eight per line; for more maps, the number per line from five to eight that leaves the fewest gaps.
     per_line = count if count <= 8 else min(range(8, 4, -1), key=lambda n: -count % n)
-    sheet = np.full((-(-count // per_line) * (height + 1) - 1, per_line * (width + 1) - 1), 128, np.uint8)
-    for n, one in enumerate(grey):
-        top, left = n // per_line * (height + 1), n % per_line * (width + 1)
-        sheet[top : top + height, left : left + width] = one
+    sheet = Image.new("L", (per_line * (width + 1) - 1, -(-count // per_line) * (height + 1) - 1), 128)
+    for n, picture in enumerate(pictures):
+        sheet.paste(picture, (n % per_line * (width + 1), n // per_line * (height + 1)))
     return sheet

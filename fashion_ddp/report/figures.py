@@ -77,12 +77,16 @@ def accuracy_bars(section: Section) -> Markup:
 
 
 def learning_curves(section: Section) -> list[Markup]:
-    """Draw train loss at about 100 points per epoch, and test accuracy after each epoch, by step.
+    """Draw train loss at about 100 points per epoch, and test accuracy after each epoch, by step; where all runs saw
+    the test set only once, at their end, validation accuracy.
 
     A figure has six rows, and all figures the same scales. Several seeds are shown as their mean and their range.
     """
     losses = [_curve_over_seeds(row, "steps", "loss", 1) for row in section.rows]
-    accuracies = [_curve_over_seeds(row, "metrics", ACCURACY, 100) for row in section.rows]
+    results = [result for row in section.rows for result in row.results]
+    by_val = all(r.test_evaluations == 1 and all("val/accuracy" in epoch for epoch in r.run.metrics) for r in results)
+    figure, title_below = ("val/accuracy", "validation accuracy %") if by_val else (ACCURACY, "test accuracy %")
+    accuracies = [_curve_over_seeds(row, "metrics", figure, 100) for row in section.rows]
     finite = [v for line_ in losses for _, v, *_ in line_ if v is not None]
     reached = [v for line_ in accuracies for _, v, *_ in line_ if v is not None] or [0.0, 100.0]
     last = max((step for line_ in losses + accuracies for step, *_ in line_), default=1)
@@ -94,7 +98,7 @@ def learning_curves(section: Section) -> list[Markup]:
     for start in range(0, len(section.rows), COLOURS):
         chosen = range(start, min(start + COLOURS, len(section.rows)))
         names = ", ".join(row_name(section.rows[index]) for index in chosen)
-        for title, y, every in (("train loss", above, losses), ("test accuracy %", below, accuracies)):
+        for title, y, every in (("train loss", above, losses), (title_below, below, accuracies)):
             curves = [(index, section.rows[index], every[index]) for index in chosen]
             parts = axes(x, y, "step", title) + _draw_curves(x, y, curves, dots=y is below)
             figures.append(drawing(244, f"{title} by step: {names}", parts, synthetic_mark(section.first)))

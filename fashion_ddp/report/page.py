@@ -43,7 +43,7 @@ def html_page(comparison: Comparison) -> str:
 
 def _section(section: Section, key: str) -> dict[str, Any]:
     """Return all that the template shows of a section; `key` is the prefix of its anchors."""
-    album = Album(section, key, PICTURED)
+    album, readable = Album(section, key, PICTURED), len(section.first.classes) <= READABLE_CLASSES
     pictured = section.rows[:PICTURED]
     maps = [(row.label, *album.feature_maps(row.first)) for row in pictured]
     return {
@@ -64,7 +64,7 @@ def _section(section: Section, key: str) -> dict[str, Any]:
         "costs": figures.cost_figures(section),
         "relu": sentences.RELU,
         "logits": [
-            (r.name, figures.logits_figure(r), sentences.dead_logits_sentence(r))
+            (r.name, figures.logits_figure(r) if readable else "", sentences.dead_logits_sentence(r))
             for row in section.rows
             for r in row.results
             if "positive_by_class" in r.record
@@ -72,9 +72,10 @@ def _section(section: Section, key: str) -> dict[str, Any]:
         "confusion": [
             (row, counts, _shades(counts)) for row in section.rows if (counts := row.confusion()) is not None
         ],
-        "readable": len(section.first.classes) <= READABLE_CLASSES,
+        "readable": readable,
         "classes": section.first.classes,
-        "f1": tables.f1_table(section),
+        "by_class": tables.class_table(section),
+        "by_class_of": f"the best {tables.BY_CLASS} rows" if len(section.rows) > tables.BY_CLASS else "",
         "confused": [(row, _confused_pairs(row, album)) for row in pictured],
         "grids": [(row, tiles) for row in pictured if (tiles := album.prediction_tiles(row))],
         "wrong": [(row, tiles) for row in pictured if (tiles := album.confidently_wrong_tiles(row))],
@@ -124,7 +125,7 @@ def markdown_page(comparison: Comparison) -> str:
             ("Beside the tutorials' published figures", tables.tutorials_table(section)),
             ("Single runs", tables.single_runs(section)),
             ("What differs between the rows", tables.settings_table(section)),
-            ("F1 by class", tables.f1_table(section)),
+            ("By class", tables.class_table(section)),
             ("Most confused classes", tables.confused_table(section)),
         ):
             parts += [f"### {heading}\n", table(shown)] if shown else []

@@ -16,6 +16,7 @@ ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_
 SECONDS = "time/train_and_test_s"  # as the tutorials measure: training, and the pass over the test set after each epoch
 TTA = "test_tta/accuracy"  # with test-time augmentation
 MACRO_F1, CALIBRATION, MEMORY = "test/macro_f1", "test/calibration_error", "peak_memory_bytes"
+BALANCED = "test/balanced_accuracy"  # the mean of the classes' recalls: a rare class counts as much as a common one
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ def _result(run: Run, unique: bool) -> Result:
 
 
 def _derived(record: dict[str, Any], logits: np.ndarray, predictions: Predictions) -> dict[str, Any]:
-    """Return counts [true][predicted], the F1 from them, the calibration error and, for relu, the dead logits.
+    """Return counts [true][predicted], F1 and recall from them, the calibration error and, for relu, the dead logits.
 
     A logit is dead if it is positive for no image of the test set.
     """
@@ -161,7 +162,9 @@ def _derived(record: dict[str, Any], logits: np.ndarray, predictions: Prediction
         statistics.f1_by_class(counts),
         statistics.calibration_error(predictions.confidence, predictions.correct),
     )
+    recall = counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
     derived: dict[str, Any] = {"confusion": counts.tolist(), "f1_by_class": f1.tolist(), MACRO_F1: float(f1.mean())}
+    derived |= {"recall_by_class": recall.tolist(), BALANCED: float(recall.mean())}
     derived[CALIBRATION] = error if math.isfinite(error) else None
     if record["model"] == "relu":
         positive, names = logits > 0, record["classes"]

@@ -17,6 +17,7 @@ import numpy as np
 from fashion_ddp.report.pairs import Pair, compare_pairs
 from fashion_ddp.report.results import (
     ACCURACY,
+    BALANCED,
     CALIBRATION,
     IMAGES_PER_S,
     LOSS,
@@ -29,7 +30,7 @@ from fashion_ddp.report.results import (
 from fashion_ddp.report.statistics import Interval, t_interval, wilson
 from fashion_ddp.report.text import common_settings, settings_text
 
-FIGURES = (ACCURACY, LOSS, TTA, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
+FIGURES = (ACCURACY, LOSS, TTA, BALANCED, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Row:
         counts = [np.array(r.record["confusion"]) for r in self.results if "confusion" in r.record]
         return sum(counts[1:], counts[0]) if counts else None
 
-    def f1_by_class(self) -> list[float] | None:
-        """Return each class's F1, the mean over the runs; None without predictions."""
-        every = [r.record["f1_by_class"] for r in self.results if "f1_by_class" in r.record]
+    def by_class(self, figure: str) -> list[float] | None:
+        """Return a figure (f1, recall) of each class, the mean over the runs; None without predictions."""
+        every = [r.record[f"{figure}_by_class"] for r in self.results if f"{figure}_by_class" in r.record]
         return np.mean(every, axis=0).tolist() if every else None
 
     def as_json(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Row:
         of_row: dict[str, Any] = {"label": self.label, "runs": [r.name for r in self.results], "n": len(self.results)}
         of_row |= {"mean": each(self.mean), "std": each(self.std), "interval": self.interval()}
         of_row |= {"side_by_side": max(self.concurrent_runs)}
-        return of_row | {"f1_by_class": self.f1_by_class()}
+        return of_row | {f"{figure}_by_class": self.by_class(figure) for figure in ("f1", "recall")}
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,12 @@ class Section:
     def offers_choice(self) -> bool:
         """Return whether several rows are of one model with different settings, of which somebody may choose one."""
         return len({row.first.model for row in self.rows}) < len(self.rows)
+
+    @property
+    def unbalanced(self) -> bool:
+        """Return whether the classes have unlike numbers of test images."""
+        counts = self.rows[0].confusion()
+        return counts is not None and len(set(counts.sum(axis=1).tolist())) > 1
 
     @functools.cached_property
     def pairs(self) -> dict[tuple[int, int], Pair]:

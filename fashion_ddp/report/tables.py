@@ -9,13 +9,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fashion_ddp.errors import pluralize
-from fashion_ddp.report.results import ACCURACY, CALIBRATION, IMAGES_PER_S, LOSS, MACRO_F1, MEMORY, SECONDS, TTA
+from fashion_ddp.report.results import (
+    ACCURACY,
+    BALANCED,
+    CALIBRATION,
+    IMAGES_PER_S,
+    LOSS,
+    MACRO_F1,
+    MEMORY,
+    SECONDS,
+    TTA,
+)
 from fashion_ddp.report.rows import Comparison, Row, Section
 from fashion_ddp.report.text import Table, interval_text, p_value_text, percent, settings_text
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 BEST = "\N{BLACK STAR} "  # precedes the model of the row that is significantly better than all others
 MISSING = "-"
+BY_CLASS = 6  # rows whose figures are shown by class
 ALL_PAIRS = 5  # with more rows than this, only pairs with the first row are shown
 
 
@@ -73,6 +84,7 @@ QUALITY = [
 AUGMENTED = _figure("accuracy % with test-time augmentation", TTA, percent, spreads=True)
 EVALUATIONS = Column("test set seen", True, _test_evaluations)
 INTERVAL = Column("95 % interval", True, _interval)
+OVER_CLASSES = _figure("balanced accuracy %", BALANCED, percent, spreads=True)
 MORE_QUALITY = [
     _figure("macro F1", MACRO_F1, "{:.4f}".format),
     _figure("calibration error %", CALIBRATION, percent),
@@ -84,7 +96,7 @@ SPEED = _figure("images/s", IMAGES_PER_S, "{:,.0f}".format)
 SHARED = Column("times shared by", False, _shared)
 SPACE = _figure("memory MB", MEMORY, lambda value: f"{value / 1e6:,.0f}")
 RANKS_AND_DEVICE = Column("ranks x device", False, lambda row: row.first.ranks_and_device)
-COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, EVALUATIONS, AUGMENTED, QUALITY[1], *MORE_QUALITY]
+COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, EVALUATIONS, AUGMENTED, OVER_CLASSES, QUALITY[1], *MORE_QUALITY]
 COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SHARED, SPACE, RANKS_AND_DEVICE]
 # A terminal has less room.
 TERMINAL_COLUMNS = [
@@ -108,7 +120,7 @@ def _table(section: Section, columns: list[Column], rows: list[Row]) -> Table:
     for column in columns:
         if column in (SHARED, AUGMENTED) and all(column.text(row) == MISSING for row in rows):
             continue
-        if column is EVALUATIONS and not section.offers_choice:
+        if (column is EVALUATIONS and not section.offers_choice) or (column is OVER_CLASSES and not section.unbalanced):
             continue
         shown.append(column)
         if column.spread and any(map(column.spread, rows)):
@@ -157,11 +169,22 @@ def settings_table(section: Section) -> Table | None:
     return Table(["row", *names], [False] * (1 + len(names)), lines) if names else None
 
 
-def f1_table(section: Section) -> Table | None:
-    """Return the F1 of each class by row, the mean over its runs; None where no row has predictions."""
-    shown = [row for row in section.rows if row.f1_by_class() is not None]
-    lines = [[row.label, *(f"{value:.2f}" for value in row.f1_by_class() or [])] for row in shown]
-    return Table(["row", *shown[0].first.classes], [False, *[True] * (len(lines[0]) - 1)], lines) if lines else None
+def class_table(section: Section) -> Table | None:
+    """Return, of each class, its images, and recall and F1 of the best rows, the mean over their runs; None where no
+    row has predictions."""
+    shown = [row for row in section.rows if row.by_class("recall") is not None][:BY_CLASS]
+    if not shown:
+        return None
+    first = shown[0].first
+    columns = {"class": first.classes}
+    if known := first.record.get("training_images_by_class"):
+        columns["training images"] = [f"{count:,}" for count in known]
+    columns["test images"] = [f"{sum(counts):,}" for counts in first.record["confusion"]]
+    for row in shown:
+        columns[f"{row.label}: recall %"] = [percent(value) for value in row.by_class("recall") or []]
+        columns[f"{row.label}: F1"] = [f"{value:.2f}" for value in row.by_class("f1") or []]
+    lines = [list(line) for line in zip(*columns.values(), strict=True)]
+    return Table([*columns], [False, *[True] * (len(columns) - 1)], lines)
 
 
 def most_confused(row: Row, most: int = 5) -> list[tuple[int, int, int, float]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fashion_ddp import data, user_code
@@ -136,6 +137,7 @@ def announce(
         "classes": dataset.classes,
         "image_shape": dataset.image_shape,
         "training_images": batches.count,
+        "training_images_by_class": np.bincount(batches.part.labels, minlength=len(dataset.classes)).tolist(),
         "test_images": len(dataset.test_labels),
         "device": world.device_name,
         "threads": world.threads,

@@ -329,6 +329,7 @@ def test_pictures_of_all_sizes_from_files_to_report_and_predictions(tmp_path: Pa
     done = forked("fashion_ddp.compare", "runs", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "report/report.json").read_text())["runs"][0]["test/accuracy"] > 0.9
+    assert "validation accuracy %" in (tmp_path / "report/report.html").read_text()
     done = forked("fashion_ddp.predict", str(path), "--verify", "set/test/light/1.png", cwd=tmp_path)
     assert done.returncode == 0 and "exactly as recorded" in done.stdout and "light" in done.stdout, done.stderr
     # A prediction sees a picture as the evaluation did.

@@ -58,7 +58,7 @@ def test_the_page_fits_every_screen(browser: Browser, report: Report, width: int
 
 
 PARTS = ["Are the differences real?", "Beside the tutorials' published figures", "What differs between the rows"]
-PARTS += ["Accuracy, and what it costs", "Learning curves", "Dead logits of relu", "Confusion matrices", "F1 by class"]
+PARTS += ["Accuracy, and what it costs", "Learning curves", "Dead logits of relu", "Confusion matrices", "By class"]
 PARTS += ["Most confused classes", "The same nine test images", "Most confidently wrong", "Samples of the training set"]
 PARTS += ["What the layers see", "Models"]
 
