@@ -32,8 +32,8 @@ Each figure is the mean over {n} seeds, after the last epoch. Settings are judge
 held out, so that the runs train on 55,000; each run opens the test set once, at its end, and nothing is chosen by it.
 The gain is on the test set, in points, with the 95 % interval of the [report](../README.md#the-report)'s paired
 bootstrap over images and seeds. p is McNemar's exact test for the weakest pair of runs, adjusted by Holm for all rows
-of a table: a difference is shown where it is below {level}. Time is the median step times the number of steps, as a
-multiple of the base's; two runs at a time, of one thread each, on {machine}.
+of a table: a difference is shown where it is below {level}. Time is the median step times the number of steps, of the
+fastest of the seeds, as a multiple of the base's; two runs at a time, of one thread each, on {machine}.
 
 ## Each alone
 
@@ -41,14 +41,25 @@ multiple of the base's; two runs at a time, of one thread each, on {machine}.
 
 {hopes}
 
+{together}
+{recipes}
+## Not measured
+
+Transfer learning: ImageNet's weights could not be had on a machine without a network. `--model resnet18 --init-from
+imagenet` does it ([models.md](models.md#weights-from-elsewhere)).{unmeasured}
+"""
+
+TOGETHER = """\
 ## One on top of the other
 
 A step stays where it raises the accuracy on the held-out images; the next one builds on it.
 
 ![{title}](pictures/next-steps.svg)
 
-{together}
+{table}
+"""
 
+RECIPES = """\
 ## The recipes
 
 Settings for a purpose, each a [YAML file](../fashion_ddp/config/recipes), chosen on the held-out images and then
@@ -56,12 +67,7 @@ trained on all 60,000 with seeds 0 to n - 1. Accuracies are of the last epoch, m
 views: with test-time augmentation. Time is the tutorials' clock, median and range: training, and the passes over the
 test set. `python benchmarks/speedrun.py --model airbench --recipe fast` repeats the first.
 
-{recipes}
-
-## Not measured
-
-Transfer learning: ImageNet's weights could not be had on a machine without a network. `--model resnet18 --init-from
-imagenet` does it ([models.md](models.md#weights-from-elsewhere)).
+{table}
 """
 
 
@@ -150,22 +156,33 @@ def titled(rows: list[dict[str, Any]]) -> str:
 
 
 def page(found: dict[str, Any]) -> str:
-    alone, together = found["alone"]["rows"], found["together"]["rows"]
-    about = found["together"]["made"]["machine"]
+    """Return the page, of the parts that are measured."""
+    alone, about = found["alone"]["rows"], found["alone"]["made"]["machine"]
+    together, reached, unmeasured = "", "", ""
+    if "together" in found:
+        steps = found["together"]["rows"]
+        together = TOGETHER.format(title=titled(steps), table=table(steps, kept=True))
+    else:
+        unmeasured += "\n\nOne step on top of the other: `python benchmarks/next_steps.py --only together` does it."
+    if files := sorted(RESULTS.parent.glob("recipe_*.json")):
+        reached = RECIPES.format(table=recipes([json.loads(path.read_text()) for path in files]))
+    else:
+        unmeasured += "\n\nWhat the recipes reach: `python benchmarks/speedrun.py` measures it."
     return PAGE.format(
         n=alone[0]["n"],
         level=LEVEL,
         machine=f"{about['cores']} cores of an {about['processor']}, torch {about['torch']}",
         alone=table(alone, kept=False),
         hopes=hopes(alone),
-        title=titled(together),
-        together=table(together, kept=True),
-        recipes=recipes([json.loads(path.read_text()) for path in sorted(RESULTS.parent.glob("recipe_*.json"))]),
+        together=together,
+        recipes=reached,
+        unmeasured=unmeasured,
     )
 
 
 if __name__ == "__main__":
     found = json.loads(RESULTS.read_text())
-    steps = found["together"]["rows"]
-    PICTURE.write_text(picture(steps, titled(steps)))
+    if "together" in found:
+        steps = found["together"]["rows"]
+        PICTURE.write_text(picture(steps, titled(steps)))
     print(page(found), end="")

@@ -17,9 +17,9 @@ from fashion_ddp.report.results import Result
 from fashion_ddp.report.rows import Row, Section
 from fashion_ddp.report.svg import element
 from fashion_ddp.runs.reading import evenly_spaced, read_arrays
+from fashion_ddp.thumbnail import LARGEST, thumbnail
 
-LARGEST = 64  # pixels of a side; larger images are scaled down
-LARGEST_MAP = 32  # the same of feature maps, of which there are many
+LARGEST_MAP = 32  # pixels of a feature map's side: there are many of them
 LAYERS = 8  # layers whose feature maps are shown of a model
 WRONG = 12  # images in the list of the most confidently wrong ones
 EACH = 4  # images of a confused pair
@@ -32,13 +32,6 @@ def data_uri(image: Image.Image) -> str:
     content = io.BytesIO()
     image.save(content, kind, optimize=True, quality=85)
     return f"data:image/{kind};base64," + base64.b64encode(content.getvalue()).decode()
-
-
-def as_picture(image: np.ndarray) -> Image.Image:
-    """Return an image uint8 [C, H, W] as a picture, in colour if it has three channels; large ones become smaller."""
-    picture = Image.fromarray(np.moveaxis(image, 0, 2) if len(image) == 3 else image[0])
-    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    return picture
 
 
 class Tile(NamedTuple):
@@ -84,7 +77,7 @@ class Album:
         name = f"{self.prefix}-{key}"
         if name not in self.symbols:
             height, width = image.shape[1:]
-            drawn = element("image", width=width, height=height, href=data_uri(as_picture(image)))
+            drawn = element("image", width=width, height=height, href=data_uri(thumbnail(image)))
             self.symbols[name] = element("symbol", drawn, id=name, viewBox=f"0 0 {width} {height}")
         return element("svg", element("use", href=f"#{name}"), class_="px", role="img", aria_label=label)
 
@@ -154,9 +147,7 @@ def tile_maps(maps: np.ndarray) -> Image.Image:
     maps = np.nan_to_num(maps.astype(np.float64))
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     grey = (255 * (maps - low) / np.where(high > low, high - low, 1)).round().astype(np.uint8)
-    pictures = [Image.fromarray(one) for one in grey]
-    for picture in pictures:
-        picture.thumbnail((LARGEST_MAP, LARGEST_MAP), Image.Resampling.LANCZOS)
+    pictures = [thumbnail(one[None], LARGEST_MAP) for one in grey]
     count, (width, height) = len(pictures), pictures[0].size
     # Up to eight per line; for more maps, the number per line from five to eight that leaves the fewest gaps.
     per_line = count if count <= 8 else min(range(8, 4, -1), key=lambda n: -count % n)

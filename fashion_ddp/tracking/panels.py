@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
 
 from fashion_ddp.config import Config
 from fashion_ddp.runs.folder import to_jsonable
 from fashion_ddp.runs.provenance import identity
 from fashion_ddp.runs.reading import Run, evenly_spaced, softmax
+from fashion_ddp.thumbnail import thumbnail
 
+TABLE_LIMIT = 10_000  # rows that W&B draws of a table; a matrix has one for each cell
 TABLE_SIZE = 200  # test images in the table: the same in every run on the same data
 BORDER, RIGHT, WRONG = 3, (0, 158, 115), (213, 94, 0)  # pixels; colours that colour-blind people can tell apart
 WEIGHTS = ("model.safetensors", "config.yaml", "summary.json", "environment.json", "examples.safetensors")
@@ -64,19 +67,22 @@ def run_figures(wandb: Any, run: Run, images: np.ndarray | None) -> dict[str, An
     for n in evenly_spaced(TABLE_SIZE, len(labels)).tolist():
         true, guess = int(labels[n]), int(predicted[n])
         row = [n, names[true], names[guess], true == guess, float(confidence[n])]
-        rows.append(row if images is None else [*row, wandb.Image(_channels_last(images[n]))])
+        rows.append(row if images is None else [*row, wandb.Image(thumbnail(images[n]))])
     figures = {
         "predictions": wandb.Table(columns=columns if images is None else [*columns, "image"], data=rows),
-        "confusion_matrix": wandb.plot.confusion_matrix(
-            y_true=labels.tolist(), preds=predicted.tolist(), class_names=names, title="Test set"
-        ),
         "timings": _bars(wandb, phase_times(run.summary), ("phase", "seconds"), "Where the time went"),
     }
+    if len(names) ** 2 <= TABLE_LIMIT:
+        figures["confusion_matrix"] = wandb.plot.confusion_matrix(
+            y_true=labels.tolist(), preds=predicted.tolist(), class_names=names, title="Test set"
+        )
     grid = run.arrays("examples.safetensors").get("grid_ids")
     if images is not None and grid is not None:
         figures["prediction_grid"] = [
             wandb.Image(
-                _add_border(images[n], RIGHT if labels[n] == predicted[n] else WRONG),
+                ImageOps.expand(
+                    thumbnail(images[n]).convert("RGB"), BORDER, RIGHT if labels[n] == predicted[n] else WRONG
+                ),
                 caption=f"{names[predicted[n]]}" + ("" if labels[n] == predicted[n] else f", is {names[labels[n]]}"),
             )
             for n in grid.tolist()
@@ -95,21 +101,6 @@ def phase_times(summary: dict[str, Any]) -> list[tuple[str, float]]:
 def _bars(wandb: Any, rows: list[tuple[str, float]], columns: tuple[str, str], title: str) -> Any:
     table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
     return wandb.plot.bar(table, *columns, title=title)
-
-
-def _channels_last(image: np.ndarray) -> np.ndarray:
-    """Return an image [C, H, W] as [H, W] or [H, W, C]."""
-    return np.moveaxis(image, 0, 2).squeeze()
-
-
-def _add_border(image: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Return an image uint8 [C, H, W] with a coloured border: uint8 [H + 2 BORDER, W + 2 BORDER, 3]."""
-    rgb = np.moveaxis(np.broadcast_to(image, (3, *image.shape[1:])) if len(image) == 1 else image[:3], 0, 2)
-    height, width, _ = rgb.shape
-    bordered = np.empty((height + 2 * BORDER, width + 2 * BORDER, 3), np.uint8)
-    bordered[:] = colour
-    bordered[BORDER:-BORDER, BORDER:-BORDER] = rgb
-    return bordered
 
 
 def weights_artifact(wandb: Any, run: Run) -> Any:

@@ -266,6 +266,9 @@ def test_what_is_broken_is_left_out_where_that_is_asked_for(monkeypatch: pytest.
         return {(i.tobytes(), int(n)) for i, n in zip(dataset.train_images, dataset.train_labels, strict=True)}
 
     assert known(rest) < known(good) and len(known(rest)) == 57  # each with its own label
+    for part, images in (("train", rest.train_images), ("test", rest.test_images)):  # and its own sums
+        assert np.array_equal(rest.sums[part], cache.pixel_sums(np.ascontiguousarray(images)))
+        assert rest.sums[part][..., 0].sum() == images.sum(dtype=np.int64)
     with pytest.raises(UserError, match="3 pictures cannot be decoded"):  # the cache is there, and yet nobody asked
         data.load("./set", pictures=PictureSettings(24))
 

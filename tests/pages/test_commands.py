@@ -69,6 +69,7 @@ PROGRAMS_NAMED += [r"python -m (fashion_ddp\.(train|push|predict)|launch\.submit
 
 # The first that matches the whole command counts.
 COMMANDS: list[tuple[str, Here | There | Never]] = [
+    (r".*--dataset \./clipart .*", There("tests/data/test_openclipart.py", "walk =")),
     # What a reader trains
     (r"python -m fashion_ddp\.train --help", Here()),
     (r"python -m fashion_ddp\.train .*--dataset (synthetic|\./(mine|photos) .*)", Here(BRIEFLY)),
@@ -121,6 +122,8 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"python docs/results\.py > docs/results\.md", Here()),
     (r"python benchmarks/page\.py scaling", Here()),
     (r"python benchmarks/pictures\.py", Here("--only ranks")),
+    (r"python benchmarks/(next_steps|speedrun)\.py.*", Never("trains for hours")),
+    (r"python benchmarks/streaming\.py", Never("writes 3 GB, and keeps a quiet machine busy for minutes")),
     ("|".join(PROGRAMS_NAMED), Never("a program's name, or stands for something of the reader's")),
 ]
 

@@ -12,7 +12,8 @@ from PIL import Image
 from reports import make_report, make_run
 from safetensors.numpy import load_file, save_file
 
-from fashion_ddp.report.album import LARGEST, LARGEST_MAP, LAYERS, as_picture, data_uri, tile_maps
+from fashion_ddp.report.album import LARGEST_MAP, LAYERS, data_uri, tile_maps
+from fashion_ddp.thumbnail import LARGEST, thumbnail
 
 pytestmark = pytest.mark.quick
 
@@ -26,17 +27,17 @@ def decoded(uri: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 5, 9), (3, 32, 32), (1, 64, 64)])
 def test_small_images_are_shown_to_the_pixel(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, size=shape, dtype=np.uint8)
-    shown = decoded(data_uri(as_picture(pixels)))
+    shown = decoded(data_uri(thumbnail(pixels)))
     assert np.array_equal(shown, pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2))
 
 
 def test_photographs_become_small_without_false_patterns() -> None:
     stripes = np.zeros((3, 224, 160), np.uint8)
     stripes[:, ::2] = 255  # every fourth row of them would be black, or white
-    shown = decoded(data_uri(as_picture(stripes)))
+    shown = decoded(data_uri(thumbnail(stripes)))
     assert shown.shape == (LARGEST, 46, 3) and abs(shown[4:-4].astype(int) - 128).max() < 20
     ramp = np.broadcast_to(np.linspace(0, 255, 200).astype(np.uint8), (3, 200, 200))
-    assert abs(decoded(data_uri(as_picture(ramp)))[32, :, 1] - np.linspace(0, 255, LARGEST)).max() < 6
+    assert abs(decoded(data_uri(thumbnail(ramp)))[32, :, 1] - np.linspace(0, 255, LARGEST)).max() < 6
 
 
 def test_feature_maps_stand_side_by_side_each_in_its_own_range() -> None:

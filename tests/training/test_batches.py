@@ -302,14 +302,16 @@ def test_cutout_blanks_a_square_around_any_pixel(side: int) -> None:
     assert abs(float(torch.corrcoef(noise[:, [3, 5]].T.double())[0, 1])) < 0.02
 
 
-def test_a_random_crop_is_torchvisions() -> None:
-    ours = batches(batch_size=COUNT, random_resized_crop=0.1, precision="fp64", flip=0.5)
+@pytest.mark.parametrize("size", [0, 5])  # that of the images, to which a crop grows, or a smaller one
+def test_a_random_crop_is_torchvisions(size: int) -> None:
+    ours = batches(batch_size=COUNT, random_resized_crop=0.1, precision="fp64", flip=0.5, image_size=size)
     assert ours.noise is not None
+    shape = [size or HEIGHT, size or WIDTH]
     images, labels, *_ = ours.piece(0, 0)
     for image, label in zip(images, labels.tolist(), strict=True):
         *crop, _, _, flip, _, _, _, _ = ours.noise[label].tolist()
         pixels = torch.from_numpy(IMAGES[label]).double() / 255
-        theirs = transforms.resized_crop(pixels, *crop, [HEIGHT, WIDTH], antialias=True)
+        theirs = transforms.resized_crop(pixels, *crop, shape, antialias=True)
         torch.testing.assert_close(image, theirs.flip(-1) if flip else theirs, rtol=0, atol=1e-12)
 
 
@@ -325,6 +327,12 @@ def test_crops_are_drawn_as_torchvision_draws_them(height: int, width: int, leas
         gap = 4 * float(theirs.std()) * math.sqrt(2 / 5_000)
         assert abs(float(ours.mean() - theirs.mean())) <= gap
         assert abs(float(ours.std() - theirs.std())) <= gap
+
+
+def test_each_seed_and_epoch_has_crops_of_its_own() -> None:
+    noise = [batches(random_resized_crop=0.1, **one).noise for one in ({}, {}, {"epoch": 2}, {"seed": 7})]
+    first, again, later, other = (table[:, :4] for table in noise if table is not None)
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, other)
 
 
 # --- Mixing -----------------------------------------------------------------------------------------------------

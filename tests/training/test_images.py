@@ -2,7 +2,9 @@
 
 import resource
 import threading
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,6 +182,32 @@ def test_a_set_lies_on_cards_where_it_fits_on_all(
     pixels = np.broadcast_to(np.uint8(0), (needed, 1, 1, 1))
     of = Part(pixels, np.broadcast_to(np.int64(0), needed))
     assert images.choose_place(Config(data_on=asked), world, [of]) == place
+
+
+@quick
+@pytest.mark.parametrize(("free", "other", "moved"), [(5000, True, True), (4999, True, False), (5000, False, False)])
+def test_after_a_trial_step_images_move_where_they_fit_beside_it_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, other: bool, moved: bool
+) -> None:
+    of, world = part(tmp_path, "some of a file"), Card(other)
+    set_bytes = 2 * len(of.labels) * 2 * SEEN**2  # of two parts
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (set_bytes + free, 20_000))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3000)  # and 5 % of all, 8 a weight
+    on_cpu: Any = world
+    world.device = CPU
+    table = torch.tensor([[[3, 5]], [[7, 0]]])
+    holders = [SimpleNamespace(part=of, images=Stream(of, CPU)) for _ in range(2)]
+    wanted = [image.clone() for image in brought_first(holders[0].images, table)]
+    with ExitStack() as scope:
+        images.settle(on_cpu, "trial", [torch.zeros(125)], holders, scope)
+        assert [holder.images.lie_on for holder in holders] == ["device" if moved else "host"] * 2
+        assert all(map(torch.equal, brought_first(holders[0].images, table), wanted))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+
+
+def brought_first(source: Any, table: torch.Tensor) -> list[torch.Tensor]:
+    source.order(table)
+    return brought(source, table, 0)
 
 
 @quick
