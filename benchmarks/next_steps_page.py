@@ -5,6 +5,7 @@ python benchmarks/next_steps_page.py > docs/next-steps.md        draws docs/pict
 
 import json
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,14 @@ fastest of the seeds, as a multiple of the base's; two runs at a time, of one th
 {alone}
 
 {hopes}
-
-{together}
-{recipes}
+{together}{recipes}
 ## Not measured
 
 Transfer learning: ImageNet's weights could not be had on a machine without a network. `--model resnet18 --init-from
 imagenet` does it ([models.md](models.md#weights-from-elsewhere)).{unmeasured}
 """
 
-TOGETHER = """\
+TOGETHER = """
 ## One on top of the other
 
 A step stays where it raises the accuracy on the held-out images; the next one builds on it.
@@ -59,7 +58,7 @@ A step stays where it raises the accuracy on the held-out images; the next one b
 {table}
 """
 
-RECIPES = """\
+RECIPES = """
 ## The recipes
 
 Settings for a purpose, each a [YAML file](../fashion_ddp/config/recipes), chosen on the held-out images and then
@@ -103,7 +102,7 @@ def hopes(rows: list[dict[str, Any]]) -> str:
     said = [f"Better in each pair of runs: {', '.join(shown) or 'none'}."]
     said += [f"Worse in each pair of runs: {', '.join(worse) or 'none'}."]
     said += [f"Not shown to be either, in three epochs: {', '.join(others) or 'none'}."]
-    return "\n".join(said)
+    return "\n".join(textwrap.fill(one, 119, initial_indent="- ", subsequent_indent="  ") for one in said)
 
 
 def recipes(several: list[dict[str, Any]]) -> str:

@@ -115,6 +115,7 @@ ENVIRONMENT = (
     Key("ranks[].threads", "count", "its CPU threads"),
     Key("side_by_side", "count", "runs that the launcher trained at once, at most, this one among them"),
     Key("data_source", "text", "the folder that the data was read from"),
+    Key("data_on", "text", "where the images lay: `device`, or `host` where they were read ahead"),
     Key("left_out", "list", "pictures of it that could not be decoded, and why (--skip-broken)"),
     Key("precision", "text", "as in config.yaml"),
 )
