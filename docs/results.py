@@ -73,7 +73,7 @@ SUMMARY = (
     Key("epochs", "count", "asked for"),
     Key("image_shape[]", "count", "channels, height and width of the images"),
     Key("training_images", "count", "that are trained on"),
-    Key("training_images_by_class", "list", "how many of them each class has"),
+    Key("training_images_by_class[]", "count", "of each class, by label"),
     Key("test_images", "count", "of the test set"),
     Key("parameters", "count", "of the model"),
     Key("parameters_trained", "count", "of the model, but for what --freeze names"),

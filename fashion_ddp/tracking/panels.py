@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ImageOps
 
 from fashion_ddp.config import Config
 from fashion_ddp.runs.folder import to_jsonable
 from fashion_ddp.runs.provenance import identity
 from fashion_ddp.runs.reading import Run, evenly_spaced, softmax
-from fashion_ddp.thumbnail import thumbnail
 
 TABLE_LIMIT = 10_000  # rows that W&B draws of a table; a matrix has one for each cell
 TABLE_SIZE = 200  # test images in the table: the same in every run on the same data
@@ -59,6 +57,10 @@ def run_figures(wandb: Any, run: Run, images: np.ndarray | None) -> dict[str, An
 
     `images` are the test set's, uint8 [n, C, H, W]; None for tables without images.
     """
+    from PIL import ImageOps  # not at the top: a run without W&B needs no pictures
+
+    from fashion_ddp.thumbnail import thumbnail
+
     logits, predicted, labels = (run.predictions[name] for name in ("logits", "predicted", "labels"))
     names = [str(name) for name in run.summary["classes"]]
     confidence = softmax(logits).max(axis=1)

@@ -34,7 +34,7 @@ def test_the_walk_from_an_installed_folder_to_a_prediction(tmp_path: Path) -> No
     page = (CHECKOUT / "docs/data.md").read_text()
     walk = page.partition("### A walk")[2].partition("\nWhat to know:")[0]
     [split] = re.findall(r"```python\n(.*?)```", walk, re.DOTALL)
-    prepare, train, compare = "\n".join(re.findall(r"```\n(.*?)```", walk, re.DOTALL)).replace("\\\n", " ").splitlines()
+    prepare, train, compare = "".join(re.findall(r"```\n(.*?)```", walk, re.DOTALL)).splitlines()
     subprocess.run([sys.executable, "-c", split], cwd=tmp_path, check=True)
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
