@@ -20,7 +20,7 @@ PACKAGE = "openclipart-png"
 @pytest.fixture(scope="module")
 def clip_art() -> None:
     """The package, installed where that is possible."""
-    if os.environ.get("CI"):
+    if os.environ.get("FASHION_DDP_CI"):
         pytest.skip(f"{PACKAGE} is not fetched in CI")
     if not WHOLE.is_dir() and shutil.which("apt-get") and os.geteuid() == 0:
         subprocess.run(["apt-get", "install", "-y", "-q", PACKAGE], check=False, capture_output=True)
@@ -33,8 +33,9 @@ def clip_art() -> None:
 def test_the_walk_from_an_installed_folder_to_a_prediction(tmp_path: Path) -> None:
     page = (CHECKOUT / "docs/data.md").read_text()
     walk = page.partition("### A walk")[2].partition("\nWhat to know:")[0]
-    [split] = re.findall(r"```python\n(.*?)```", walk, re.DOTALL)
-    prepare, train, compare = "".join(re.findall(r"```\n(.*?)```", walk, re.DOTALL)).splitlines()
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", walk, re.DOTALL | re.MULTILINE)
+    [split] = [text for kind, text in fences if kind == "python"]
+    prepare, train, compare = "".join(text for kind, text in fences if not kind).splitlines()
     subprocess.run([sys.executable, "-c", split], cwd=tmp_path, check=True)
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
