@@ -25,7 +25,7 @@ PAGE = """\
 # What the next steps bring
 
 Both tutorials end with a list of next steps. This page takes them, on their own cnn with the lab notebook's settings:
-each alone, and then one on top of the other. Made by [benchmarks/next_steps.py](../benchmarks/next_steps.py) from
+{ways}. Made by [benchmarks/next_steps.py](../benchmarks/next_steps.py) from
 [its results](../benchmarks/results/next_steps.json); `python benchmarks/next_steps.py` repeats it, in a night on two
 cores.
 
@@ -168,6 +168,7 @@ def page(found: dict[str, Any]) -> str:
     else:
         unmeasured += "\n\nWhat the recipes reach: `python benchmarks/speedrun.py` measures it."
     return PAGE.format(
+        ways="each alone, and then one on top of the other" if together else "each alone",
         n=alone[0]["n"],
         level=LEVEL,
         machine=f"{about['cores']} cores of an {about['processor']}, torch {about['torch']}",

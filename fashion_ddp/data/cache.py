@@ -42,7 +42,7 @@ Shape = tuple[int, int, int]
 FORMAT = 2
 INDEX, JOURNAL, PARTIAL = "index.json", "journal.jsonl", ".partial"
 BLOCK = 64  # pictures that a thread decodes at a time
-SUMS = 16  # bytes for a channel's sums
+KINDS = "u8", "i64"  # of a part's files: images, and sums
 LISTED = 20  # pictures that a message names
 ROOM = 0.875  # of a stored side is seen, as torchvision's 224 of 256: a random crop has room to move
 
@@ -134,6 +134,8 @@ def _map(path: Path, kind: type[np.integer[Any]], shape: tuple[int, ...]) -> np.
     """Map a file into memory, as an array. Raises UserError where it has another size."""
     if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(kind).itemsize:
         raise UserError(f"{path} is damaged: remove {path.parent}, and it is made anew")
+    if 0 in shape:  # an empty file cannot be mapped
+        return np.empty(shape, kind).view(np.memmap)
     # Copy on write: what is written into it stays in this process. torch warns about arrays that are read-only.
     return np.memmap(path, kind, "c", shape=shape)
 
@@ -248,6 +250,11 @@ class PartFiles(NamedTuple):
     sums: io.FileIO
 
 
+def _row_sizes(shape: Shape) -> tuple[int, int]:
+    """Return the bytes that a picture of this shape takes in each file of its part."""
+    return math.prod(shape), shape[0] * 2 * np.dtype(np.int64).itemsize
+
+
 class Journal:
     """What was found out and done, by name, in a file that a process after this one reads."""
 
@@ -276,9 +283,8 @@ def _make(listing: Listing, image_size: int, made: Path, between: Callable[[], o
         write_whole(partial / INDEX, json.dumps(index) + "\n")
     index = read_index(partial)
     for name, part in index["parts"].items():
-        channels, *sides = index["stored_shape"]
-        os.truncate(partial / f"{name}.u8", len(part["labels"]) * channels * math.prod(sides))
-        os.truncate(partial / f"{name}.i64", len(part["labels"]) * channels * SUMS)
+        for kind, row in zip(KINDS, _row_sizes(index["stored_shape"]), strict=True):
+            os.truncate(partial / f"{name}.{kind}", len(part["labels"]) * row)
     (partial / JOURNAL).unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):  # where there are no locks, another process was first
         partial.rename(made)
@@ -307,8 +313,7 @@ def _decode_all(listing: Listing, image_size: int, partial: Path, between: Calla
     with contextlib.ExitStack() as scope:
         files = {}
         for name in listing.parts:
-            images, sums = (scope.enter_context(_open(partial / f"{name}.{kind}")) for kind in ("u8", "i64"))
-            files[name] = PartFiles(images, sums)
+            files[name] = PartFiles(*(scope.enter_context(_open(partial / f"{name}.{kind}")) for kind in KINDS))
         todo = [block for block in blocks if block.name not in journal.found]
         decoding = _in_threads("decoding", lambda one: _decode(one, shape, image_size, files[one.part]), todo, between)
         for block, done in scope.enter_context(contextlib.closing(decoding)):
@@ -401,9 +406,9 @@ def _decode(block: Block, shape: Shape, image_size: int, files: PartFiles) -> di
             why = "no picture of a kind that Pillow reads" if unknown else getattr(error, "strerror", None) or error
             broken[row] = f"{path}: {why}"
     content = images.tobytes()
-    os.pwrite(files.images.fileno(), content, block.first * images[0].nbytes)
-    os.pwrite(files.sums.fileno(), pixel_sums(centre(images, image_size)).tobytes(), block.first * shape[0] * SUMS)
-    for file in files:
+    sums = pixel_sums(centre(images, image_size)).tobytes()
+    for file, written, row in zip(files, (content, sums), _row_sizes(shape), strict=True):
+        os.pwrite(file.fileno(), written, block.first * row)
         os.fdatasync(file.fileno())
     return {"md5": _md5(content), "broken": broken}
 
@@ -421,7 +426,7 @@ def _close_gaps(
         gaps = [n for n in sorted(broken) if n < count]
         last = [n for n in range(count, len(labels)) if n not in broken]
         for gap, moved in zip(gaps, last, strict=True):
-            for file, row in zip(files[name], (math.prod(shape), shape[0] * SUMS), strict=True):
+            for file, row in zip(files[name], _row_sizes(shape), strict=True):
                 os.pwrite(file.fileno(), os.pread(file.fileno(), row, moved * row), gap * row)
             labels[gap] = labels[moved]
         for file in files[name]:

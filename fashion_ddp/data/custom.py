@@ -102,7 +102,7 @@ def _call_function(dataset: str) -> RawData:
 
 def _require_memory(dataset: Path, nbytes: int) -> None:
     """Raise UserError where the machine's ranks, of which each reads a set of its own, have no memory for it."""
-    ranks = machine.read_placement().local_world_size
+    ranks = machine.ranks_here()
     what = f"dataset {dataset}, decoded{f' by {ranks} ranks' if ranks > 1 else ''},"
     way_on = "take fewer or smaller images, or fewer ranks; only pictures in train/<class>/ need not fit into memory"
     machine.require_memory(what, ranks * nbytes, machine.free_memory(), way_on=way_on)

@@ -57,7 +57,7 @@ def read_placement(env: Mapping[str, str] = os.environ) -> RankPlacement:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
         rank, world_size, local_rank = (int(env[name]) for name in names)
-        placement = RankPlacement(rank, world_size, local_rank, int(env.get("LOCAL_WORLD_SIZE", world_size)))
+        placement = RankPlacement(rank, world_size, local_rank, ranks_here(env))
     except (KeyError, ValueError) as error:
         raise UserError(
             f"WORLD_SIZE={env['WORLD_SIZE']} is set, but {'/'.join(names)} are not all whole numbers ({error}): "
@@ -66,6 +66,11 @@ def read_placement(env: Mapping[str, str] = os.environ) -> RankPlacement:
     if world_size > 1 and "MASTER_ADDR" not in env:
         raise UserError(f"WORLD_SIZE={world_size} but no MASTER_ADDR: start ranks with {TORCHRUN}, or unset WORLD_SIZE")
     return placement
+
+
+def ranks_here(env: Mapping[str, str] = os.environ) -> int:
+    """Return how many ranks the launcher started on this machine; 1 in a process that none started."""
+    return int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1)))
 
 
 def _refuse_processes_without_ranks(env: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ Both ways give the same pixels, and are asked alike:
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -251,12 +251,11 @@ class Stream:
                 read += some
 
 
-def choose_place(cfg: Config, world: World, parts: Iterable[Part]) -> Place:
+def choose_place(cfg: Config, world: World, parts: Collection[Part]) -> Place:
     """Return where the images of a run are to lie, as all ranks agree.
 
     Raises UserError where a card was asked for that has no room. A collective.
     """
-    parts = list(parts)
     if world.device.type == "cuda":
         needed = sum(part.nbytes for part in parts)
         free: int | None = torch.cuda.mem_get_info(world.device)[0]

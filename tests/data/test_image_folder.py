@@ -274,6 +274,15 @@ def test_what_is_broken_is_left_out_where_that_is_asked_for(monkeypatch: pytest.
 
 
 @quick
+def test_a_part_of_which_nothing_can_be_decoded_is_told() -> None:
+    folder = unlike_pictures(Path("set"), parts="train test")
+    for path in (folder / "test").rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="test set is empty: add images"):
+        data.load("./set", pictures=PictureSettings(24, skip_broken=True))
+
+
+@quick
 def test_a_cache_without_room_or_place_or_with_damage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     unlike_pictures(Path("set"))
     Path("file").write_text("")
