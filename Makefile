@@ -16,8 +16,8 @@
 ##   PYTHON=python3   makes it, 3.11 or newer
 ##   LOCK=            newest or cuda12; by itself it is chosen by the NVIDIA driver
 ##   MODELS="linear relu mlp cnn"  RECIPE=blog  SEEDS=42      what compare trains
-##   GPUS=            which cards, as 1,2 (all)               RANKS=  processes of each run (one per card)
-##   JOBS=1           how many runs at once, each on a card of its own or a share of the cores, and its times marked so
+##   GPUS=            which cards, as 1,2 (all)               RANKS=  processes of each run (one per card, or one)
+##   JOBS=1           how many runs at once, which share the cards or the cores, and whose times are marked so
 ##   FRESH=           1: train anew, keep old runs as .1      ARGS=   any other flag, as ARGS="--epochs 10"
 ##   FORCE=           1: train on a login node of a SLURM cluster all the same
 ##   TESTS=           which tests, as TESTS=tests/training (all)

@@ -28,7 +28,8 @@ from fashion_ddp.config import Config, cli, flags
 from fashion_ddp.console import entry_point, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
-from launch import pool, slurm
+from launch import mps, pool, slurm
+from launch.fork_server import ForkServer, Start
 from launch.processes import LocalRanks, LocalRun
 from launch.share import divide_in_subprocess
 from launch.submission import check_flags, common_wandb_group, refuse_duplicates
@@ -45,10 +46,11 @@ class Arguments:
     seeds: tuple[int, ...] = (42,)
     """Each architecture is trained once per seed."""
     ranks: int = 0
-    """Ranks of each run. 0 means one per card, or on a CPU one per core, at most four; with --jobs it means one."""
+    """Ranks of each run. 0 means the fastest: one per card; on a CPU, or with --jobs, one with a thread per core."""
     jobs: int = 1
-    """Runs at once. Each gets a card of its own (R cards with --ranks R), or on a CPU its share of the cores. The
-    report marks their times, because runs that share a machine slow each other down."""
+    """Runs at once. Each gets a card of its own (R cards with --ranks R) while there are enough, else runs share cards,
+    by NVIDIA's MPS where it is installed; on a CPU each gets its share of the cores. The report marks their times,
+    because runs that share a machine slow each other down."""
     out: Path = Path("report")
     """Folder of the report."""
     force: bool = False
@@ -59,6 +61,16 @@ class Arguments:
 def main(argv: list[str] | None = None) -> int:
     comparison, others = flags.parse_known(Arguments, "launch.local", argv)
     _check(comparison, others)
+    tracker = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg.tracker
+    with ForkServer([] if tracker == "none" else ["wandb"]) as server:  # it loads while this process looks at the runs
+        return train_and_compare(comparison, others, server.start)
+
+
+def train_and_compare(comparison: Arguments, others: list[str], start: Start) -> int:
+    """Train what is to be trained, and write the report. Returns the exit code.
+
+    `others`: flags of fashion_ddp.train for all runs. `start`: starts a process.
+    """
     first = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg
     others += _synthetic_if_there_is_no_data(first)
     models_and_seeds = [(model, seed) for model in comparison.models for seed in comparison.seeds]
@@ -75,10 +87,14 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{run.folder}: finished before, with the same settings, code and versions: taken as it is")
     todo = [run for run in runs if not run.reused]
     shape = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
-    share = divide_in_subprocess(comparison.jobs, comparison.ranks, first, [run.cfg for run in todo], shape)
+    share = divide_in_subprocess(comparison.jobs, comparison.ranks, first, [run.cfg for run in todo], shape, start)
     if "--check-only" in others:
         return 0
-    code = pool.train(todo, share) if comparison.jobs > 1 else one_after_another(todo, share.ranks)
+    if comparison.jobs > 1:
+        with mps.running(needed=share.runs_per_card > 1) as variables:
+            code = pool.train(todo, replace(share, variables=variables), start)
+    else:
+        code = one_after_another(todo, share.ranks, start)
     if code not in (0, 1):
         return code
     say("")
@@ -138,8 +154,8 @@ def _reuse_or_retrain(run: LocalRun, made_by: dict) -> LocalRun:
         return replace(run, argv=(*run.argv, "--fresh"))
 
 
-def one_after_another(todo: list[LocalRun], ranks: int) -> int:
-    """Train runs, each on the whole machine.
+def one_after_another(todo: list[LocalRun], ranks: int, start: Start) -> int:
+    """Train runs, each on the whole machine. `start` starts a rank.
 
     Returns 0 where all finished; 1 where some failed (the others are trained all the same); else the exit code of the
     run after which no other is started: of a mistake, or of a stop.
@@ -150,7 +166,7 @@ def one_after_another(todo: list[LocalRun], ranks: int) -> int:
             say(f"stopped ({received[0].name}) before run {number} of {len(todo)}: the same command continues")
             return os.EX_TEMPFAIL
         say(f"\n--- run {number} of {len(todo)}")
-        code = LocalRanks(run.argv, ranks).wait()
+        code = LocalRanks(run.argv, ranks, start=start).wait()
         if code in (2, os.EX_TEMPFAIL, 128 + signal.SIGINT):
             return code
         failed += code != 0

@@ -15,6 +15,7 @@ from fashion_ddp.console import say
 from fashion_ddp.distributed import signals
 from fashion_ddp.report.text import percent
 from fashion_ddp.runs.reading import load_run
+from launch.fork_server import Start, start_process
 from launch.processes import LOOK, LocalRanks, LocalRun
 from launch.share import MachineShare
 
@@ -49,8 +50,8 @@ class ActiveRun:
         return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-TAIL:])
 
 
-def train(todo: list[LocalRun], share: MachineShare) -> int:
-    """Train runs, as many at once as `share` has places for.
+def train(todo: list[LocalRun], share: MachineShare, start: Start = start_process) -> int:
+    """Train runs, as many at once as `share` has places for. `start` starts a rank.
 
     Returns 0 where all finished; 1 where some failed (the others are trained all the same); EX_TEMPFAIL where a signal
     stopped them.
@@ -66,7 +67,7 @@ def train(todo: list[LocalRun], share: MachineShare) -> int:
             label = f"[{number}/{len(todo)}] {run.folder.name}"
             place = free.pop(0)
             try:
-                active[place] = _start(run, label, share, place, at_once)
+                active[place] = _begin(run, label, share, place, at_once, start)
             except OSError as error:
                 say(f"{label} FAILED: it could not be begun: {error}")
                 codes[run.folder.name] = 1
@@ -90,13 +91,13 @@ def log_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def _start(run: LocalRun, label: str, share: MachineShare, place: int, at_once: int) -> ActiveRun:
+def _begin(run: LocalRun, label: str, share: MachineShare, place: int, at_once: int, start: Start) -> ActiveRun:
     argv = (*run.argv, "--threads", str(share.threads))
     cards, log = share.cards[place], log_path(run.folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:  # keep what earlier starts wrote
         log_start = file.tell()
-        ranks = LocalRanks(argv, share.ranks, at_once, cards, output=file)
+        ranks = LocalRanks(argv, share.ranks, at_once, share.environment(place), file, start)
     where = f" on card {cards}" if cards else ""
     say(f"{label} begins{where}; follow: tail -F {shlex.quote(str(log))}")
     return ActiveRun(label, run.folder, log, log_start, ranks)

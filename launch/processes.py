@@ -3,17 +3,17 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import BinaryIO
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed import rendezvous, signals
 from fashion_ddp.runs import claim
+from launch.fork_server import Process, Start, start_process
 
 PATIENCE = 30.0  # seconds that ranks get to end after they were asked to
 LOOK = 0.05  # seconds between two looks at the ranks
@@ -22,7 +22,7 @@ LOOK = 0.05  # seconds between two looks at the ranks
 class FailTogether:
     """Watch the processes of one run's ranks: where one fails, ask the others to end, and kill those that do not."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[Any]]):
+    def __init__(self, processes: Sequence[Process]):
         self.processes = processes
         self.failed = 0  # exit code of the first process that failed; 0 while none has
         self.kill_at = math.inf
@@ -68,30 +68,30 @@ class LocalRanks:
         argv: tuple[str, ...],
         ranks: int,
         at_once: int = 1,
-        cards: str | None = None,
+        more: Mapping[str, str] = MappingProxyType({}),
         output: BinaryIO | None = None,
+        start: Start = start_process,
     ):
         """Start the ranks.
 
-        `argv`: flags of fashion_ddp.train. `at_once`: how many runs share this machine, for the record. `cards`:
-        CUDA_VISIBLE_DEVICES; None leaves it as it is. `output`: where the ranks write; None is this process's terminal.
+        `argv`: flags of fashion_ddp.train. `at_once`: how many runs share this machine, for the record. `more`:
+        variables of their environment that this process has not, or has otherwise. `output`: where the ranks write;
+        None is this process's terminal. `start`: starts each of them.
         """
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         env |= {"FASHION_DDP_LAUNCHER": str(os.getpid()), "FASHION_DDP_SIDE_BY_SIDE": str(at_once)}
-        if cards is not None:
-            env["CUDA_VISIBLE_DEVICES"] = cards
+        env |= more
         if ranks > 1:
             env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rendezvous.free_port())}
-        self.children: list[subprocess.Popen[bytes]] = []
+        self.children: list[Process] = []
         self.together = FailTogether(self.children)
         self.forwarded: set[signal.Signals] = set()
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            command = [sys.executable, "-m", "fashion_ddp.train", *argv]
             # Each has a session of its own, so that Ctrl-C on the terminal reaches it through us and only once.
             with signals.blocked():
-                child = subprocess.Popen(command, env=env | place, stdout=output, stderr=output, start_new_session=True)
+                child = start("fashion_ddp.train", argv, env | place, output)
                 self.children.append(child)
                 signals.children.append(child)
 

@@ -1,18 +1,22 @@
 """Divide this machine among many runs: ranks, threads, cards; and say about how long the runs will take."""
 
-import contextlib
-import multiprocessing
+import json
 import os
+import pickle
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.distributed import machine, signals
 from fashion_ddp.errors import TrainingFailed, UserError, pluralize
+from launch.fork_server import Start, start_process
+
+CONTEXT = 7 * 10**8  # bytes of a card that a process takes for CUDA itself, on the safe side
 
 DataShape = tuple[tuple[int, int, int], int, int]  # (C, H, W) of an image, classes, training images
 
@@ -24,65 +28,74 @@ class MachineShare:
     ranks: int
     threads: int  # CPU threads of each rank
     cards: tuple[str | None, ...]  # of each run: its CUDA_VISIBLE_DEVICES; None leaves it as it is in this process
+    runs_per_card: int = 1
+    variables: dict[str, str] = field(default_factory=dict)  # of every run's environment, beside those of this process
+
+    def environment(self, place: int) -> dict[str, str]:
+        """Return a run's own variables: which cards it trains on, how many runs share each, and `variables`."""
+        cards, runs = self.cards[place], self.runs_per_card
+        variables = self.variables | ({} if cards is None else {"CUDA_VISIBLE_DEVICES": cards})
+        return variables | ({"FASHION_DDP_RUNS_PER_CARD": str(runs)} if runs > 1 else {})
 
 
-def divide_in_subprocess(jobs: int, ranks: int, cfg: Config, todo: list[Config], shape: DataShape) -> MachineShare:
-    """Call `divide` in a process of its own: torch in this one would hold a card's memory while the runs need it."""
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    child = spawn.Process(target=_divide_and_send, args=(sender, jobs, ranks, cfg, todo, shape))
-    resource_tracker.ensure_running()  # else the first process starts it, and signals are unblocked meanwhile
-    # The child never unblocks them. The terminal's Ctrl-C is for this process, which remembers it.
-    with signals.blocked():
-        child.start()
-    sender.close()
-    signals.children = [child]
+def divide_in_subprocess(
+    jobs: int, ranks: int, cfg: Config, todo: list[Config], shape: DataShape, start: Start = start_process
+) -> MachineShare:
+    """Call `divide` in a process of its own: torch in this one would hold a card's memory while the runs need it.
+
+    `start`: starts the process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "asked.pickle"
+        file.write_bytes(pickle.dumps((jobs, ranks, cfg, todo, shape)))
+        child = start("launch.share", [str(file)], os.environ)  # Ctrl-C is for this process, which remembers it
+        signals.children = [child]
+        code = child.wait()
+        if not file.with_name("answer.json").exists():
+            raise TrainingFailed(f"looking at this machine ended with exit code {code}")
+        answer = json.loads(file.with_name("answer.json").read_text())
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    return MachineShare(**answer | {"cards": tuple(answer["cards"])})
+
+
+def main(file: Path) -> None:
+    """Write the answer to what `divide_in_subprocess` asked beside its file."""
     try:
-        answer = receiver.recv()
-    except EOFError:
-        child.join()
-        raise TrainingFailed(f"looking at this machine ended with exit code {child.exitcode}") from None
-    child.join()
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
-
-
-def _divide_and_send(
-    sender: Connection, jobs: int, ranks: int, cfg: Config, todo: list[Config], shape: DataShape
-) -> None:
-    try:
-        answer: MachineShare | UserError = divide(jobs, ranks, cfg, todo, shape)
+        answer = asdict(divide(*pickle.loads(file.read_bytes())))
     except UserError as error:
-        answer = error
-    with contextlib.suppress(OSError):  # the process that asked was killed
-        sender.send(answer)
+        answer = {"refused": str(error)}
+    file.with_name("answer.json").write_text(json.dumps(answer))
 
 
 def divide(jobs: int, ranks: int, cfg: Config, todo: list[Config], shape: DataShape) -> MachineShare:
     """Decide what each run gets of this machine. Print that, and about how long the runs in `todo` will take.
 
-    `jobs`: runs at once. `ranks`: of each run; 0 takes as many as fit the machine, or one where several runs share it.
-    `cfg`: any of the runs, for their device and threads. Raises UserError where the machine does not have what is asked
-    for.
+    `jobs`: runs at once. `ranks`: of each run; 0 takes the fastest: one per card, and one on a CPU or where several
+    runs share the machine. `cfg`: any of the runs, for their device and threads. Raises UserError where the machine
+    does not have what is asked for.
     """
     import torch
 
     kind = machine.choose_device(cfg, machine.RankPlacement())
     cards, cores = torch.cuda.device_count() if kind == "cuda" else 0, machine.usable_cores()
-    ranks = ranks or (1 if jobs > 1 else cards or min(4, cores))
+    ranks = ranks or (1 if jobs > 1 else cards or 1)
     machine.choose_device(cfg, machine.RankPlacement(world_size=ranks, local_world_size=ranks))
-    cards_of_runs = assign_cards(visible_cards(cards), jobs, ranks) if cards and jobs > 1 else [None] * jobs
+    cards_of_runs: list[str | None] = [None] * jobs
+    per_card = 1
+    if cards and jobs > 1:
+        cards_of_runs = [*assign_cards(visible_cards(cards), jobs, ranks)]
+        per_card = max(cards_of_runs.count(one) for one in cards_of_runs)
     # Divide by `jobs`, however many runs there are or are left: a run's bits depend on its threads, and a run that
     # continues alone must end in the bits that it would have had among the others. More ranks than cores are not
     # refused: with one thread each they take turns. Of 3 runs on 2 cores no core is idle, where 2 runs and then 1 would
     # leave one so.
-    share = MachineShare(ranks, machine.threads_per_rank(cfg, ranks * jobs), tuple(cards_of_runs))
+    share = MachineShare(ranks, machine.threads_per_rank(cfg, ranks * jobs), tuple(cards_of_runs), per_card)
     if not todo:
         return share
     on = f"{cards} x {torch.cuda.get_device_name(0)}" if cards else f"CPU, {cores} cores"
     each = f"{pluralize(ranks, 'rank')} with {pluralize(share.threads, 'CPU thread')} each"
-    seconds = [_estimate_seconds(cfg, kind, ranks, share.threads, shape) for cfg in todo]
+    seconds = [_try_steps(cfg, kind, ranks, share, shape) for cfg in todo]
     at_once = jobs if cards else min(jobs, max(1, cores // (ranks * share.threads)))
     total = max(sum(seconds) / at_once, *seconds)
     duration = f"about {total / 60:.0f} min" if total > 90 else f"about {total:.0f} s"
@@ -99,28 +112,24 @@ def visible_cards(count: int, env: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def assign_cards(cards: Sequence[str], jobs: int, ranks: int) -> list[str]:
-    """Return the CUDA_VISIBLE_DEVICES of each of `jobs` runs: one card per rank, in the order given.
+    """Return the CUDA_VISIBLE_DEVICES of each of `jobs` runs: one card per rank, in the order given, and from the first
+    again when there is none left. `ranks` is at most the number of cards."""
+    places = [",".join(cards[at : at + ranks]) for at in range(0, len(cards) - ranks + 1, ranks)]
+    return [places[job % len(places)] for job in range(jobs)]
 
-    Raises UserError where there are too few cards.
+
+def _try_steps(cfg: Config, kind: str, ranks: int, share: MachineShare, shape: DataShape) -> float:
+    """Estimate a run's duration in seconds from a few training steps of its model on black images.
+
+    `kind`: cpu or cuda. Raises UserError where the run has no room on a card that it shares.
     """
-    if jobs * ranks > len(cards):
-        fit = len(cards) // ranks
-        raise UserError(
-            f"jobs={jobs} of {pluralize(ranks, 'rank')} each need {pluralize(jobs * ranks, 'NVIDIA card')}, and there "
-            f"are {len(cards)}: give --jobs {fit} (JOBS={fit}), or --device cpu to train without them"
-        )
-    return [",".join(cards[at : at + ranks]) for at in range(0, jobs * ranks, ranks)]
-
-
-def _estimate_seconds(cfg: Config, kind: str, ranks: int, threads: int, shape: DataShape) -> float:
-    """Estimate a run's duration from a few training steps of its model on black images. `kind`: cpu or cuda."""
     import torch
     from torch.nn.functional import cross_entropy
 
     from fashion_ddp.models import architectures
 
     image_shape, classes, count = shape
-    torch.set_num_threads(threads)
+    torch.set_num_threads(share.threads)
     model = architectures.build(cfg, image_shape, classes).to(kind)
     rows = -(-cfg.batch_size // ranks)
     images = torch.zeros(rows, *image_shape, dtype=next(model.parameters()).dtype, device=kind)
@@ -131,6 +140,22 @@ def _estimate_seconds(cfg: Config, kind: str, ranks: int, threads: int, shape: D
         cross_entropy(model(images), labels).backward()
         labels.sum().item()  # waits for a card
         durations.append(time.perf_counter() - start)
+    if share.runs_per_card > 1:
+        free, total = torch.cuda.mem_get_info()
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        # The optimizer keeps up to two numbers for each weight; a graph has what a step takes a second time.
+        needed = CONTEXT + 2 * torch.cuda.max_memory_reserved() + 2 * weights
+        if needed * share.runs_per_card > free + torch.cuda.memory_reserved():
+            fit = max(1, free // needed)
+            raise UserError(
+                f"a run of {cfg.model} takes about {needed / 1e9:.1f} GB of a card, where {share.runs_per_card} are to "
+                f"share {free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB: {pluralize(fit, 'run')} per card "
+                "fit, so give a smaller --jobs (JOBS=)"
+            )
     steps = cfg.epochs * count / cfg.batch_size
-    start_up, rest_of_a_step = 8.0, 0.001  # seconds: imports on a quiet machine; all-reduce, update, bookkeeping
+    start_up, rest_of_a_step = 2.0, 0.001  # seconds: all but training, in a forked process; update and bookkeeping
     return start_up + steps * (1.15 * min(durations) + rest_of_a_step)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

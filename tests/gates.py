@@ -39,14 +39,14 @@ if os.isatty(0):
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
-# [program, word, module, function or "" for the module's import, count]: the program is what `python -m` runs, or
-# "spawned"; the word is one of its command line.
+# [program, word, module, function or "" for the module's import, count]: the program is what `python -m` runs; the word
+# is one of its command line.
 SITE = """
 import functools, importlib.util, json, os, sys, time
 
 def program():
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return "spawned" if any("spawn_main" in word for word in sys.orig_argv) else spec and spec.name
+    return spec and spec.name
 
 def stand():
     open(f".at_gate.{os.getpid()}", "w").close()
@@ -70,7 +70,7 @@ def wrap(module, path, count):
 
 class Gate:
     def find_spec(self, name, path=None, target=None):
-        if name != GATE[2] or program() != GATE[0] or GATE[1] not in ["", *sys.orig_argv]:
+        if name != GATE[2] or program() != GATE[0] or GATE[1] not in ["", *sys.argv]:
             return None
         sys.meta_path.remove(self)
         if not GATE[3]:
@@ -93,7 +93,7 @@ if GATE:
 def gate(point: str, count: int = 1, program: str = "fashion_ddp.train", word: str = "") -> list[Any]:
     """Place a gate before a point of `faults.POINTS`, at its count-th call in each process, or in a module's import.
 
-    `program`: what `python -m` runs, or "spawned". `word`: a word that the command line must have.
+    `program`: what `python -m` runs. `word`: a word that the command line must have.
     """
     module, attribute, _ = POINTS.get(point, (*point.partition(":")[::2], ""))
     return [program, word, module, attribute, count]

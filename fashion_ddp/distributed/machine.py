@@ -232,6 +232,11 @@ def threads_per_rank(cfg: Config, local_world_size: int) -> int:
     return cfg.threads or max(1, usable_cores() // local_world_size)
 
 
+def runs_per_card(env: Mapping[str, str] = os.environ) -> int:
+    """Return how many runs share each card, as their launcher says; 1 where none does."""
+    return int(env.get("FASHION_DDP_RUNS_PER_CARD", 1))
+
+
 def _cards_present() -> int:
     """Return how many NVIDIA cards this machine has, even if torch cannot use them; 0 where they are hidden."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "none"):

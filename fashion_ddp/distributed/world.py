@@ -79,6 +79,12 @@ class World:
         """Return the card's name, or "cpu"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
+    def card_memory(self) -> tuple[int, int]:
+        """Return the free and all bytes of this rank's card; of this run's share, where several runs share it."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        share = total // machine.runs_per_card()
+        return min(free, share - torch.cuda.memory_reserved(self.device)), share
+
     @property
     def backend(self) -> str | None:
         """Return what carries tensors between the ranks, as torch names it; None for a process without a group."""
@@ -284,6 +290,8 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
         # Accelerate hands this number to DDP as the card's, which is another where a rank sees its own card only.
         if accelerator.device.index is not None:
             accelerator.state.local_process_index = accelerator.device.index
+        if (runs := machine.runs_per_card()) > 1:  # one that takes more than its share fails alone
+            torch.cuda.set_per_process_memory_fraction(1 / runs)
         torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be recorded as a graph
     if dist.is_initialized():
         _groups.append(dist.group.WORLD)

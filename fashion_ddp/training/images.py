@@ -258,7 +258,7 @@ def choose_place(cfg: Config, world: World, parts: Collection[Part]) -> Place:
     """
     if world.device.type == "cuda":
         needed = sum(part.nbytes for part in parts)
-        free: int | None = torch.cuda.mem_get_info(world.device)[0]
+        free: int | None = world.card_memory()[0]
         where, surely = f"{world.device_name} ({world.device})", SURELY
     else:  # what lies in no file is in this memory already; and what does is dropped from it where that is needed
         needed, free = sum(part.nbytes for part in parts if part.stored is not None), machine.free_memory()
@@ -281,7 +281,7 @@ def settle(world: World, place: Place, trained: Sequence[Tensor], holders: Seque
         scope.callback(lambda one: one.images.close(), holder)
     if place != "trial":
         return
-    free, total = torch.cuda.mem_get_info(world.device)
+    free, total = world.card_memory()
     # A CUDA graph keeps what a step takes a second time, and an optimizer up to two numbers for each weight.
     kept = 2 * sum(parameter.nbytes for parameter in trained)
     beside = torch.cuda.max_memory_reserved(world.device) + kept + int(MARGIN * total)

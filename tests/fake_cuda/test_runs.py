@@ -1,6 +1,7 @@
 """Unmodified commands from their start to their end on cards, as launchers and SLURM start them."""
 
 import json
+import os
 
 import pytest
 from conftest import CHECKOUT, free_port
@@ -61,3 +62,22 @@ def test_a_card_alone_needs_no_ranks(stand_in: StandIn) -> None:
 def test_the_check_of_the_ranks_adds_up_on_cards(stand_in: StandIn) -> None:
     ends, printed = finish(stand_in.start_ranks(2, program="fashion_ddp.check"))
     assert ends == [0, 0] and "the 2 ranks can train together" in printed, printed
+
+
+def test_three_runs_from_one_server_share_two_cards_by_mps(stand_in: StandIn) -> None:
+    programs = stand_in.folder / "programs"
+    programs.mkdir()
+    control = programs / "nvidia-cuda-mps-control"
+    control.write_text('#!/bin/sh\necho "$* $(test -n "$1" || cat)" "${CUDA_VISIBLE_DEVICES-all}" >> mps.log\n')
+    control.chmod(0o755)
+    local = ["-m", "launch.local", "--models", "linear", "mlp", "relu", "--jobs", "3"]
+    flags = [word for word in TINY if word not in ("--run-dir", "run", "--model", "linear")]
+    path = f"{programs}:{os.environ['PATH']}"
+    ends, printed = finish([stand_in.start(2, "python", *local, *flags, PATH=path, CUDA_VISIBLE_DEVICES="1,0")])
+    assert ends == [0], printed
+    assert "runs on the same card share it by MPS" in printed
+    assert [f"] {model}-blog-seed42-" in printed for model in ("linear", "mlp", "relu")] == [True] * 3
+    assert printed.count("begins on card 1;") == 2 and printed.count("begins on card 0;") == 1
+    assert (stand_in.folder / "mps.log").read_text() == "-d  all\n quit all\n"
+    summaries = [json.loads(path.read_text()) for path in stand_in.folder.glob("runs/*/summary.json")]
+    assert [one["side_by_side"] for one in summaries] == [3] * 3 and all(one["cuda_graph"] for one in summaries)

@@ -137,6 +137,9 @@ def test_a_run_that_is_there_is_taken_trained_anew_or_continued(
     assert (run.reused, "--fresh" in run.argv) == (reused, fresh)
 
 
+ESTIMATE = gate("fashion_ddp.models.architectures", program="launch.share")
+
+
 def until_gone(run: Started, pids: list[int]) -> None:
     run.until(lambda: not any(living(pid) for pid in pids))
 
@@ -158,7 +161,7 @@ def test_ranks_save_and_end_when_local_is_killed_and_the_same_command_continues(
 
 @pytest.mark.slow
 def test_nothing_is_left_when_local_is_killed_while_it_estimates(tmp_path: Path) -> None:
-    with Started(tmp_path, ONE, gate("torch", program="spawned")) as run:
+    with Started(tmp_path, ONE, ESTIMATE) as run:
         pids = run.at_gate()
         run.process.kill()
         run.process.wait()
@@ -168,7 +171,7 @@ def test_nothing_is_left_when_local_is_killed_while_it_estimates(tmp_path: Path)
 
 
 GATES = {"import": gate("fashion_ddp.runs.claim", program="launch.local"), "data": gate("load", program="launch.local")}
-GATES |= {"estimate": gate("torch", program="spawned"), "run": gate("sync point")}
+GATES |= {"estimate": ESTIMATE, "run": gate("sync point")}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from test_local import EX_TEMPFAIL, SMALL, of, report, until_gone
 
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed import machine
-from fashion_ddp.errors import UserError
+from launch import mps
 from launch.pool import train
 from launch.processes import LocalRanks, LocalRun
 from launch.share import MachineShare, assign_cards, divide, visible_cards
@@ -52,6 +52,9 @@ class Net(nn.Linear):
         ("3, 1", 2, 2, 1, ["3", "1"]),
         (",".join(UUIDS), 3, 3, 1, UUIDS),
         ("2,0,-1,1", 2, 2, 1, ["2", "0"]),  # CUDA looks no further than -1
+        (None, 2, 5, 1, ["0", "1", "0", "1", "0"]),  # more runs than cards
+        ("7", 1, 3, 1, ["7", "7", "7"]),
+        (None, 5, 3, 2, ["0,1", "2,3", "0,1"]),
     ],
 )
 def test_each_run_has_cards_of_its_own_by_the_names_that_the_user_gave(
@@ -62,19 +65,20 @@ def test_each_run_has_cards_of_its_own_by_the_names_that_the_user_gave(
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(("cards", "jobs", "ranks", "need", "fit"), [(2, 4, 1, 4, 2), (3, 2, 2, 4, 1)])
-def test_more_runs_than_cards_are_refused_by_number(cards: int, jobs: int, ranks: int, need: int, fit: int) -> None:
-    said = f"each need {need} NVIDIA cards, and there are {cards}: give --jobs {fit} (JOBS={fit}), or --device cpu"
-    with pytest.raises(UserError, match=f"^jobs={jobs} of {ranks} rank.*{re.escape(said)}"):
-        assign_cards(visible_cards(cards, {}), jobs, ranks)
-
-
-@pytest.mark.quick
 def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = make_config({"device": "cpu"})
     monkeypatch.setattr(machine, "usable_cores", lambda: 12)
     # (jobs, ranks asked for): (ranks, threads). One job gets all that there is.
-    expected = {(1, 0): (4, 3), (3, 0): (1, 4), (3, 2): (2, 2), (5, 0): (1, 2), (16, 0): (1, 1), (8, 4): (4, 1)}
+    expected = {
+        (1, 0): (1, 12),
+        (4, 1): (1, 3),
+        (1, 4): (4, 3),
+        (3, 0): (1, 4),
+        (3, 2): (2, 2),
+        (5, 0): (1, 2),
+        (16, 0): (1, 1),
+        (8, 4): (4, 1),
+    }
     shares = {asked: divide(*asked, cfg, [], SYNTHETIC) for asked in expected}
     assert {asked: (share.ranks, share.threads) for asked, share in shares.items()} == expected
     assert shares[3, 2].cards == (None, None, None)
@@ -133,6 +137,46 @@ def test_a_log_that_cannot_be_written_fails_its_run_alone(tmp_path: Path, capsys
     assert "[1/2] cnn-blog-seed42 FAILED: it could not be begun: " in said and f"{tmp_path / 'file'}" in said
     assert "2 of 2 runs failed" in said
     assert "--no-such-flag" in (tmp_path / "runs" / "cnn-blog-seed42.log").read_text()
+
+
+@pytest.mark.quick
+def test_mps_is_started_where_it_is_needed_and_nobody_runs_it_and_ended_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def control(script: str) -> None:
+        (tmp_path / mps.CONTROL).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / mps.CONTROL).chmod(0o755)
+
+    def asked(needed: bool = True) -> tuple[bool, str, str]:
+        """Whether runs are given variables, what the daemon was asked, what is said."""
+        with mps.running(needed) as variables:
+            found = bool(variables)
+        log = tmp_path / "log"
+        told = log.read_text() if log.exists() else ""
+        log.unlink(missing_ok=True)
+        return found, told, capsys.readouterr().out
+
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(mps, "PROC", tmp_path)
+    assert asked(needed=False) == (False, "", "")
+    assert asked() == (False, "", f"{mps.CONTROL} is not installed: runs on the same card take turns\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    control(
+        f'echo "$*" $(test -n "$1" || cat) $CUDA_VISIBLE_DEVICES >> {tmp_path}/log; test -d $CUDA_MPS_PIPE_DIRECTORY'
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert asked() == (True, "-d\n quit\n", "runs on the same card share it by MPS, which ends with them\n")
+    process = tmp_path / "4711"
+    process.mkdir()
+    (process / "comm").write_text("nvidia-cuda-mps\n")
+    running = (False, "", "runs on the same card share it by the MPS that is running\n")
+    assert asked() == running
+    (process / "comm").write_text("python\n")
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/somebody's")
+        assert asked() == running
+    control("echo no such luck >&2; exit 1")
+    assert asked() == (False, "", f"{mps.CONTROL} did not start (no such luck): runs on the same card take turns\n")
 
 
 # --- Real runs --------------------------------------------------------------------------------------------------
