@@ -2,11 +2,12 @@
 
     python benchmarks/step_parts.py --threads 1
 
-The parts are timed within real steps of one process on the CPU; clocks around them cost about a microsecond each.
-Beside them, measured in the same sitting: the barest step that torch's autograd allows; what the step's matrix products
-and convolutions take when torch's kernels for them are called alone, again and again; what their operations would take
-at the rate of the best matrix product or convolution; and what the bytes that torch's operations read and write would
-take at the rate of a large copy (what stays in the cache is faster). Prints a table and writes --out.
+Real steps of one process on the CPU are timed in turn with the barest step that torch's autograd allows; then the parts
+within such steps, whose clocks cost about a microsecond each. Beside them, measured in the same sitting: what the
+step's matrix products and convolutions take when torch's kernels for them are called alone, again and again; what their
+operations would take at the rate of the best matrix product or convolution; and what the bytes that torch's operations
+read and write would take at the rate of a large copy (what stays in the cache is faster). Prints a table and writes
+--out.
 """
 
 import argparse
@@ -32,13 +33,14 @@ from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import World, open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.training import optim
+from fashion_ddp.training import step as step_module
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.images import Part
 from fashion_ddp.training.step import Step
 from fashion_ddp.training.sync import StepRecord
 
 LR = 0.01  # of every step: its value takes no time
-PARTS = ["batch", "forward", "backward", "optimizer", "bookkeeping"]
+PARTS = ["batch", "forward", "backward", "optimizer"]  # the rest is bookkeeping
 
 
 class Bytes(TorchDispatchMode):
@@ -93,37 +95,38 @@ def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) ->
 def parts(step: Step, steps: range) -> list[dict[str, float]]:
     """Seconds of each part, for each of these steps."""
     spent: dict[str, float] = defaultdict(float)
-    forward, losses, backward = step.ddp.forward, F.cross_entropy, torch.Tensor.backward
+    forward, losses, backward = step.ddp.forward, F.cross_entropy, step_module.run_backward
     step.ddp.forward = clocked(spent, "forward", forward)
     F.cross_entropy = clocked(spent, "forward", losses)
-    torch.Tensor.backward = clocked(spent, "backward", backward)  # type: ignore[method-assign]
+    step_module.run_backward = clocked(spent, "backward", backward)
     step.batches.piece = clocked(spent, "batch", step.batches.piece)  # type: ignore[method-assign]
     step.optimizer.step = clocked(spent, "optimizer", step.optimizer.step)  # type: ignore[method-assign]
     found = []
     for k in steps:
         spent.clear()
-        start = time.perf_counter()
         step(k, LR)
-        whole = time.perf_counter() - start
-        found.append(dict(spent) | {"bookkeeping": whole - sum(spent.values())})
-    F.cross_entropy, torch.Tensor.backward = losses, backward  # type: ignore[method-assign]
+        found.append(dict(spent))
+    F.cross_entropy, step_module.run_backward = losses, backward
     return found
 
 
-def barest(step: Step) -> float:
-    """Seconds of a step that only learns: one batch that lies ready, forward, backward, and an update by hand."""
-    images, labels, *_ = step.batches.piece(0, 0)
-    seconds = []
-    for _ in range(100):
-        start = time.perf_counter()
+def whole_and_barest(step: Step, steps: range) -> list[tuple[float, float]]:
+    """Seconds of each of these steps, without clocks in it, and of one that only learns, in turn: the latter's batch
+    lies ready, and its update is made by hand."""
+    images, labels = (tensor.clone() for tensor in step.batches.piece(0, 0)[:2])
+    found = []
+    for k in steps:
+        begin = time.perf_counter()
+        step(k, LR)
+        middle = time.perf_counter()
         F.cross_entropy(step.ddp(images), labels).backward()
         with torch.no_grad():
             for parameter in step.trained:
                 assert parameter.grad is not None
                 parameter.add_(parameter.grad, alpha=-1e-6)
                 parameter.grad = None
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        found.append((middle - begin, time.perf_counter() - middle))
+    return found
 
 
 def rates() -> tuple[float, float]:
@@ -195,11 +198,13 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
         for k in range(10):
             step(k, LR)
         flops, moved, products = count(step, 10)
-        rows = parts(step, range(11, min(step.batches.steps, 311)))
-        alone, bare = products.alone(), barest(step)
+        steps = range(11, min(step.batches.steps, 311))
+        both = whole_and_barest(step, steps)
+        rows, alone = parts(step, steps), products.alone()
         arithmetic, memory = rates()
+    whole, bare = (statistics.median(seconds) for seconds in zip(*both, strict=True))
     medians = {name: statistics.median(row[name] for row in rows) for name in PARTS}
-    whole = statistics.median(sum(row.values()) for row in rows)
+    medians["bookkeeping"] = max(0.0, whole - sum(medians[name] for name in PARTS))
     limit = flops / arithmetic
     told = {"flops": flops, "bytes": moved, "flops_per_s": arithmetic, "bytes_per_s": memory}
     return {

@@ -41,18 +41,37 @@ def to_unit(images: Tensor, dtype: torch.dtype) -> Tensor:
 Position = int | Tensor
 
 
-def row(table: Tensor, k: Position, piece: int) -> Tensor:
-    """Return what a table [steps, pieces, rows] holds for one piece of batch k: [rows]. Of a number it is a view, which
-    costs nothing."""
-    return table[k, piece] if isinstance(k, int) else table[:, piece].index_select(0, k).squeeze(0)
+class Rows:
+    """The rows of one piece of a batch in tables [steps, pieces, rows], which stay where they are in memory.
 
+    Of a number from the host they are views, of which those of many steps are made at once: each alone would take
+    longer to make than a small step needs for its arithmetic.
+    """
 
-def set_row(table: Tensor, k: Position, piece: int, values: Tensor) -> None:
-    """Write one piece of batch k into a table [steps, pieces, rows]."""
-    if isinstance(k, int):
-        table[k, piece] = values
-    else:
-        table[:, piece].index_copy_(0, k, values.unsqueeze(0))
+    AT_ONCE = 512  # steps
+
+    def __init__(self, *tables: Tensor):
+        self.tables, self.pieces = tables, tables[0].shape[1]
+        self.first, self.views = -self.AT_ONCE, [()]
+
+    def __call__(self, k: Position, piece: int) -> tuple[Tensor, ...]:
+        """Return what each table holds for one piece of batch k: [rows]."""
+        if not isinstance(k, int):
+            return tuple(table[:, piece].index_select(0, k).squeeze(0) for table in self.tables)
+        if not 0 <= k - self.first < self.AT_ONCE:
+            self.first = k
+            some = (table[k : k + self.AT_ONCE].flatten(0, 1).unbind() for table in self.tables)
+            self.views = list(zip(*some, strict=True))
+        return self.views[(k - self.first) * self.pieces + piece]
+
+    def write(self, k: Position, piece: int, *values: Tensor) -> None:
+        """Write one piece of batch k into the tables."""
+        if isinstance(k, int):
+            for view, value in zip(self(k, piece), values, strict=True):
+                view.copy_(value)
+        else:
+            for table, value in zip(self.tables, values, strict=True):
+                table[:, piece].index_copy_(0, k, value.unsqueeze(0))
 
 
 def split(cfg: Config, data: Dataset) -> dict[str, Part]:
@@ -178,6 +197,8 @@ class Batches:
         self.targets = torch.zeros_like(self.index)
         self.weights = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self.loss_weights = torch.zeros_like(self.weights)
+        self.kept: dict[bool, Tensor] = {}  # where a piece's images lie, and their partners'; the next take their place
+        self.rows_of = Rows(self.index, self.targets, self.weights, self.loss_weights)
         self.noise: Tensor | None = None
         self.keys: Tensor | None = None
         self.partners: Tensor | None = None
@@ -249,16 +270,15 @@ class Batches:
 
     def piece(self, k: Position, piece: int) -> Piece:
         """Return what one forward pass of global batch k takes, whose images were brought."""
-        index = row(self.index, k, piece)
-        images, labels = self._augmented(piece, index), row(self.targets, k, piece)
+        index, labels, weights, loss_weights = self.rows_of(k, piece)
+        images = self._augmented(piece, index)
         keys = None if self.keys is None else self.keys.index_select(0, index)
         partner_labels: Tensor | None = None
         own_share: Tensor | float = 1.0
         if self.partners is not None and self.mixes is not None:
-            partners, mix = row(self.partners, k, piece), row(self.mixes, k, 0)
+            [partners], [mix] = Rows(self.partners)(k, piece), Rows(self.mixes)(k, 0)
             images = _mix(images, self._augmented(self.pieces + piece, partners), mix)
             partner_labels, own_share = self.labels.index_select(0, partners), mix[0]
-        weights, loss_weights = row(self.weights, k, piece), row(self.loss_weights, k, piece)
         whole_batch = self.alone and isinstance(k, int) and self.in_batch[k] == len(index)
         return Piece(images, labels, weights, loss_weights, keys, partner_labels, own_share, whole_batch)
 
@@ -270,7 +290,11 @@ class Batches:
             if self.cfg.random_resized_crop:
                 images, noise = _crop(images.to(self.dtype), noise[:, :4], self.size), noise[:, 4:]
             images = _augment(images, noise)
-        return to_unit(images, self.dtype)
+        kept = self.kept.get(place >= self.pieces)
+        if kept is None:
+            kept = torch.empty(images.shape, dtype=self.dtype, device=self.device)
+            self.kept[place >= self.pieces] = kept
+        return kept.copy_(images).div_(255)
 
     def _draw_noise(self, draws: torch.Generator, epoch: int) -> Tensor | None:
         """Draw the augmentation of each image of the set: [N, 7] int64, as `_augment` takes it; where images are

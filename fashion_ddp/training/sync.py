@@ -13,7 +13,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.distributed import signals
 from fashion_ddp.distributed.world import World, all_reduce
 from fashion_ddp.errors import TrainingFailed
-from fashion_ddp.training.batches import Batches, Position, set_row
+from fashion_ddp.training.batches import Batches, Position, Rows
 from fashion_ddp.training.state import State
 
 
@@ -36,11 +36,11 @@ class StepRecord:
         self.batches = batches
         self.losses = torch.zeros_like(batches.weights)
         self.predicted = torch.zeros_like(batches.targets)
+        self.rows = Rows(self.losses, self.predicted)
 
     def write(self, k: Position, piece: int, losses: Tensor, logits: Tensor) -> None:
         """Keep one piece's losses [rows], and what its logits [rows, classes] predict."""
-        set_row(self.losses, k, piece, losses.detach())
-        set_row(self.predicted, k, piece, logits.detach().argmax(1))
+        self.rows.write(k, piece, losses.detach(), logits.detach().argmax(1))
 
     def sums(self, window: range) -> Tensor:
         """Return the rank's sum of losses and its hits at each step of the window: float64 [steps, 2]."""
