@@ -87,7 +87,9 @@ def train_and_compare(comparison: Arguments, others: list[str], start: Start) ->
             say(f"{run.folder}: finished before, with the same settings, code and versions: taken as it is")
     todo = [run for run in runs if not run.reused]
     shape = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
-    share = divide_in_subprocess(comparison.jobs, comparison.ranks, first, [run.cfg for run in todo], shape, start)
+    share = divide_in_subprocess(
+        comparison.jobs, comparison.ranks, runs[0].argv, [run.argv for run in todo], shape, start
+    )
     if "--check-only" in others:
         return 0
     if comparison.jobs > 1:

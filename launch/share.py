@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fashion_ddp.config import Config
+from fashion_ddp.config import Config, cli
 from fashion_ddp.console import say
 from fashion_ddp.distributed import machine, signals
 from fashion_ddp.errors import TrainingFailed, UserError, pluralize
@@ -39,15 +38,20 @@ class MachineShare:
 
 
 def divide_in_subprocess(
-    jobs: int, ranks: int, cfg: Config, todo: list[Config], shape: DataShape, start: Start = start_process
+    jobs: int,
+    ranks: int,
+    any_run: Sequence[str],
+    todo: Sequence[Sequence[str]],
+    shape: DataShape,
+    start: Start = start_process,
 ) -> MachineShare:
     """Call `divide` in a process of its own: torch in this one would hold a card's memory while the runs need it.
 
-    `start`: starts the process.
+    `any_run`, `todo`: the runs' flags of fashion_ddp.train. `start`: starts the process.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "asked.pickle"
-        file.write_bytes(pickle.dumps((jobs, ranks, cfg, todo, shape)))
+        file = Path(folder) / "asked.json"
+        file.write_text(json.dumps([jobs, ranks, any_run, todo, shape]))
         child = start("launch.share", [str(file)], os.environ)  # Ctrl-C is for this process, which remembers it
         signals.children = [child]
         code = child.wait()
@@ -61,8 +65,10 @@ def divide_in_subprocess(
 
 def main(file: Path) -> None:
     """Write the answer to what `divide_in_subprocess` asked beside its file."""
+    jobs, ranks, any_run, todo, shape = json.loads(file.read_text())
     try:
-        answer = asdict(divide(*pickle.loads(file.read_bytes())))
+        configs = [cli.parse(flags).run for flags in [any_run, *todo]]
+        answer = asdict(divide(jobs, ranks, configs[0], configs[1:], shape))
     except UserError as error:
         answer = {"refused": str(error)}
     file.with_name("answer.json").write_text(json.dumps(answer))

@@ -17,7 +17,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.data.cache import centre, pixel_sums
 from fashion_ddp.distributed import machine
-from fashion_ddp.distributed.world import open_world
+from fashion_ddp.distributed.world import World, open_world
 from fashion_ddp.errors import TrainingFailed, UserError
 from fashion_ddp.models import architectures
 from fashion_ddp.training import images
@@ -151,6 +151,7 @@ class Card:
     """A world of two ranks with a card each, of which the other one has its own answer."""
 
     device, device_name = torch.device("cuda", 1), "a card"
+    card_memory = World.card_memory
 
     def __init__(self, other: Any = 0):
         self.other = other
@@ -185,14 +186,26 @@ def test_a_set_lies_on_cards_where_it_fits_on_all(
 
 
 @quick
+@pytest.mark.parametrize(("runs", "free", "expected"), [(1, 60, (60, 80)), (2, 60, (37, 40)), (4, 5, (5, 20))])
+def test_runs_that_share_a_card_divide_its_memory(
+    runs: int, free: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASHION_DDP_RUNS_PER_CARD", str(runs))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3)  # its own, of what is taken
+    assert World.card_memory(Card()) == expected  # type: ignore[arg-type]
+
+
+@quick
 @pytest.mark.parametrize(("free", "other", "moved"), [(5000, True, True), (4999, True, False), (5000, False, False)])
 def test_after_a_trial_step_images_move_where_they_fit_beside_it_on_all_ranks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, other: bool, moved: bool
 ) -> None:
     of, world = part(tmp_path, "some of a file"), Card(other)
     set_bytes = 2 * len(of.labels) * 2 * SEEN**2  # of two parts
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (set_bytes + free, 20_000))
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3000)  # and 5 % of all, 8 a weight
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (set_bytes + free, 1_000_000))
+    monkeypatch.setattr(images, "MARGIN", 0.001)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3000)  # and 0.1 % of all, 8 a weight
     on_cpu: Any = world
     world.device = CPU
     table = torch.tensor([[[3, 5]], [[7, 0]]])

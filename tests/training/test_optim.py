@@ -30,9 +30,23 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
 def test_optimizers_by_name(name: str, kind: type, settings: dict[str, Any], decay: float) -> None:
     cfg = make_config({"optimizer": name, "lr": 0.25, "weight_decay": decay, "batch_size": 512, "lr_scaling": "sqrt"})
     optimizer = optim.build(cfg, nn.Linear(2, 3), CPU)
-    assert type(optimizer) is kind and len(optimizer.param_groups[0]["params"]) == 2
+    plain = name == "sgd" and not decay  # then it is ours
+    assert type(optimizer) is (optim.PlainSGD if plain else kind) and isinstance(optimizer, kind)
+    assert len(optimizer.param_groups[0]["params"]) == 2
     expected = settings | {"lr": 0.5, "weight_decay": decay}
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
+
+
+def test_plain_sgd_gives_the_bits_of_torchs_and_leaves_what_has_no_gradient() -> None:
+    ours, torchs = (nn.Linear(7, 5) for _ in range(2))
+    torchs.load_state_dict(ours.state_dict())
+    for net, kind in ((ours, optim.PlainSGD), (torchs, torch.optim.SGD)):
+        optimizer = kind(net.parameters(), lr=0.1)
+        for seed, rate in enumerate((0.1, 0.3)):
+            optimizer.param_groups[0]["lr"] = rate
+            net.weight.grad = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+    assert torch.equal(ours.weight, torchs.weight) and torch.equal(ours.bias, torchs.bias)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
