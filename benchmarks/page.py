@@ -33,6 +33,15 @@ that is busy the tutorials' loop suffers more than ours: beside other work it to
 
 {bench}
 
+## From the shell to the report
+
+Whole comparisons on the CPU ([comparisons.py](../benchmarks/comparisons.py)), with W&B offline. A rank that is started
+by itself imports torch, Accelerate and W&B; one from [the server](../launch/fork_server.py) is forked with them loaded.
+One process of all cores is what `make compare` gives a run by itself; `at once` is `JOBS=`, whose times are marked as
+shared. The last column is the whole time less one start, divided by what the runs' training and testing took.
+
+{comparisons}
+
 ## On a card
 
 A step of these networks is dozens of kernels of a few microseconds, and the host takes longer to launch them one by
@@ -50,8 +59,9 @@ is written down as soon as it is there.
 ## Where a step goes
 
 Microseconds of a step in one process of {threads} thread. `barest`: a step that only learns, with one batch that lies
-ready and an update by hand. `kernels alone`: what torch's kernels take for the step's matrix products and convolutions,
-each called again and again with nothing between; no loop around them goes below. Then what the machine allows: the same
+ready and an update by hand, taken in turn with the whole ones. `kernels alone`: what torch's kernels take for the
+step's matrix products and convolutions, each called again and again with nothing between; no loop around them goes
+below. Then what the machine allows: the same
 operations at the rate of its best matrix product or convolution ({gflops:.0f} GFLOP/s), which share of the step that
 is, and the bytes that all operations read and write at the rate of a copy that fits no cache ({gbytes:.0f} GB/s; most
 of a step's do fit).
@@ -213,13 +223,28 @@ def step_parts(result: dict[str, Any]) -> str:
     names = list(next(iter(result["cases"].values()))["parts_s"])
     rows = [
         [case, *(f"{1e6 * one['parts_s'][name]:,.0f}" for name in names)]
-        + [f"{1e6 * one[name]:,.0f}" for name in ("step_s", "barest_s", "kernels_s", "arithmetic_s")]
+        + [f"{1e6 * one[name]:,.0f}" for name in ("step_s", "barest_s")]
+        + [f"{one['step_s'] / one['barest_s']:.2f}"]
+        + [f"{1e6 * one[name]:,.0f}" for name in ("kernels_s", "arithmetic_s")]
         + [f"{one['share']:.0%}", f"{1e6 * one['bytes'] / one['bytes_per_s']:,.0f}"]
         for case, one in result["cases"].items()
     ]
-    limits = ["barest", "kernels alone", "its arithmetic", "share of whole", "its bytes"]
+    limits = ["barest", "times barest", "kernels alone", "its arithmetic", "share of whole", "its bytes"]
     titles = ["model and recipe", *names, "whole", *limits]
     return table(titles, rows) + "\n\n" + origin(result)
+
+
+def comparisons(result: dict[str, Any]) -> str:
+    """How long whole comparisons take."""
+    parts = []
+    for case, ways in result["cases"].items():
+        rows = [
+            [way, f"{one['wall_s']:.1f}", ratio(one["wall_s_ratio"]), ratio(one["times_what_trained"])]
+            + [str(len(one["runs"]))]
+            for way, one in ways.items()
+        ]
+        parts.append(table([case, "s", "of the first", "times what trained", "n"], rows))
+    return "\n\n".join([*parts, origin(result)])
 
 
 def scaling(*names: str) -> str:
@@ -280,6 +305,7 @@ def page(card: dict[str, Any] | None = None) -> str:
     gflops = max(one["flops_per_s"] for one in parts["cases"].values()) / 1e9
     gbytes = max(one["bytes_per_s"] for one in parts["cases"].values()) / 1e9
     found = {"bench": bench("bench", "bench_cnn"), "on_card": on_card(card)}
+    found["comparisons"] = comparisons(read("comparisons"))
     found |= {"parts": step_parts(parts), "scaling": scaling("scaling", "scaling_cnn")}
     return PAGE.format(threads=parts["threads"], gflops=gflops, gbytes=gbytes, **found)
 

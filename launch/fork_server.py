@@ -144,8 +144,9 @@ class ForkServer:
                     self._connection.send(request)
                     if output:
                         reduction.send_handle(self._connection, output.fileno(), self._server.pid)
-                    return ForkedProcess(self._connection.recv())
-            self.close()  # it could not load, was killed, or is not possible here
+                    if pid := self._connection.recv():
+                        return ForkedProcess(pid)
+            self.close()  # it could not load or fork, was killed, or is not possible here
         return start_process(module, argv, env, output)
 
     def close(self) -> None:
@@ -200,16 +201,29 @@ def serve(connection: Connection) -> tuple[Any, int | None]:
             end(0)
         *_, parent, _ = request
         if (first := os.fork()) == 0:
-            if os.fork():
-                os._exit(0)  # so that the second is an orphan, whom who asked adopts
-            while os.getppid() != parent:
+            middle = os.getpid()
+            try:
+                if os.fork():
+                    os._exit(0)  # so that the second is an orphan, whom who asked adopts
+            except OSError:  # no room for another process
+                give_up(connection)
+            while os.getppid() == middle:
                 time.sleep(0.0005)
+            if os.getppid() != parent:  # who asked has ended, or could not adopt it
+                give_up(connection)
             connection.send(os.getpid())
             connection.close()
             return request, output
         os.waitpid(first, 0)
         if output is not None:
             os.close(output)
+
+
+def give_up(connection: Connection) -> NoReturn:
+    """End this process, and let who asked, if it is there, start one in another way."""
+    with contextlib.suppress(OSError):
+        connection.send(0)
+    os._exit(1)
 
 
 def rename(words: Sequence[str]) -> None:

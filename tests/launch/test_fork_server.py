@@ -103,7 +103,11 @@ def test_a_package_that_was_installed_is_loaded_by_a_new_server_and_without_one_
         (packages / "torch-99.dist-info").mkdir()
         assert isinstance(tells(server.start, "0")[2], ForkedProcess)
         assert server._server is not first and first.returncode is not None
-        assert server._server
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)  # who could not be the parent
+            assert not isinstance(tells(server.start, "0")[2], ForkedProcess)
+        server._begin()
+        assert isinstance(tells(server.start, "0")[2], ForkedProcess) and server._server
         server._server.kill()
         told, code, process = tells(server.start, "3")
         assert code == 3 and not told["had_torch"] and not isinstance(process, ForkedProcess)
