@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import Pipe, reduction
 from multiprocessing.connection import Connection
@@ -304,6 +305,8 @@ def main() -> NoReturn:
     load(sys.argv[3:])
     started_in = os.getcwd()
     connection.send(True)
+    # From Python 3.12 on. The threads of numpy's OpenBLAS, which it means, end by themselves before a fork.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
     (module, argv, env, folder, _, _), output = serve(connection)
     os.setsid()
     if output is not None:
