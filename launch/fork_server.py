@@ -14,7 +14,6 @@ Linux alone lets the server do this; elsewhere each process loads everything its
 import atexit
 import contextlib
 import ctypes
-import gc
 import importlib
 import os
 import runpy
@@ -33,7 +32,7 @@ from multiprocessing import Pipe, reduction
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO, ClassVar, NoReturn, Protocol, Self
 
-from fashion_ddp.distributed import signals
+from fashion_ddp.distributed import signals, tuning
 
 # What a rank imports of other packages.
 LOADED = (
@@ -257,22 +256,20 @@ def load(packages: Sequence[str]) -> None:
         raise TimeoutError
 
     usual, tempfile.TemporaryDirectory = tempfile.TemporaryDirectory, OfTheServer  # type: ignore[assignment, misc]
-    gc.disable()  # going through all objects again and again is a sixth of the time that imports take
     signal.signal(signal.SIGALRM, too_long)
-    for package in packages:
-        before = set(sys.modules)
-        signal.alarm(LIMIT)
-        try:
-            importlib.import_module(package)
-        except Exception:  # noqa: BLE001 - whatever it raises
-            for name in set(sys.modules) - before:
-                del sys.modules[name]
-        finally:
-            signal.alarm(0)
+    with tuning.gc_paused():  # what is loaded stays out of it, else each process's first would copy its memory
+        for package in packages:
+            before = set(sys.modules)
+            signal.alarm(LIMIT)
+            try:
+                importlib.import_module(package)
+            except Exception:  # noqa: BLE001 - whatever it raises
+                for name in set(sys.modules) - before:
+                    del sys.modules[name]
+            finally:
+                signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     tempfile.TemporaryDirectory = usual  # type: ignore[misc]
-    gc.freeze()  # else the first collection of each process would copy the memory of all that is loaded
-    gc.enable()
 
 
 def run_as_main(module: str) -> NoReturn:

@@ -61,8 +61,11 @@ class Arguments:
 def main(argv: list[str] | None = None) -> int:
     comparison, others = flags.parse_known(Arguments, "launch.local", argv)
     _check(comparison, others)
-    tracker = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg.tracker
-    with ForkServer([] if tracker == "none" else ["wandb"]) as server:  # it loads while this process looks at the runs
+    first = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg
+    others += _synthetic_if_there_is_no_data(first)
+    with ForkServer(
+        [] if first.tracker == "none" else ["wandb"]
+    ) as server:  # it loads while this process looks at the runs
         return train_and_compare(comparison, others, server.start)
 
 
@@ -71,8 +74,6 @@ def train_and_compare(comparison: Arguments, others: list[str], start: Start) ->
 
     `others`: flags of fashion_ddp.train for all runs. `start`: starts a process.
     """
-    first = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg
-    others += _synthetic_if_there_is_no_data(first)
     models_and_seeds = [(model, seed) for model in comparison.models for seed in comparison.seeds]
     configs = [_local_run(comparison, model, seed, others).cfg for model, seed in models_and_seeds]
     refuse_duplicates(configs)

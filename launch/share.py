@@ -85,7 +85,7 @@ def divide(jobs: int, ranks: int, cfg: Config, todo: list[Config], shape: DataSh
 
     kind = machine.choose_device(cfg, machine.RankPlacement())
     cards, cores = torch.cuda.device_count() if kind == "cuda" else 0, machine.usable_cores()
-    ranks = ranks or (1 if jobs > 1 else cards or 1)
+    ranks = ranks or (cards if cards and jobs == 1 else 1)
     machine.choose_device(cfg, machine.RankPlacement(world_size=ranks, local_world_size=ranks))
     cards_of_runs: list[str | None] = [None] * jobs
     per_card = 1
@@ -136,6 +136,9 @@ def _try_steps(cfg: Config, kind: str, ranks: int, share: MachineShare, shape: D
 
     image_shape, classes, count = shape
     torch.set_num_threads(share.threads)
+    if kind == "cuda":  # what the run before took is none of this one's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     model = architectures.build(cfg, image_shape, classes).to(kind)
     rows = -(-cfg.batch_size // ranks)
     images = torch.zeros(rows, *image_shape, dtype=next(model.parameters()).dtype, device=kind)
@@ -148,14 +151,15 @@ def _try_steps(cfg: Config, kind: str, ranks: int, share: MachineShare, shape: D
         durations.append(time.perf_counter() - start)
     if share.runs_per_card > 1:
         free, total = torch.cuda.mem_get_info()
+        room = free + torch.cuda.memory_reserved()
         weights = sum(parameter.nbytes for parameter in model.parameters())
         # The optimizer keeps up to two numbers for each weight; a graph has what a step takes a second time.
         needed = CONTEXT + 2 * torch.cuda.max_memory_reserved() + 2 * weights
-        if needed * share.runs_per_card > free + torch.cuda.memory_reserved():
-            fit = max(1, free // needed)
+        if needed * share.runs_per_card > room:
+            fit = max(1, room // needed)
             raise UserError(
                 f"a run of {cfg.model} takes about {needed / 1e9:.1f} GB of a card, where {share.runs_per_card} are to "
-                f"share {free / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB: {pluralize(fit, 'run')} per card "
+                f"share {room / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB: {pluralize(fit, 'run')} per card "
                 "fit, so give a smaller --jobs (JOBS=)"
             )
     steps = cfg.epochs * count / cfg.batch_size

@@ -32,9 +32,9 @@ def generator(*seeds: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def to_unit(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert uint8 pixels to numbers in [0, 1]."""
-    return images.to(dtype).div_(255)
+def to_unit(images: Tensor, dtype: torch.dtype, kept: Tensor | None = None) -> Tensor:
+    """Convert uint8 pixels to numbers in [0, 1]. `kept`: a tensor of that type to put them into."""
+    return (images.to(dtype) if kept is None else kept.copy_(images)).div_(255)
 
 
 # Which batch of the epoch: a number from the host, or an int64 tensor [1] on the device that counts by itself.
@@ -203,6 +203,7 @@ class Batches:
         self.keys: Tensor | None = None
         self.partners: Tensor | None = None
         self.mixes: Tensor | None = None
+        self.mixing: tuple[Rows, Rows] | None = None  # of partners and mixes
         self.in_batch: list[int] = []  # the rows of each global batch
         self.ahead: Drawn | None = None
 
@@ -276,7 +277,9 @@ class Batches:
         partner_labels: Tensor | None = None
         own_share: Tensor | float = 1.0
         if self.partners is not None and self.mixes is not None:
-            [partners], [mix] = Rows(self.partners)(k, piece), Rows(self.mixes)(k, 0)
+            if self.mixing is None:  # the tables stay where the first draw put them
+                self.mixing = Rows(self.partners), Rows(self.mixes)
+            [partners], [mix] = self.mixing[0](k, piece), self.mixing[1](k, 0)
             images = _mix(images, self._augmented(self.pieces + piece, partners), mix)
             partner_labels, own_share = self.labels.index_select(0, partners), mix[0]
         whole_batch = self.alone and isinstance(k, int) and self.in_batch[k] == len(index)
@@ -290,11 +293,10 @@ class Batches:
             if self.cfg.random_resized_crop:
                 images, noise = _crop(images.to(self.dtype), noise[:, :4], self.size), noise[:, 4:]
             images = _augment(images, noise)
-        kept = self.kept.get(place >= self.pieces)
-        if kept is None:
-            kept = torch.empty(images.shape, dtype=self.dtype, device=self.device)
-            self.kept[place >= self.pieces] = kept
-        return kept.copy_(images).div_(255)
+        of_partners = place >= self.pieces
+        if of_partners not in self.kept:
+            self.kept[of_partners] = torch.empty(images.shape, dtype=self.dtype, device=self.device)
+        return to_unit(images, self.dtype, self.kept[of_partners])
 
     def _draw_noise(self, draws: torch.Generator, epoch: int) -> Tensor | None:
         """Draw the augmentation of each image of the set: [N, 7] int64, as `_augment` takes it; where images are

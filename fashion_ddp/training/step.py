@@ -113,7 +113,7 @@ class Step:
         self._tell_layers(piece)
         with random_state_kept(self.world.device):
             for _ in range(2):
-                self._losses(self.ddp(piece.images), piece).backward(piece.loss_weights)
+                run_backward(self._losses(self.ddp(piece.images), piece), piece.loss_weights)
         for buffer, before in zip(self.ddp.buffers(), buffers, strict=True):
             buffer.copy_(before)
         drop_gradient(self.trained)
