@@ -130,7 +130,7 @@ class Study:
         dataset = data.load("fashion_mnist", todo[0].cfg.data_dir)
         shape = dataset.image_shape, len(dataset.classes), len(dataset.train_labels)
         divide_in_subprocess(2, 1, todo[0].argv, [run.argv for run in todo], shape)  # says how long it will take
-        if pool.train(todo, MachineShare(ranks=1, threads=1, cards=(None, None))):
+        if pool.train(todo, MachineShare(ranks=1, threads=(1,) * len(todo), cards=(None, None))):
             raise CommandFailed("not all runs are finished: the same command continues")
 
     def results(self, settings: Settings) -> list[Result]:

@@ -69,6 +69,7 @@ def train(command: Command) -> None:
         if cfg.normalize:
             set_statistics(model, train_part.sums(), math.prod(data.image_shape[1:]))
         batches = Batches(cfg, world, train_part, place)
+        startup.settle_threads(cfg, world, model, data.image_shape, batches.rows)
         sets = {name: Evaluation(cfg, world, part, classes, place) for name, part in parts.items()}
 
         ddp = world.wrap(model, ddp=not cfg.reduction_shards)  # Accelerate: device, precision, DistributedDataParallel

@@ -46,7 +46,8 @@ class Arguments:
     seeds: tuple[int, ...] = (42,)
     """Each architecture is trained once per seed."""
     ranks: int = 0
-    """Ranks of each run. 0 means the fastest: one per card; on a CPU, or with --jobs, one with a thread per core."""
+    """Ranks of each run. 0 means the fastest: one per card; on a CPU, or with --jobs, one with its
+    share of the cores."""
     jobs: int = 1
     """Runs at once. Each gets a card of its own (R cards with --ranks R) while there are enough, else runs share cards,
     by NVIDIA's MPS where it is installed; on a CPU each gets its share of the cores. The report marks their times,

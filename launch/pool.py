@@ -67,7 +67,7 @@ def train(todo: list[LocalRun], share: MachineShare, start: Start = start_proces
             label = f"[{number}/{len(todo)}] {run.folder.name}"
             place = free.pop(0)
             try:
-                active[place] = _begin(run, label, share, place, at_once, start)
+                active[place] = _begin(run, label, share, share.threads[number - 1], place, at_once, start)
             except OSError as error:
                 say(f"{label} FAILED: it could not be begun: {error}")
                 codes[run.folder.name] = 1
@@ -91,8 +91,10 @@ def log_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def _begin(run: LocalRun, label: str, share: MachineShare, place: int, at_once: int, start: Start) -> ActiveRun:
-    argv = (*run.argv, "--threads", str(share.threads))
+def _begin(
+    run: LocalRun, label: str, share: MachineShare, threads: int, place: int, at_once: int, start: Start
+) -> ActiveRun:
+    argv = (*run.argv, "--threads", str(threads))
     cards, log = share.cards[place], log_path(run.folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:  # keep what earlier starts wrote

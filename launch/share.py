@@ -25,7 +25,7 @@ class MachineShare:
     """What each of the runs that train at once gets of this machine."""
 
     ranks: int
-    threads: int  # CPU threads of each rank
+    threads: tuple[int, ...]  # CPU threads of each rank, by run
     cards: tuple[str | None, ...]  # of each run: its CUDA_VISIBLE_DEVICES; None leaves it as it is in this process
     runs_per_card: int = 1
     variables: dict[str, str] = field(default_factory=dict)  # of every run's environment, beside those of this process
@@ -60,7 +60,7 @@ def divide_in_subprocess(
         answer = json.loads(file.with_name("answer.json").read_text())
     if "refused" in answer:
         raise UserError(answer["refused"])
-    return MachineShare(**answer | {"cards": tuple(answer["cards"])})
+    return MachineShare(**answer | {name: tuple(answer[name]) for name in ("threads", "cards")})
 
 
 def main(file: Path) -> None:
@@ -96,13 +96,16 @@ def divide(jobs: int, ranks: int, cfg: Config, todo: list[Config], shape: DataSh
     # continues alone must end in the bits that it would have had among the others. More ranks than cores are not
     # refused: with one thread each they take turns. Of 3 runs on 2 cores no core is idle, where 2 runs and then 1 would
     # leave one so.
-    share = MachineShare(ranks, machine.threads_per_rank(cfg, ranks * jobs), tuple(cards_of_runs), per_card)
+    most = machine.threads_per_rank(cfg, ranks * jobs)
+    tried = [_try_steps(cfg, kind, ranks, most, per_card, shape) for cfg in todo]
+    share = MachineShare(ranks, tuple(threads for threads, _ in tried), tuple(cards_of_runs), per_card)
     if not todo:
         return share
     on = f"{cards} x {torch.cuda.get_device_name(0)}" if cards else f"CPU, {cores} cores"
-    each = f"{pluralize(ranks, 'rank')} with {pluralize(share.threads, 'CPU thread')} each"
-    seconds = [_try_steps(cfg, kind, ranks, share, shape) for cfg in todo]
-    at_once = jobs if cards else min(jobs, max(1, cores // (ranks * share.threads)))
+    low, high = min(share.threads), max(share.threads)
+    each = f"{pluralize(ranks, 'rank')} with {f'{low} to ' if low < high else ''}{pluralize(high, 'CPU thread')} each"
+    seconds = [one for _, one in tried]
+    at_once = jobs if cards else min(jobs, max(1, cores // (ranks * most)))
     total = max(sum(seconds) / at_once, *seconds)
     duration = f"about {total / 60:.0f} min" if total > 90 else f"about {total:.0f} s"
     beside = f", {jobs} at once," if jobs > 1 else ""
@@ -124,23 +127,30 @@ def assign_cards(cards: Sequence[str], jobs: int, ranks: int) -> list[str]:
     return [places[job % len(places)] for job in range(jobs)]
 
 
-def _try_steps(cfg: Config, kind: str, ranks: int, share: MachineShare, shape: DataShape) -> float:
-    """Estimate a run's duration in seconds from a few training steps of its model on black images.
+def _try_steps(cfg: Config, kind: str, ranks: int, most: int, per_card: int, shape: DataShape) -> tuple[int, float]:
+    """Return the CPU threads of each rank of a run, and its duration in seconds as a few training steps of its model on
+    black images tell.
 
-    `kind`: cpu or cuda. Raises UserError where the run has no room on a card that it shares.
+    `kind`: cpu or cuda. `most`: threads that there are for a rank. `per_card`: runs that share a card. Raises UserError
+    where the run has no room on a card that it shares.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    from fashion_ddp.models import architectures
+    from fashion_ddp.models import architectures, describe
 
     image_shape, classes, count = shape
-    torch.set_num_threads(share.threads)
     if kind == "cuda":  # what the run before took is none of this one's
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model = architectures.build(cfg, image_shape, classes).to(kind)
-    rows = -(-cfg.batch_size // ranks)
+    model = architectures.build(cfg, image_shape, classes)
+    rows = -(-cfg.batch_size // (cfg.reduction_shards or ranks))
+    rows = min(cfg.micro_batch or rows, rows)
+    threads = most
+    if kind == "cpu":
+        threads = machine.threads_for_step(cfg, most, describe.flops_per_image(model, image_shape), rows)
+    torch.set_num_threads(threads)
+    model.to(kind)
     images = torch.zeros(rows, *image_shape, dtype=next(model.parameters()).dtype, device=kind)
     labels = torch.zeros(rows, dtype=torch.long, device=kind)
     durations = []
@@ -149,22 +159,23 @@ def _try_steps(cfg: Config, kind: str, ranks: int, share: MachineShare, shape: D
         cross_entropy(model(images), labels).backward()
         labels.sum().item()  # waits for a card
         durations.append(time.perf_counter() - start)
-    if share.runs_per_card > 1:
+    if per_card > 1:
         free, total = torch.cuda.mem_get_info()
         room = free + torch.cuda.memory_reserved()
         weights = sum(parameter.nbytes for parameter in model.parameters())
         # The optimizer keeps up to two numbers for each weight; a graph has what a step takes a second time.
         needed = CONTEXT + 2 * torch.cuda.max_memory_reserved() + 2 * weights
-        if needed * share.runs_per_card > room:
+        if needed * per_card > room:
             fit = max(1, room // needed)
             raise UserError(
-                f"a run of {cfg.model} takes about {needed / 1e9:.1f} GB of a card, where {share.runs_per_card} are to "
+                f"a run of {cfg.model} takes about {needed / 1e9:.1f} GB of a card, where {per_card} are to "
                 f"share {room / 1e9:.1f} GB that are free of {total / 1e9:.1f} GB: {pluralize(fit, 'run')} per card "
                 "fit, so give a smaller --jobs (JOBS=)"
             )
     steps = cfg.epochs * count / cfg.batch_size
     start_up, rest_of_a_step = 2.0, 0.001  # seconds: all but training, in a forked process; update and bookkeeping
-    return start_up + steps * (1.15 * min(durations) + rest_of_a_step)
+    passes = -(-cfg.batch_size // (ranks * rows))
+    return threads, start_up + steps * (1.15 * passes * min(durations) + rest_of_a_step)
 
 
 if __name__ == "__main__":

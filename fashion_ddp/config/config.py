@@ -155,7 +155,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the NVIDIA cards where there are any."""
     threads: int = 0
-    """CPU threads per rank; 0 shares the usable cores among the ranks of a machine."""
+    """CPU threads per rank; 0 shares the usable cores among the ranks of a machine, and takes fewer for a small step."""
     micro_batch: int = 0
     """Rows per forward pass, to save memory or fit a cache; 0 takes a rank's whole share. Changes no result."""
     reduction_shards: int = 0

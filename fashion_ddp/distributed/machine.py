@@ -24,6 +24,7 @@ CARDS = (
     ("/dev", "nvidia[0-9]*"),
 )  # where Linux shows NVIDIA's cards: a folder, names
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+FLOPS_PER_THREAD = 10**8  # of a training step: about a millisecond of one core
 AMPERE = (8, 0)  # the first compute capability with units for bf16 and tf32
 
 
@@ -224,12 +225,22 @@ def require_memory(
 
 
 def threads_per_rank(cfg: Config, local_world_size: int) -> int:
-    """Return the number of CPU threads of one rank.
+    """Return the most CPU threads that one rank takes.
 
     It is decided here because each launcher would choose another number, and the number decides the order of additions
     and so the last bits of the result.
     """
     return cfg.threads or max(1, usable_cores() // local_world_size)
+
+
+def threads_for_step(cfg: Config, most: int, flops_per_image: int, rows: int) -> int:
+    """Return how many of at most `most` CPU threads share the passes of a step of `rows` images.
+
+    `flops_per_image`: of a forward pass; a backward pass takes twice that. Of a small step a second thread has too
+    little to do to gain anything, and where other work runs, each operation waits until both had their turn. It follows
+    from the step, not from a measurement, so that a run has the same bits each time.
+    """
+    return cfg.threads or max(1, min(most, 3 * flops_per_image * rows // FLOPS_PER_THREAD))
 
 
 def runs_per_card(env: Mapping[str, str] = os.environ) -> int:

@@ -59,7 +59,6 @@ class World:
 
     accelerator: Accelerator
     place: machine.RankPlacement
-    threads: int
     graphs: list[torch.cuda.CUDAGraph] = field(default_factory=list)
 
     @property
@@ -73,6 +72,11 @@ class World:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def threads(self) -> int:
+        """Return how many CPU threads share this rank's work."""
+        return torch.get_num_threads()
 
     @property
     def device_name(self) -> str:
@@ -300,7 +304,7 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
             f"{here.world_size} ranks were asked for and {accelerator.num_processes} made: "
             f"start them with {machine.TORCHRUN}"
         )
-    world = World(accelerator, here, threads)
+    world = World(accelerator, here)
     with failures.time_limit(here.rank, "the first exchange", min(max(cfg.timeout, CONNECTING[0]), CONNECTING[1])):
         float(all_reduce(torch.zeros((), device=world.device)))  # here ranks connect: what prevents it is told at once
     try:

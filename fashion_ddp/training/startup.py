@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fashion_ddp import data, user_code
 from fashion_ddp.config import Config, layers
@@ -72,6 +73,13 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder 
 def _say(world: World, text: str) -> None:
     if world.rank == 0:
         say(text)
+
+
+def settle_threads(cfg: Config, world: World, model: nn.Module, image_shape: describe.Shape, rows: int) -> None:
+    """Take fewer CPU threads where a step of `rows` images is too small for all."""
+    if world.device.type == "cpu" and world.threads > 1 and not cfg.threads:
+        flops = describe.flops_per_image(model, image_shape)
+        torch.set_num_threads(machine.threads_for_step(cfg, world.threads, flops, rows))
 
 
 def environment(cfg: Config, world: World, dataset: data.Dataset, batches: Batches) -> dict[str, Any]:

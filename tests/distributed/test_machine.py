@@ -291,6 +291,11 @@ def test_threads_per_rank(asked: int, ranks: int, threads: int, monkeypatch: pyt
     assert machine.threads_per_rank(Config(threads=asked), ranks) == threads
 
 
+@pytest.mark.parametrize(("asked", "rows", "threads"), [(0, 128, 1), (0, 5000, 2), (0, 10**6, 8), (5, 128, 5)])
+def test_a_small_step_takes_few_threads(asked: int, rows: int, threads: int) -> None:
+    assert machine.threads_for_step(Config(threads=asked), 8, 2 * 7840, rows) == threads
+
+
 @pytest.mark.parametrize(
     ("flags", "has"),
     [("fpu sse2 avx512f avx512_bf16", True), ("fpu amx_bf16 amx_tile", True), ("fp asimd bf16", True), ("", True)]

@@ -65,9 +65,11 @@ def test_each_run_has_cards_of_its_own_by_the_names_that_the_user_gave(
 
 
 @pytest.mark.quick
-def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = make_config({"device": "cpu"})
+def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(machine, "usable_cores", lambda: 12)
+    cfg = make_config({"device": "cpu", "model": "deep_mlp", "batch_size": 1024})  # a step for any number of threads
     # (jobs, ranks asked for): (ranks, threads). One job gets all that there is.
     expected = {
         (1, 0): (1, 12),
@@ -79,10 +81,18 @@ def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(monkeyp
         (16, 0): (1, 1),
         (8, 4): (4, 1),
     }
-    shares = {asked: divide(*asked, cfg, [], SYNTHETIC) for asked in expected}
-    assert {asked: (share.ranks, share.threads) for asked, share in shares.items()} == expected
+    shares = {asked: divide(*asked, cfg, [cfg], SYNTHETIC) for asked in expected}
+    assert {asked: (share.ranks, *share.threads) for asked, share in shares.items()} == expected
     assert shares[3, 2].cards == (None, None, None)
-    assert divide(3, 0, make_config({"device": "cpu", "threads": 7}), [], SYNTHETIC).threads == 7
+    # A small step takes one thread, unless another number is asked for.
+    small = make_config({"device": "cpu", "model": "linear"})
+    capsys.readouterr()
+    assert divide(1, 0, cfg, [cfg, small], SYNTHETIC).threads == (12, 1)
+    assert capsys.readouterr().out.startswith(
+        "2 runs of 1 rank with 1 to 12 CPU threads each, on CPU, 12 cores; about "
+    )
+    asked = make_config({"device": "cpu", "model": "linear", "threads": 7})
+    assert divide(3, 0, asked, [asked], SYNTHETIC).threads == (7,)
 
 
 @pytest.fixture
@@ -113,13 +123,13 @@ def test_runs_at_once_see_cards_of_their_own_and_how_many_they_are(
 ) -> None:
     refused = ("--no-such-flag",)
     jobs = [LocalRun(make_config({"seed": seed}), refused) for seed in (1, 2)]
-    assert train(jobs, MachineShare(2, 1, ("1,3", "GPU-b,0", "2,4"))) == 1
+    assert train(jobs, MachineShare(2, (1, 1), ("1,3", "GPU-b,0", "2,4"))) == 1
     assert surroundings() == [*(("1,3", "2", rank) for rank in "01"), *(("GPU-b,0", "2", rank) for rank in "01")]
     said = capsys.readouterr().out
     begun = [("[1/2] cnn-blog-seed1", "1,3"), ("[2/2] cnn-blog-seed2", "GPU-b,0")]
     assert re.findall("^(.*) begins on card (.*);", said, re.MULTILINE) == begun
     assert said.endswith("2 of 2 runs failed: cnn-blog-seed1, cnn-blog-seed2\n")
-    assert train([*jobs, LocalRun(make_config({"seed": 3}), refused)], MachineShare(1, 1, ("3",))) == 1
+    assert train([*jobs, LocalRun(make_config({"seed": 3}), refused)], MachineShare(1, (1, 1, 1), ("3",))) == 1
     assert surroundings() == [("3", "1", None)] * 3
     # A run that is alone sees what its launcher sees.
     assert LocalRanks(refused, 1).wait() == 2 and surroundings() == [("1,3,GPU-b,0", "1", None)]
@@ -132,7 +142,7 @@ def test_runs_at_once_see_cards_of_their_own_and_how_many_they_are(
 def test_a_log_that_cannot_be_written_fails_its_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     jobs = [LocalRun(make_config({"runs_dir": tmp_path / at}), ("--no-such-flag",)) for at in ("file", "runs")]
-    assert train(jobs, MachineShare(1, 1, (None,))) == 1
+    assert train(jobs, MachineShare(1, (1, 1), (None,))) == 1
     said = capsys.readouterr().out
     assert "[1/2] cnn-blog-seed42 FAILED: it could not be begun: " in said and f"{tmp_path / 'file'}" in said
     assert "2 of 2 runs failed" in said

@@ -32,7 +32,7 @@ def batches(
 ) -> Batches:
     """One rank's batches, with an epoch drawn."""
     accelerator = SimpleNamespace(device=torch.device("cpu"))
-    world = World(accelerator, RankPlacement(rank, size, rank, size), threads=1)
+    world = World(accelerator, RankPlacement(rank, size, rank, size))
     ours = Batches(Config(model="linear", **settings), world, Part(images, np.arange(len(images))))
     ours.keyed = keyed
     ours.draw(epoch)

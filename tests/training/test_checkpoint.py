@@ -53,7 +53,7 @@ class Training:
         self.path, self.cfg = path, make_config(BASE | given)
         accelerator: Any = SimpleNamespace(device=torch.device("cpu"), scaler=None)
         accelerator.prepare_model = lambda model, evaluation_mode: model
-        world = World(accelerator, RankPlacement(), threads=1)
+        world = World(accelerator, RankPlacement())
         self.model = architectures.build(self.cfg, (1, 8, 8), 10)
         self.trainer = Trainer(self.cfg, world, self.model, Batches(self.cfg, world, Part(IMAGES, LABELS)))
         self.state, self.sync = self.trainer.state, self.trainer.sync

@@ -34,7 +34,7 @@ SCORES = {"test": Scores(0.5, 0.75, torch.zeros(4, 10), torch.zeros(4, dtype=tor
 
 def recorder(folder: Path, rank: int = 0, saved: dict[str, Any] | None = None, **known: Any) -> Any:
     """The recorder that a rank of two gets, without W&B."""
-    world = World(SimpleNamespace(device=torch.device("cpu")), RankPlacement(rank, 2, rank, 2), threads=1)
+    world = World(SimpleNamespace(device=torch.device("cpu")), RankPlacement(rank, 2, rank, 2))
     recorded = Recorded()
     if saved:
         recorded.restore(saved)
