@@ -69,6 +69,7 @@ SUMMARY = (
     Key("threads", "count", "CPU threads of each rank"),
     Key("precision", "text", "as in config.yaml"),
     Key("cuda_graph", "true, false", "whether each step was launched as one CUDA graph"),
+    Key("compiled", "true, false", "whether the passes of each step were compiled"),
     Key("batch_size", "images", "per update, over all ranks"),
     Key("epochs", "count", "asked for"),
     Key("image_shape[]", "count", "channels, height and width of the images"),

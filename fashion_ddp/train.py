@@ -46,7 +46,7 @@ def train(command: Command) -> None:
         from fashion_ddp.distributed.world import open_world
         from fashion_ddp.models import architectures, transfer
         from fashion_ddp.models.normalize import set_statistics
-        from fashion_ddp.training import artifacts, cuda_graph, images, optim, startup
+        from fashion_ddp.training import artifacts, compiled, cuda_graph, images, optim, startup
         from fashion_ddp.training.batches import Batches, split
         from fashion_ddp.training.checkpoint import Checkpoints
         from fashion_ddp.training.evaluate import Evaluation, evaluate
@@ -91,7 +91,8 @@ def train(command: Command) -> None:
         scope.enter_context(tuning.gc_frozen())
         scope.enter_context(Watchdog(world, folder, cfg.timeout))  # from here on a rank that hangs is named
         take_step, no_graph = cuda_graph.capture(step, state, rates)  # on a CPU the step itself
-        known |= startup.announce_step(world, no_graph)
+        not_compiled = compiled.compile_pass(step) if cfg.compile else None
+        known |= startup.announce_step(world, step, no_graph, not_compiled)
         recorder = scope.enter_context(open_recorder(folder, cfg, world, known, state.recorded))
         trace = scope.enter_context(Trace(cfg, world, folder, state.done))
 

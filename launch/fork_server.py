@@ -45,6 +45,7 @@ LOADED = (
     "tqdm",
     "yaml",
 )
+COMPILER = ("torch._inductor.compile_fx", "torch._inductor.standalone_compile")  # with --compile, too
 MODULE = "launch.fork_server"
 LIMIT = 60  # seconds that each of them may take
 LOOK = 0.02  # seconds between two looks whether a process has ended

@@ -29,7 +29,7 @@ from fashion_ddp.console import entry_point, say
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
 from launch import mps, pool, slurm
-from launch.fork_server import ForkServer, Start
+from launch.fork_server import COMPILER, ForkServer, Start
 from launch.processes import LocalRanks, LocalRun
 from launch.share import divide_in_subprocess
 from launch.submission import check_flags, common_wandb_group, refuse_duplicates
@@ -64,9 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     _check(comparison, others)
     first = _local_run(comparison, comparison.models[0], comparison.seeds[0], others).cfg
     others += _synthetic_if_there_is_no_data(first)
-    with ForkServer(
-        [] if first.tracker == "none" else ["wandb"]
-    ) as server:  # it loads while this process looks at the runs
+    packages = [*([] if first.tracker == "none" else ["wandb"]), *(COMPILER if first.compile else [])]
+    with ForkServer(packages) as server:  # it loads while this process looks at the runs
         return train_and_compare(comparison, others, server.start)
 
 

@@ -301,6 +301,10 @@ def choose_device(cfg: Config, placement: RankPlacement, env: Mapping[str, str] 
         if cfg.precision in ("fp16", "tf32"):
             raise MachineError(f"precision {cfg.precision} needs an NVIDIA card: choose fp32 or bf16")
         return "cpu"
+    if cfg.compile:
+        raise MachineError(
+            "--compile is for CPUs, and on a card a step is one CUDA graph: leave it out, or add --device cpu"
+        )
     card = choose_card(placement, torch.cuda.device_count(), env)
     if cfg.precision == "fp64":
         raise MachineError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, tf32, fp16 or bf16")

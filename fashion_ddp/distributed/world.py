@@ -116,6 +116,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def first_of_ranks(self, value: T | None) -> T | None:
+        """Return the value of the first rank that has one, on every rank."""
+        return next((one for one in self.all_gather_object(value) if one is not None), None)
+
     def raise_together(self, work: Callable[[], T]) -> T:
         """Do work on every rank. Where it raises UserError or TrainingFailed on any rank, raise the same on all."""
         result: list[T] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fashion_ddp.distributed.failures import nccl_words
-from fashion_ddp.distributed.world import World, entering_collective
+from fashion_ddp.distributed.world import entering_collective
 from fashion_ddp.training.state import State
 from fashion_ddp.training.step import Step, random_state_kept
 
@@ -112,8 +112,8 @@ def prove(counting: CountingStep, record: Callable[[CountingStep], Launch]) -> s
         except RuntimeError as error:  # torch's word for what cannot be recorded, such as a read by the host
             problem = f"torch cannot record it ({_first_of(error)})"
         # Together: a rank that replays a graph would wait for one that has none.
-        unrecorded = _of_any(world, problem)
-        problem = unrecorded or _of_any(world, _compare(counting, recorded))
+        unrecorded = world.first_of_ranks(problem)
+        problem = unrecorded or world.first_of_ranks(_compare(counting, recorded))
         if problem is None:
             counting.launch = recorded
             return None
@@ -166,11 +166,6 @@ def _first_of(error: BaseException) -> str:
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return nccl_words(error) or str(error).strip().splitlines()[0]
-
-
-def _of_any(world: World, problem: str | None) -> str | None:
-    """Return the problem of the first rank that has one."""
-    return next((one for one in world.all_gather_object(problem) if one is not None), None)
 
 
 @contextmanager

@@ -48,7 +48,8 @@ class PlainSGD(torch.optim.SGD):
         with torch.no_grad():
             for group in self.param_groups:
                 trained = [p for p in group["params"] if p.grad is not None]
-                torch._foreach_add_(trained, [p.grad for p in trained], alpha=-group["lr"])
+                if trained:  # none where the update was compiled with the pass
+                    torch._foreach_add_(trained, [p.grad for p in trained], alpha=-group["lr"])
 
     step.hooked = True  # type: ignore[attr-defined] # else torch wraps it, to call hooks and to profile
 

@@ -27,7 +27,9 @@ from fashion_ddp.runs import provenance
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import load_run
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.compiled import CompiledPass
 from fashion_ddp.training.state import State
+from fashion_ddp.training.step import Step
 
 
 def load_data(cfg: Config, world: World) -> data.Dataset:
@@ -161,13 +163,22 @@ def announce(
     }
 
 
-def announce_step(world: World, no_graph: str | None) -> dict[str, Any]:
-    """Print how a card is given its steps, and return what the summary says of it. `no_graph`: why they are not one
-    CUDA graph; None where they are."""
+def announce_step(world: World, step: Step, no_graph: str | None, not_compiled: str | None) -> dict[str, Any]:
+    """Print how a card is given its steps, or that a CPU's are compiled, and return what the summary says of it.
+
+    `no_graph`: why they are not one CUDA graph. `not_compiled`: why a pass is not compiled that was to be.
+    """
+    compiled = step.take_pass if isinstance(step.take_pass, CompiledPass) else None
+    how = None
     if world.device.type == "cuda":
         how = f"launched kernel by kernel: {no_graph}" if no_graph else "launched as one CUDA graph"
+    elif compiled:
+        how = f"compiled, in {compiled.seconds:.1f} s"
+    elif not_compiled:
+        how = f"not compiled, and slower: {not_compiled}"
+    if how:
         _say(world, f"{'step':<10}{how}")
-    return {"cuda_graph": no_graph is None}
+    return {"cuda_graph": no_graph is None, "compiled": compiled is not None}
 
 
 def _conditions(env: dict[str, Any]) -> tuple[Any, ...]:

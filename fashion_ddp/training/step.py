@@ -4,7 +4,7 @@ However the batch is cut (ranks, micro-batches, reduction shards), the gradient 
 global batch: a rank's loss is the weighted sum over its rows, divided by the rows of the global batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,24 +48,16 @@ class Step:
         for number, dropout in enumerate(self.dropouts):
             dropout.number = number
         batches.keyed = bool(self.dropouts)
+        # What takes piece n of batch k: `take_pass(k, n, piece)`. compiled.py has another one.
+        self.take_pass: Callable[[Position, int, Piece], None] = self.ordinary_pass
 
     def __call__(self, k: Position, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
         shards: list[Tensor] = []
-        last = self.batches.pieces - 1
-        for n in range(last + 1):
-            piece = self.batches.piece(k, n)
-            self._tell_layers(piece)
-            # DDP averages the gradients over the ranks during the backward pass of the last piece.
-            with nullcontext() if n == last else self.world.no_sync(self.ddp):
-                logits = self.ddp(piece.images)
-                losses = self._losses(logits, piece)
-                self.record.write(k, n, losses, logits)
-                entering_collective()
-                weights = piece.loss_weights if self.scaler is None else self.scaler.scale(piece.loss_weights)
-                run_backward(losses, weights)
+        for n in range(self.batches.pieces):
+            self.take_pass(k, n, self.batches.piece(k, n))
             if self.cfg.reduction_shards:
                 shards.append(take_gradient(self.trained))
         if self.cfg.reduction_shards:
@@ -83,6 +75,22 @@ class Step:
         drop_gradient(self.trained)
         if self.average is not None:
             self.average.update()
+
+    def ordinary_pass(self, k: Position, n: int, piece: Piece) -> None:
+        """Record a piece, and add its gradient to that of the pieces before: forward, loss, backward."""
+        # DDP averages the gradients over the ranks during the backward pass of the last piece.
+        with nullcontext() if n == self.batches.pieces - 1 else self.world.no_sync(self.ddp):
+            logits, losses = self.forward(self.ddp, piece)
+            self.record.write(k, n, losses.detach(), logits.detach().argmax(1))
+            entering_collective()
+            weights = piece.loss_weights if self.scaler is None else self.scaler.scale(piece.loss_weights)
+            run_backward(losses, weights)
+
+    def forward(self, model: Callable[[Tensor], Tensor], piece: Piece) -> tuple[Tensor, Tensor]:
+        """Return a model's logits [rows, classes] for a piece, and the loss of each row [rows]."""
+        self._tell_layers(piece)
+        logits = model(piece.images)
+        return logits, self._losses(logits, piece)
 
     def _tell_layers(self, piece: Piece) -> None:
         """Tell layers that look at whole rows which rows come next."""
@@ -110,10 +118,9 @@ class Step:
         self.batches.images.bring(0)
         buffers = [buffer.clone() for buffer in self.ddp.buffers()]
         piece = self.batches.piece(0, 0)
-        self._tell_layers(piece)
         with random_state_kept(self.world.device):
             for _ in range(2):
-                run_backward(self._losses(self.ddp(piece.images), piece), piece.loss_weights)
+                run_backward(self.forward(self.ddp, piece)[1], piece.loss_weights)
         for buffer, before in zip(self.ddp.buffers(), buffers, strict=True):
             buffer.copy_(before)
         drop_gradient(self.trained)

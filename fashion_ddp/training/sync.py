@@ -38,9 +38,9 @@ class StepRecord:
         self.predicted = torch.zeros_like(batches.targets)
         self.rows = Rows(self.losses, self.predicted)
 
-    def write(self, k: Position, piece: int, losses: Tensor, logits: Tensor) -> None:
-        """Keep one piece's losses [rows], and what its logits [rows, classes] predict."""
-        self.rows.write(k, piece, losses.detach(), logits.detach().argmax(1))
+    def write(self, k: Position, piece: int, losses: Tensor, predicted: Tensor) -> None:
+        """Keep one piece's losses and predicted classes, [rows] each."""
+        self.rows.write(k, piece, losses, predicted)
 
     def sums(self, window: range) -> Tensor:
         """Return the rank's sum of losses and its hits at each step of the window: float64 [steps, 2]."""

@@ -207,7 +207,7 @@ def test_the_table_of_mistakes_is_whole() -> None:
     any_text = {"data_dir", "cache_dir", "runs_dir", "init_from", "freeze"}
     any_text |= {f"wandb_{name}" for name in ("project", "entity", "group", "tags", "notes")}
     switches = {"nesterov", "decay_biases", "shuffle", "normalize", "alternating_flip", "skip_broken"}
-    switches |= {"batch_norm", "wandb_weights", "trace", "cuda_graph"}
+    switches |= {"batch_norm", "wandb_weights", "trace", "cuda_graph", "compile"}
     assert set(BAD) == {field.name for field in dataclasses.fields(Config)} - any_text - switches
 
 

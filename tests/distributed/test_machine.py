@@ -166,6 +166,7 @@ def test_hidden_cards_are_none(cards: Any, monkeypatch: pytest.MonkeyPatch, hidd
         (0, True, {"precision": "fp16"}, 1, {}, ("fp16", "NVIDIA card", "fp32")),
         (0, True, {"precision": "tf32"}, 1, {}, ("tf32", "NVIDIA card", "fp32")),
         (1, True, {"precision": "fp64"}, 1, {}, ("fp64", "--device cpu")),
+        (1, True, {"compile": True}, 1, {}, ("--compile is for CPUs", "--device cpu")),
     ],
 )
 def test_device_and_command_do_not_fit(

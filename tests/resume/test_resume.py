@@ -173,6 +173,16 @@ def test_a_run_that_is_ended_again_and_again_equals_one_that_was_not(whole: Path
     assert ranks.printed().count("warning") == 1
 
 
+@pytest.mark.slow
+def test_with_compiled_passes_too(tmp_path: Path) -> None:
+    words = (*SHORT, "--model", "linear", "--lr", "0.1", "--compile")
+    folder, other = begin(tmp_path, "parts"), begin(tmp_path, "whole")
+    end(start(2, other, words))
+    ranks = interrupted(2, folder, words, [Cut(Fault("step", "TERM", count=15), code=75)])
+    assert len(positions(ranks)) == 1 and summary(folder)["compiled"]
+    check_equal(folder, other)
+
+
 def test_what_is_kept_and_was_evaluated_is_the_average(whole: Path) -> None:
     kept, saved = (load_file(whole / "run" / f"{name}.safetensors") for name in ("model", "predictions"))
     content = torch.load(io.BytesIO(checkpoint(whole, 36).read_bytes()[:-32]), weights_only=True)

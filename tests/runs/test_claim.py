@@ -211,7 +211,7 @@ MAY_CHANGE: dict[str, Any] = {
     "data_dir": Path("elsewhere"), "device": "cpu", "threads": 3, "micro_batch": 5, "checkpoint_every": 1.0,
     "timeout": 5.0, "runs_dir": Path("elsewhere"), "tracker": "none", "wandb_project": "p", "wandb_entity": "e",
     "wandb_group": "g", "wandb_tags": "t", "wandb_notes": "n", "wandb_weights": True, "trace": True,
-    "cuda_graph": False,
+    "cuda_graph": False, "compile": True,
 }  # fmt: skip
 
 
