@@ -4,10 +4,10 @@
     python benchmarks/bench.py --cases linear-10 --recipes blog --repeats 3
 
 The same model, batch, optimizer and epochs (the closed track: only what the system does counts), in turn in one
-sitting: plain, accelerate, ours on one process, ours on a rank per core, and again. Two clocks: T_train is the
-tutorials', the epochs with a test pass each; T_cold is a whole process, from the shell to its exit. Prints medians and
-the spread of the ratios to `plain`, and writes --out. How the contenders' loops look: benchmarks/tutorial.py. On a card
-benchmarks/card.py measures the same.
+sitting: plain, accelerate, ours on one process, on a rank per core, with compiled passes, and again. Two clocks:
+T_train is the tutorials', the epochs with a test pass each; T_cold is a whole process, from the shell to its exit.
+Prints medians and the spread of the ratios to `plain`, and writes --out. How the contenders' loops look:
+benchmarks/tutorial.py. On a card benchmarks/card.py measures the same.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from fashion_ddp.runs import provenance
 
 HERE = Path(__file__).parent
 CASES = ["linear-10", "relu-10", "cnn-10", "cnn-25"]
-WAYS = ["plain", "accelerate", "ours", "ours, a rank per core"]
+WAYS = ["plain", "accelerate", "ours", "ours, a rank per core", "ours, compiled"]
 RANKS = {"ours, a rank per core": machine.usable_cores(), "ours, DDP of one rank": 1}  # of torchrun
-FLAGS = {"ours, kernel by kernel": ["--no-cuda-graph"]}
+FLAGS = {"ours, kernel by kernel": ["--no-cuda-graph"], "ours, compiled": ["--compile"]}
 
 
 def made() -> dict[str, Any]:

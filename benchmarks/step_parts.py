@@ -2,12 +2,12 @@
 
     python benchmarks/step_parts.py --threads 1
 
-Real steps of one process on the CPU are timed in turn with the barest step that torch's autograd allows; then the parts
-within such steps, whose clocks cost about a microsecond each. Beside them, measured in the same sitting: what the
-step's matrix products and convolutions take when torch's kernels for them are called alone, again and again; what their
-operations would take at the rate of the best matrix product or convolution; and what the bytes that torch's operations
-read and write would take at the rate of a large copy (what stays in the cache is faster). Prints a table and writes
---out.
+Real steps of one process on the CPU are timed in turn with the barest step that torch's autograd allows, and with
+compiled ones (--compile); then the parts within steps, whose clocks cost about a microsecond each. Beside them,
+measured in the same sitting: what the step's matrix products and convolutions take when torch's kernels for them are
+called alone, again and again; what their operations would take at the rate of the best matrix product or convolution;
+and what the bytes that torch's operations read and write would take at the rate of a large copy (what stays in the
+cache is faster). Prints a table and writes --out.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import CASES, HERE, made
+from bench import CASES, HERE, made, spread
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -35,6 +35,7 @@ from fashion_ddp.models import architectures
 from fashion_ddp.training import optim
 from fashion_ddp.training import step as step_module
 from fashion_ddp.training.batches import Batches
+from fashion_ddp.training.compiled import compile_pass
 from fashion_ddp.training.images import Part
 from fashion_ddp.training.step import Step
 from fashion_ddp.training.sync import StepRecord
@@ -129,6 +130,24 @@ def whole_and_barest(step: Step, steps: range) -> list[tuple[float, float]]:
     return found
 
 
+def ordinary_and_compiled(step: Step, blocks: int = 9, length: int = 30) -> list[tuple[float, float]]:
+    """Seconds of a step, ordinary and with its pass compiled (--compile): means of blocks of steps, in turn."""
+    problem = compile_pass(step)
+    assert problem is None, problem
+    found = []
+    for _ in range(blocks):
+        block = []
+        for take_pass in (step.ordinary_pass, step.take_pass):
+            step.take_pass = take_pass
+            step(0, LR)
+            start = time.perf_counter()
+            for k in range(1, length + 1):
+                step(k, LR)
+            block.append((time.perf_counter() - start) / length)
+        found.append((block[0], block[1]))
+    return found
+
+
 def rates() -> tuple[float, float]:
     """FLOP/s of matrix products and convolutions, and bytes/s of copies that do not fit the cache: the best of several.
 
@@ -200,6 +219,8 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
         flops, moved, products = count(step, 10)
         steps = range(11, min(step.batches.steps, 311))
         both = whole_and_barest(step, steps)
+        pairs = ordinary_and_compiled(step, length=30 if flops < 10**9 else 3)
+        step.take_pass = step.ordinary_pass
         rows, alone = parts(step, steps), products.alone()
         arithmetic, memory = rates()
     whole, bare = (statistics.median(seconds) for seconds in zip(*both, strict=True))
@@ -212,6 +233,8 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
         "step_s": whole,
         "steps": len(rows),
         "barest_s": bare,
+        "compiled_s": statistics.median(compiled for _, compiled in pairs),
+        "compiled_faster": spread([ordinary / compiled for ordinary, compiled in pairs]),
         "kernels_s": alone,
         "arithmetic_s": limit,
         "share": limit / whole,
@@ -235,7 +258,8 @@ def main() -> None:
             f"the barest {barest:.0f}, its products and convolutions alone {kernels:.0f}, at full rate "
             f"{arithmetic:.0f} ({one['share']:.0%}), its bytes {memory:.0f}"
         )
-        print(f"{case}: {1e6 * one['step_s']:.0f} us: {told}; {limit}")
+        faster = f"compiled {1e6 * one['compiled_s']:.0f}, {one['compiled_faster'][0]:.2f} x"
+        print(f"{case}: {1e6 * one['step_s']:.0f} us: {told}; {limit}; {faster}")
     args.out.write_text(json.dumps(made() | {"threads": args.threads, "cases": results}, indent=1) + "\n")
 
 

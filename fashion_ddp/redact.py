@@ -34,8 +34,9 @@ def redact(text: str) -> str:
 
 def refuse_secrets(settings: Mapping[str, Any]) -> None:
     """Raise UserError for a setting that contains a secret, because settings are written into the run's files."""
+    secrets = find_secrets()
     for setting, value in settings.items():
-        for secret, variable in find_secrets().items():
+        for secret, variable in secrets.items():
             if isinstance(value, str | Path | tuple) and secret in str(value):
                 raise UserError(
                     f"{setting}: holds the value of ${variable}, whose name says that it is secret, and would be "

@@ -301,16 +301,7 @@ class Config:
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change what is computed, except model, recipe and seed."""
-        others = {"model", "recipe", "seed", "device", "threads", "micro_batch", "cuda_graph", "compile", "data_dir"}
-        others |= {
-            "data_on",
-            "skip_broken",
-            "cache_dir",
-            "tracker",
-        }  # the hash of the data tells which pictures are in it
-        others |= {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
-        others |= {field.name for field in dataclasses.fields(self) if field.name.startswith("wandb_")}
-        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in others}
+        settings = {name: value for name, value in vars(self).items() if name not in _no_result_settings()}
         settings["dataset"] = dataset_name(self.dataset)
         # Only those that are given, one by one: folders of runs made before these settings existed keep their names.
         del settings["model_args"], settings["init_from"], settings["freeze"]
@@ -327,8 +318,18 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML; --config on this text gives an equal Config."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(values, sort_keys=False)
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
+        return yaml.dump(values, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
+
+
+@cache
+def _no_result_settings() -> set[str]:
+    """Return the names of settings that leave the result as it is, and of those that name the run."""
+    others = {"model", "recipe", "seed", "device", "threads", "micro_batch", "cuda_graph", "compile", "tracker"}
+    # The hash of the data tells which pictures are in it.
+    others |= {"data_dir", "data_on", "skip_broken", "cache_dir"}
+    others |= {"runs_dir", "run_dir", "checkpoint_every", "timeout", "trace"}
+    return others | {field.name for field in dataclasses.fields(Config) if field.name.startswith("wandb_")}
 
 
 @cache

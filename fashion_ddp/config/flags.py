@@ -138,17 +138,22 @@ def read(cls: type, words: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     Raises UserError for a flag without its value, and for a value that its field cannot take.
     """
-    parser = _parser()
-    for argument in arguments(cls).values():
-        if not argument.positional:
-            argument.add_to(parser)
     try:
-        given, others = parser.parse_known_args(list(_with_dashes(cls, words)))
+        given, others = _reader(cls).parse_known_args(list(_with_dashes(cls, words)))
     except argparse.ArgumentError as error:  # the only mistake that is left for argparse to find
         flag = str(error.argument_name)
         raise UserError(f"{_name(flag)} needs a value, as in {flag}=VALUE") from None
     values = {n: arguments(cls)[n].typed(value) if n != "help" else True for n, value in vars(given).items()}
     return values, others
+
+
+@cache  # a submission reads the flags of each of its runs
+def _reader(cls: type) -> argparse.ArgumentParser:
+    parser = _parser()
+    for argument in arguments(cls).values():
+        if not argument.positional:
+            argument.add_to(parser)
+    return parser
 
 
 def _with_dashes(cls: type, words: list[str]) -> Iterator[str]:

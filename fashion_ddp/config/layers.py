@@ -5,6 +5,7 @@ A later source wins over an earlier one: the field's default; the recipe (its se
 """
 
 import dataclasses
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,19 @@ def read_mapping(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]
 
     Raises UserError, with file and line, for what cannot be read or holds no mapping.
     """
+    return _parse(path, _read(path))
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text()
-        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -88,7 +97,14 @@ def recipe_settings(recipe: str, model: str) -> dict[str, Any]:
         path = Path(recipe)
         if path.suffix not in (".yaml", ".yml"):
             raise UserError(f"recipe: unknown {recipe!r}; {nearest(recipe, recipe_names())}, or a path ending in .yaml")
-    data, lines = read_mapping(path)
+    whole, by_model, other = _read_recipe(path, _read(path))
+    return whole | by_model.get(model, other)
+
+
+@lru_cache(maxsize=32)  # a submission of a thousand runs asks for it thousands of times
+def _read_recipe(path: Path, text: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return what a recipe sets for all models, for each that it names, and for the others."""
+    data, lines = _parse(path, text)
     for key in data:
         if key not in ("all", "models", "other"):
             raise UserError(f"{path}:{lines[(key,)]}: unknown section {key!r}; choices: all, models, other")
@@ -98,7 +114,7 @@ def recipe_settings(recipe: str, model: str) -> dict[str, Any]:
     # Every section is checked, whichever is used: a mistake shows when the recipe is written, not later.
     by_model = {name: read_section(path, body, lines, ("models", name)) for name, body in sections.items()}
     other = read_section(path, data.get("other"), lines, ("other",))
-    return read_section(path, data.get("all"), lines, ("all",)) | by_model.get(model, other)
+    return read_section(path, data.get("all"), lines, ("all",)), by_model, other
 
 
 def make_config(*layers: dict[str, Any]) -> Config:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,27 @@ COMPUTES = ("config", "distributed", "data", "models", "training", "train.py", "
 
 def code_hash() -> str:
     """Return the sha256 of the source and the recipes that compute a run."""
+    found = (path for top in (PACKAGE / name for name in COMPUTES) for path in (top, *top.rglob("*")))
+    ours = sorted(path for path in found if path.suffix in (".py", ".yaml"))
+    return _hash(tuple((path, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in ours))
+
+
+@lru_cache(maxsize=1)  # of files as they are: a submission asks once for each of its runs
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    sources = (path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml"))
-    for path in sorted(path for path in sources if path.relative_to(PACKAGE).parts[0] in COMPUTES):
+    for path, _, _ in files:
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
+@cache
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that compute the result."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in ("torch", "accelerate", "numpy")
-    }
+    return {"python": platform.python_version()} | {name: _version(name) for name in ("torch", "accelerate", "numpy")}
 
 
 def git_commit() -> str | None:
