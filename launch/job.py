@@ -22,6 +22,8 @@ from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.runs import claim
 from launch import slurm
 
+SPARE = 10.0  # seconds before the job's end at which it is no longer tried
+AGAIN = 3.0  # seconds between two tries to queue a job again
 MAX_IDLE_STARTS = 4  # after so many starts in a row that end at the step where they began, the run is given up
 
 
@@ -141,15 +143,29 @@ def _requeue(reason: str) -> bool:
     job = slurm.own_job_id()
     if job is None:
         return False
-    try:
-        near_its_end = reason in ("SIGUSR1", "SIGUSR2")  # sbatch's --signal asks for one of them ahead of the end
-        if near_its_end or (reason == "SIGTERM" and slurm.preempted_with_grace(job)):
-            slurm.run_checked("scontrol", "requeue", job)
+    near_its_end = reason in ("SIGUSR1", "SIGUSR2")  # sbatch's --signal asks for one of them ahead of the end
+    if not near_its_end and reason != "SIGTERM":
+        return False
+    limit, said = slurm.own_end() - SPARE, False
+    while True:
+        try:
+            if not near_its_end and not slurm.preempted_with_grace(job):
+                return False
+            slurm.run_checked("scontrol", "requeue", job, patience=20)
+        except UserError as error:
+            if time.time() > limit:
+                say(f"warning: not queued again: {error}; `python -m launch.status resubmit` continues it")
+                return False
+            if not said:
+                say(
+                    f"not queued again yet: {error}. The controller may be away for a moment: tried until shortly "
+                    "before the job's end"
+                )
+            said = True
+            time.sleep(AGAIN)
+        else:
             say(f"job {job} is queued again, and continues there")
             return True
-    except UserError as error:
-        say(f"warning: not queued again: {error}; `python -m launch.status resubmit` continues it")
-    return False
 
 
 @dataclass(frozen=True)

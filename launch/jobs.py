@@ -77,8 +77,7 @@ def _state(
     run: Run, record: dict[str, Any], queue: dict[str, slurm.QueuedJob], end_states: dict[str, str], unknown: str
 ) -> RunState:
     status, job = run.summary.get("status", "not begun"), record.get("job", "")
-    if record.get("executor") == "slurm" and (queued := queue.get(job)) and record["submission"] in queued.script:
-        # Compare the script, too: another cluster that shares these folders may have a job with the same number.
+    if record.get("executor") == "slurm" and (queued := queue.get(job)) and _is_of(queued, record["submission"]):
         waits = f" ({queued.reason})" if queued.state == "PENDING" and queued.reason != "None" else ""
         return RunState(run, record, queued, queued.state + waits, active=True)
     if status == "running":
@@ -89,6 +88,12 @@ def _state(
         return RunState(run, record, None, f"{status}, or queued", active=False, unknown=unknown)
     ended = f" ({end_states[job]})" if status != "finished" and end_states.get(job, "COMPLETED") != "COMPLETED" else ""
     return RunState(run, record, None, status + ended, active=False)
+
+
+def _is_of(queued: slurm.QueuedJob, submission: str) -> bool:
+    """Return whether a job is of this submission: another cluster that shares these folders may have a job with the
+    same number. squeue shows a script's path with each % of it changed, and some clusters drop comments."""
+    return Path(submission).name in queued.comment or submission in queued.script
 
 
 def _read_run(folder: Path) -> Run:

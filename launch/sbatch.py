@@ -31,8 +31,8 @@ NOT_FOR_REPORT = ("dependency", "exclusive", "nodelist", "gres", "gpu", "cpus-pe
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "apfs"}
 
 
-class NotQueued(UserError):
-    """The submission failed, and none of its jobs is in the queue."""
+class QueuedAndCancelled(UserError):
+    """The submission failed when some of its jobs were queued already; they are cancelled."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,18 @@ class SubmissionPlan:
             name: value for name in ("partition", "account") if (value := getattr(self.submission, name)) is not None
         }
         defaults: SbatchOptions = {"requeue": True, "chdir": str(self.cwd)}
-        return defaults | self.site.slurm | flags | parse_options(self.submission.slurm)
+        given = defaults | self.site.slurm | flags | parse_options(self.submission.slurm)
+        # By it a job is known in the queue. A cluster may need the rest, for accounting.
+        return given | {"comment": f"{given.get('comment', '')} {self.folder.name}".strip()}
 
-    def run_parameters(self) -> dict[str, Any]:
-        """Return Submitit's parameters for the jobs that train, with one task per rank."""
+    def run_parameters(self, after: str = "") -> dict[str, Any]:
+        """Return Submitit's parameters for the jobs that train, with one task per rank.
+
+        `after`: the id of an array of jobs that have to end before.
+        """
         cores = self.submission.cpus_per_rank
-        return self._common_parameters(self.options()) | {
+        given = self.options() | ({"dependency": f"afterany:{after}"} if after else {})
+        return self._common_parameters(given) | {
             "job_name": "fashion_ddp",
             "nodes": self.submission.nodes,
             "ntasks_per_node": self.submission.ranks,
@@ -77,10 +83,10 @@ class SubmissionPlan:
             "srun_args": ["--kill-on-bad-exit=1", "--wait=180", f"--cpus-per-task={cores}", "--export=ALL"],
         }
 
-    def report_parameters(self, array: str) -> dict[str, Any]:
+    def report_parameters(self, arrays: str) -> dict[str, Any]:
         """Return Submitit's parameters for the job that compares the runs when all of them have ended, in any way.
 
-        `array`: the id of the runs' job.
+        `arrays`: the ids of the runs' arrays of jobs, separated by colons.
         """
         given = {name: value for name, value in self.options().items() if not name.startswith(NOT_FOR_REPORT)}
         return self._common_parameters(given | {"kill-on-invalid-dep": "yes"} | self.site.report) | {
@@ -89,7 +95,7 @@ class SubmissionPlan:
             "ntasks_per_node": 1,
             "cpus_per_task": 1,
             "time": 30,
-            "dependency": f"afterany:{array}",
+            "dependency": f"afterany:{arrays}",
             "srun_args": ["--export=ALL"],
         }
 
@@ -100,7 +106,12 @@ class SubmissionPlan:
 
     def setup(self) -> list[str]:
         """Return the shell lines that a job runs before its tasks start."""
-        lines = [*self.site.setup, *(f"export {name}={shlex.quote(v)}" for name, v in self.site.environment.items())]
+        # The ranks save at these, and the shell waits for them: it must not die of one that it gets, too.
+        lines = [
+            "trap : USR1 USR2",
+            *self.site.setup,
+            *(f"export {name}={shlex.quote(v)}" for name, v in self.site.environment.items()),
+        ]
         # Python must find the code as it was submitted before that of the folder that the job starts in.
         path = ":".join(shlex.quote(str(folder)) for folder in (self.code, self.cwd))
         lines += [f'export PYTHONSAFEPATH=1 PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"']
@@ -111,8 +122,8 @@ class SubmissionPlan:
         """Return the script that sbatch gets for `count` runs."""
         return self._script(self.run_parameters() | {"map_count": count if count > 1 else None})
 
-    def report_script(self, array: str = "JOB") -> str:
-        return self._script(self.report_parameters(array))
+    def report_script(self, arrays: str = "JOB") -> str:
+        return self._script(self.report_parameters(arrays))
 
     def _script(self, parameters: dict[str, Any]) -> str:
         command = f"{self.python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
@@ -132,8 +143,7 @@ def check(plan: SubmissionPlan, count: int) -> str:
             "sbatch is not here: submit on a machine of the cluster, or see what would be submitted with --dry-run, "
             "or use this machine with --executor local"
         )
-    if count > (most := slurm.max_array_size()):
-        raise UserError(f"{count} runs are more than an array may have here ({most}): submit them in parts")
+    count = min(count, slurm.max_array_size())
     report = plan.report_script().replace("#SBATCH --dependency=afterany:JOB\n", "")
     answers = [_test_only(script) for script in (plan.run_script(count), report)]
     return answers[0]
@@ -157,27 +167,32 @@ def _test_only(script: str) -> str:
 def submit(plan: SubmissionPlan, todo: list[Path], report: Report) -> tuple[list[str], str]:
     """Queue the runs in the folders `todo`, and the comparison. Return the ids of the runs' jobs, and the comparison's.
 
-    Either all are queued, and each run's folder says as which job, or none is. Raises NotQueued where SLURM did not
-    take the runs, UserError where it did not take the comparison.
+    Either all are queued, and each run's folder says as which job, or none is. More runs than an array may have here
+    are several arrays, one after another, so that no more than --at-once are trained at a time. Raises UserError where
+    SLURM did not take the runs, QueuedAndCancelled where it took some of the jobs and not all.
     """
-    array, printed = "", io.StringIO()
-    tasks = [Rank(str(folder), plan.submission.max_restarts, plan.reuse) for folder in todo]
+    ids: list[str] = []
+    arrays: list[str] = []
+    most = slurm.max_array_size()
     # Submitit prints the error that it also raises.
-    with _signals_off(), slurm.hide_own_job(), contextlib.redirect_stderr(printed):
+    with _signals_off(), slurm.hide_own_job(), contextlib.redirect_stderr(io.StringIO()):
         try:
-            runs = plan.executor(**plan.run_parameters())
-            with runs.batch():
-                queued = [runs.submit(task) for task in tasks]
-            array = queued[0].job_id.partition("_")[0]
-            for folder, job in zip(todo, queued, strict=True):
-                jobs.write_job_record(folder, plan.folder, "slurm", job.job_id, job.paths.stdout)
-            last = plan.executor(**plan.report_parameters(array)).submit(report)
+            for first in range(0, len(todo), most):
+                runs = plan.executor(**plan.run_parameters(after=":".join(arrays[-1:])))
+                some = todo[first : first + most]
+                with runs.batch():
+                    queued = [runs.submit(Rank(str(f), plan.submission.max_restarts, plan.reuse)) for f in some]
+                arrays.append(queued[0].job_id.partition("_")[0])
+                ids += [job.job_id for job in queued]
+                for folder, job in zip(some, queued, strict=True):
+                    jobs.write_job_record(folder, plan.folder, "slurm", job.job_id, job.paths.stdout)
+            last = plan.executor(**plan.report_parameters(":".join(arrays))).submit(report)
         except (utils.FailedJobError, utils.FailedSubmissionError, OSError) as error:
-            if not array:
-                raise NotQueued(f"SLURM did not take the jobs: {error}") from None
-            slurm.run_checked("scancel", array)
-            raise UserError(f"SLURM did not take the job that compares; the others are cancelled: {error}") from None
-    return [job.job_id for job in queued], last.job_id
+            if not arrays:
+                raise UserError(f"SLURM did not take the jobs: {error}") from None
+            slurm.run_checked("scancel", *arrays)
+            raise QueuedAndCancelled(f"SLURM did not take all jobs; the others are cancelled: {error}") from None
+    return ids, last.job_id
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class QueuedJob:
     node: str
     time_left: str
     reason: str
+    comment: str  # of the job, in which launch.submit puts its submission's name
     script: str  # the file that sbatch was given
 
 
@@ -51,9 +53,9 @@ def run_checked(*words: str, patience: float = PATIENCE) -> str:
 
 def queued_jobs(users: Iterable[str]) -> dict[str, QueuedJob]:
     """Return these users' jobs that wait or run, by id (`7`, or `7_0` for a member of an array)."""
-    format_ = "--format=%i|%T|%N|%L|%r|%o"
+    format_ = "--format=%i|%T|%N|%L|%r|%k|%o"
     text = run_checked("squeue", f"--user={','.join(users)}", "--noheader", "--array", format_)
-    return {(fields := line.split("|", 5))[0]: QueuedJob(*fields[1:]) for line in text.splitlines()}
+    return {(fields := line.split("|", 6))[0]: QueuedJob(*fields[1:]) for line in text.splitlines()}
 
 
 def end_states(ids: Iterable[str]) -> dict[str, str]:
@@ -101,6 +103,11 @@ def own_job_id() -> str | None:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     # One member of an array has the array's own id, which would mean all members.
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def own_end() -> float:
+    """Return when this process's job ends, in seconds since the epoch; in a minute where SLURM does not say."""
+    return float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60)
 
 
 @contextlib.contextmanager

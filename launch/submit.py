@@ -12,13 +12,16 @@ Exit code 0: submitted. 2: nothing was, because something must be corrected firs
 with --wait, 1: some run is not finished, and the report says which. 75: stopped here, and the same command continues.
 """
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import sys
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from launch.sbatch import SubmissionPlan
 from launch.site import Site, read_site
 from launch.submission import Submission, commands
 
+WAIT = 60.0  # seconds for another submission to end
 Md5 = dict[tuple[str, int], dict[str, str]]  # of each array of a dataset, by its name and the size of its pictures
 
 SUBMISSION_FILE = "submission.json"  # in a submission's folder: all that is needed to submit its runs again
@@ -65,30 +69,95 @@ def _submit(submission: Submission, others: list[str]) -> int:
         raise UserError("--device cuda, and no cards are asked for: give --gpus-per-node")
     _check_out(submission.out)
     md5 = _check_data_and_models([command.run for command in runs], submission.dry_run)
-    states = {state.folder: state for state in jobs.read_states(folders)}
-    todo = [one for one in runs if _must_run(one, states.get(claim.folder_of(one.run)), site, md5)]
     if submission.dry_run:
-        _show(plan, [command.run for command in todo])
+        _show(plan, [command.run for command in _choose(runs, site, md5)])
         return 0
-    if submission.executor == "slurm":
+    if submission.executor != "slurm":
+        todo = _choose(runs, site, md5)
+        with _nothing_left_unless_started(plan, todo):
+            _claim(todo, site, md5)
+            report = _prepare(plan, _folders(todo), folders)
+        return submitit_local.run_all(plan, _folders(todo), report)
+    with _alone(own_folder.parent):
+        todo = _choose(runs, site, md5)
         if not todo:
-            say(
-                f"all are finished: `python -m fashion_ddp.compare {shlex.quote(str(folders[0].parent))}` compares them"
-            )
+            runs_dir = shlex.quote(str(folders[0].parent))
+            say(f"all are finished: `python -m fashion_ddp.compare {runs_dir}` compares them")
             return 0
         _check_with_slurm(plan, len(todo), [folders[0].parent, *(command.run.data_dir for command in runs[:1])])
-    new = [folder for command in todo if not (folder := claim.folder_of(command.run)).exists()]
+        with _nothing_left_unless_started(plan, todo):
+            _claim(todo, site, md5)
+            last = _queue(plan, _folders(todo), folders)
+    return _follow(plan, folders, last)
+
+
+def _folders(runs: list[Command]) -> list[Path]:
+    return [claim.folder_of(command.run) for command in runs]
+
+
+def _choose(runs: list[Command], site: Site, md5: Md5) -> list[Command]:
+    """Return the runs that must be trained. Raises UserError as `_must_run` does."""
+    states = {state.folder: state for state in jobs.read_states(_folders(runs))}
+    return [one for one in runs if _must_run(one, states.get(claim.folder_of(one.run)), site, md5)]
+
+
+def _claim(todo: list[Command], site: Site, md5: Md5) -> None:
+    """Make the runs' folders, or rename what is there, as training would."""
     for command in todo:
         made_by = _provenance(command.run, site, md5)
         run_folder = claim.claim(command.run, made_by, command.fresh, command.reuse)
         if run_folder.lock is not None:
             run_folder.lock.release()
+
+
+@contextlib.contextmanager
+def _nothing_left_unless_started(plan: SubmissionPlan, todo: list[Command]) -> Iterator[None]:
+    """Within, folders are made; where it fails before any job is queued, those that were not there before go."""
+    new = [folder for folder in _folders(todo) if not folder.exists()]
     try:
-        return _start(plan, [claim.folder_of(command.run) for command in todo], folders)
-    except sbatch.NotQueued:
-        for folder in (*new, own_folder):
+        yield
+    except sbatch.QueuedAndCancelled:
+        raise
+    except UserError:
+        for folder in (*new, plan.folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _alone(submissions: Path) -> Iterator[None]:
+    """Let no other submission into these run folders check what is queued, until what this one queues is known."""
+    limit = time.monotonic() + WAIT
+    while True:
+        try:
+            own = lock.acquire(submissions)
+            break
+        except OSError as error:
+            raise UserError(f"{submissions}: cannot be written ({error.strerror}): choose another --runs-dir") from None
+        except UserError:
+            if time.monotonic() > limit:
+                raise UserError(
+                    f"another submission into {submissions.parent} is under way ({lock.holder(submissions)}): give the "
+                    "command again when it has ended"
+                ) from None
+            time.sleep(1)
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(lock.STALE / 4):
+            own.touch()
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        yield
+    finally:
+        done.set()
+        keeper.join()
+        own.release()
+        with contextlib.suppress(OSError):  # where nothing was submitted, nothing is left
+            submissions.rmdir()
+            submissions.parent.rmdir()
 
 
 def _new_folder(submissions: Path) -> Path:
@@ -193,11 +262,8 @@ def _show(plan: SubmissionPlan, configs: list[Config]) -> None:
         say(f"--- SLURM here would take them: {sbatch.check(plan, len(configs))}")
 
 
-def _start(plan: SubmissionPlan, todo: list[Path], folders: list[Path]) -> int:
-    """Queue the runs in the folders `todo`, or train them here, and compare the runs in `folders`.
-
-    Each run's folder is there already, with its settings. Return the exit code.
-    """
+def _prepare(plan: SubmissionPlan, todo: list[Path], folders: list[Path]) -> Report:
+    """Write what the jobs of the runs in the folders `todo` need, and return what compares those in `folders`."""
     submission = plan.submission
     try:
         plan.folder.mkdir(parents=True)
@@ -206,16 +272,27 @@ def _start(plan: SubmissionPlan, todo: list[Path], folders: list[Path]) -> int:
             snapshot.take(plan.code, [name for cfg in configs for name in (cfg.model, cfg.dataset)])
         write_whole(plan.folder / SUBMISSION_FILE, json.dumps(_record(plan, folders), indent=1, default=str) + "\n")
     except OSError as error:
-        raise sbatch.NotQueued(f"{plan.folder}: cannot be written ({error}): choose another --runs-dir") from None
-    report = Report(tuple(map(str, folders)), str(submission.out), bool(submission.sweep))
-    if submission.executor != "slurm":
-        return submitit_local.run_all(plan, todo, report)
+        first = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror  # it lists each file
+        raise UserError(f"{plan.folder}: cannot be written ({first}): choose another --runs-dir") from None
+    return Report(tuple(map(str, folders)), str(submission.out), bool(submission.sweep))
+
+
+def _queue(plan: SubmissionPlan, todo: list[Path], folders: list[Path]) -> str:
+    """Queue the runs in the folders `todo`, which are there already with their settings, and the comparison of those in
+    `folders`. Return the comparison's job."""
+    report = _prepare(plan, todo, folders)
     ids, last = sbatch.submit(plan, todo, report)
     for folder, job in zip(todo, ids, strict=True):
         say(f"job {job}  {folder}")
-    say(f"{pluralize(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {submission.out}")
+    out = plan.submission.out
+    say(f"{pluralize(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {out}")
     say(f"next: python -m launch.status {shlex.quote(str(todo[0].parent))}")
-    if not submission.wait:
+    return last
+
+
+def _follow(plan: SubmissionPlan, folders: list[Path], last: str) -> int:
+    """Where that is asked for, wait until the comparison has ended. Return the exit code."""
+    if not plan.submission.wait:
         return 0
     try:
         return int(not jobs.follow(folders, last))
@@ -249,9 +326,16 @@ def resubmit(todo: list[Path], submission_folder: Path) -> int:
         raise UserError(
             f"the code that these runs were submitted with is gone from {plan.code}, or too old: submit them anew"
         )
-    if submission.executor == "slurm":
+    if submission.executor != "slurm":
+        return submitit_local.run_all(plan, todo, _prepare(plan, todo, folders))
+    with _alone(new.parent):
+        if active := [state for state in jobs.read_states(todo) if state.active]:
+            raise UserError(
+                f"{active[0].folder} is {active[0].state} (job {active[0].job}) by now: nothing is submitted"
+            )
         _check_with_slurm(plan, len(todo), [submission_folder])
-    return _start(plan, todo, folders)
+        last = _queue(plan, todo, folders)
+    return _follow(plan, folders, last)
 
 
 if __name__ == "__main__":

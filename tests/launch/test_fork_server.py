@@ -91,6 +91,7 @@ def test_it_reads_anew_what_was_changed_and_ends_as_it_ended(server: ForkServer,
     assert tells(server.start, "0")[1] == 0
 
 
+@pytest.mark.slow
 def test_a_package_that_was_installed_is_loaded_by_a_new_server_and_without_one_processes_start_too(
     tells: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,8 @@ def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "usable_cores", lambda: 12)
-    cfg = make_config({"device": "cpu", "model": "deep_mlp", "batch_size": 1024})  # a step for any number of threads
+    monkeypatch.setattr(machine, "FLOPS_PER_THREAD", 10**6)
+    cfg = make_config({"device": "cpu", "model": "linear", "batch_size": 1024})  # a step for any number of threads
     # (jobs, ranks asked for): (ranks, threads). One job gets all that there is.
     expected = {
         (1, 0): (1, 12),
@@ -85,7 +86,7 @@ def test_runs_on_a_cpu_share_its_cores_and_never_have_less_than_a_thread(
     assert {asked: (share.ranks, *share.threads) for asked, share in shares.items()} == expected
     assert shares[3, 2].cards == (None, None, None)
     # A small step takes one thread, unless another number is asked for.
-    small = make_config({"device": "cpu", "model": "linear"})
+    small = make_config({"device": "cpu", "model": "linear", "batch_size": 16})
     capsys.readouterr()
     assert divide(1, 0, cfg, [cfg, small], SYNTHETIC).threads == (12, 1)
     assert capsys.readouterr().out.startswith(

@@ -80,9 +80,10 @@ def test_a_dry_run_shows_what_sbatch_would_get_without_slurm_and_writes_nothing(
     assert runs_.startswith("4 runs\n#!/bin/bash\n")
     common = ["account=team", f"chdir={here}", "ntasks-per-node=4", "open-mode=append", "partition=gpu", "qos=long"]
     words = "array=0-3%2 cpus-per-task=3 exclusive gpus-per-node=4 job-name=fashion_ddp nodes=2 requeue time=8"
-    assert options(runs_) == sorted([*common, *words.split(), "signal=USR2@120"])
     [base] = re.findall("^#SBATCH --output=(.*)/%A_%a_0_log.out$", runs_, re.MULTILINE)
     assert Path(base).parent == here / "runs" / ".submissions"
+    common.append(f"comment={Path(base).name}")  # by which the jobs are known in the queue
+    assert options(runs_) == sorted([*common, *words.split(), "signal=USR2@120"])
     srun = f"srun --unbuffered --output {base}/%A_%a_%t_log.out --kill-on-bad-exit=1 --wait=180 --cpus-per-task=3"
     program = f"--export=ALL {sys.executable} -u -m submitit.core._submit {base}"
     assert re.findall("^srun .*$", runs_, re.MULTILINE) == [f"{srun} {program}"]
@@ -228,7 +229,7 @@ def test_a_site_file_shapes_the_jobs_and_the_commands_own_words_win(
     assert {*options(runs_)} >= {"partition=fast", "qos=high", "mail-type=FAIL", "gres=gpu:4", "exclusive"}
     assert not any(option.startswith("requeue") for option in options(runs_))
     setup = 'module load cuda/12.8\nsource "/my env/bin/activate"\n'
-    assert f"# setup\n{setup}export WANDB_MODE=offline\nexport OMP_PLACES='a b'\n" in runs_
+    assert f"# setup\ntrap : USR1 USR2\n{setup}export WANDB_MODE=offline\nexport OMP_PLACES='a b'\n" in runs_
     assert " apptainer exec --nv /img.sif python -u -m submitit.core._submit " in runs_
     assert {*options(comparison)} >= {"partition=login", "qos=high"}
     assert not any(option.startswith(("mail-type", "gres", "exclusive")) for option in options(comparison))
