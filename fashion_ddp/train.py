@@ -96,6 +96,7 @@ def train(command: Command) -> None:
         recorder = scope.enter_context(open_recorder(folder, cfg, world, known, state.recorded))
         trace = scope.enter_context(Trace(cfg, world, folder, state.done))
 
+        signals.training_begins()
         for epoch in state.epochs():
             recorder.begin_epoch(epoch, batches.steps)
             with state.timings.measure("train"):

@@ -5,12 +5,12 @@ in its folder: the settings, the checkpoints, and the list of its starts. The na
 `launch.status resubmit` pickles them for jobs that run the code of an earlier submission.
 """
 
-import json
 import os
 import socket
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from fashion_ddp.distributed.rendezvous import RENDEZVOUS_TIMEOUT, free_port
 from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.runs import claim
 from launch import slurm
+from launch.starts import Starts
 
 SPARE = 10.0  # seconds before the job's end at which it is no longer tried
 AGAIN = 3.0  # seconds between two tries to queue a job again
-MAX_IDLE_STARTS = 4  # after so many starts in a row that end at the step where they began, the run is given up
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ def train_rank(argv: list[str], folder: Path, first_host: str, max_restarts: int
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     single_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    starts = Starts(folder)
     if rank == 0:
-        _record_start(folder, max_restarts)
+        starts.begin(max_restarts)
+    signals.leave_while_starting(partial(_leave, rank, starts))
     if world_size > 1:
         host, port = _agree_on_address(folder, rank, first_host, single_node)
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
@@ -81,29 +83,20 @@ def train_rank(argv: list[str], folder: Path, first_host: str, max_restarts: int
         if rank > 0:
             return "stopped"  # not an exit code: srun would kill the first rank, which has more to do
         say(str(stopped))
+        starts.end(stopped.reason)
         if _requeue(stopped.reason):
             return "requeued"
         sys.exit(os.EX_TEMPFAIL)
     return "finished"
 
 
-def _record_start(folder: Path, max_restarts: int) -> None:
-    """Record at which step this start begins. Raises UserError for too many starts, or starts without progress."""
-    path = folder / "starts.jsonl"
-    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    step = max((int(p.stem.removeprefix("step-")) for p in folder.glob("checkpoints/step-*.pt")), default=0)
-    job = slurm.own_job_id() or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
-    mine = [start for start in starts if start["job"] == job]
-    if len(mine) > max_restarts:
-        raise UserError(f"{folder}: started {len(mine)} times by job {job}: given up (--max-restarts {max_restarts})")
-    if len(mine) >= MAX_IDLE_STARTS and all(start["step"] == step for start in mine[-MAX_IDLE_STARTS:]):
-        raise UserError(
-            f"{folder}: the last {MAX_IDLE_STARTS} starts of job {job} all ended at step {step}: given up; its log "
-            "says why they ended; `python -m launch.status resubmit` tries again"
-        )
-    with open(path, "a") as file:
-        now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        file.write(json.dumps({"job": job, "step": step, "time": now, "host": socket.gethostname()}) + "\n")
+def _leave(rank: int, starts: Starts, reason: str) -> int:
+    """End a start that has not come to train. Return the exit code."""
+    if rank > 0:
+        return 0  # as above
+    say(f"stopped ({reason}) before it trained: the same command continues")
+    starts.end(reason)
+    return 0 if _requeue(reason) else os.EX_TEMPFAIL
 
 
 def _agree_on_address(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[str, str]:

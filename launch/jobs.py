@@ -16,6 +16,7 @@ from fashion_ddp.report.text import Table, percent, terminal_table
 from fashion_ddp.runs.lock import holder
 from fashion_ddp.runs.reading import Run, load_run
 from launch import slurm
+from launch.starts import Starts
 
 JOB_FILE = "job.json"  # in a run's folder: the job that it was last submitted as
 PAUSE = 10.0  # seconds between two looks at the queue
@@ -138,8 +139,7 @@ def _last_epoch(state: RunState) -> dict[str, Any]:
 
 def _count_starts(state: RunState) -> int:
     """Return how often the run was started: as a launcher counted it, or as often as it came to train."""
-    path = state.folder / "starts.jsonl"
-    return max(len(state.run.environment), len(path.read_bytes().splitlines()) if path.exists() else 0)
+    return max(len(state.run.environment), len(Starts(state.folder).read()))
 
 
 def _last_hosts(state: RunState) -> list[str]:

@@ -35,6 +35,11 @@ class QueuedAndCancelled(UserError):
     """The submission failed when some of its jobs were queued already; they are cancelled."""
 
 
+def signal_ahead(minutes: int) -> int:
+    """Return how many seconds before its end a job of so many minutes gets a signal."""
+    return min(SIGNAL_AHEAD, 30 * minutes)
+
+
 @dataclass(frozen=True)
 class SubmissionPlan:
     """What every job of a submission gets: resources, options, environment, code."""
@@ -76,7 +81,7 @@ class SubmissionPlan:
             # Per node and not per task: each rank must see the others' cards to talk to them.
             "gpus_per_node": self.submission.gpus_per_node or None,
             "time": self.submission.time,
-            "signal_delay_s": min(SIGNAL_AHEAD, 30 * self.submission.time),
+            "signal_delay_s": signal_ahead(self.submission.time),
             "array_parallelism": self.submission.at_once,
             # A rank that fails ends the step. Ranks that have finished wait while the first one ends W&B. srun of SLURM
             # 22.05 to 23.02 forgets a task's cores, and a site may have it drop the variables that are set here.

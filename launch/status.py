@@ -21,7 +21,7 @@ from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.report.text import terminal_table
 from fashion_ddp.runs.lock import holder
 from fashion_ddp.runs.reading import find_runs
-from launch import jobs, slurm, submit
+from launch import jobs, slurm, starts, submit
 from launch.jobs import RunState
 
 
@@ -42,6 +42,9 @@ def show(states: list[RunState]) -> int:
             say(f"follow {one.folder.name}: tail -n +1 -F {log}")
         elif not one.finished and (one.job_record or "error" in one.run.summary):
             say(f"{one.folder.name}: {one.run.summary.get('error') or 'its folder does not say why'}; log: {log}")
+    for one in states:
+        if not one.finished and (too_slow := starts.advice(starts.Starts(one.folder).read())):
+            say(f"{one.folder.name}: {too_slow}")
     if unknown := next((one.unknown for one in states if one.unknown), ""):
         say(f"it is not clear which of them are queued: {unknown}")
     elif any(not one.active and not one.finished and one.job_record for one in states):

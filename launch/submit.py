@@ -36,12 +36,13 @@ from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.files import write_whole
 from fashion_ddp.runs import claim, lock, provenance
 from fashion_ddp.runs.reading import load_run
-from launch import jobs, sbatch, slurm, snapshot, submitit_local
+from launch import jobs, sbatch, slurm, snapshot, starts, submitit_local
 from launch.job import Report
 from launch.sbatch import SubmissionPlan
 from launch.site import Site, read_site
 from launch.submission import Submission, commands
 
+SHORT = 300  # seconds of a job of which a start may take a large part
 WAIT = 60.0  # seconds for another submission to end
 Md5 = dict[tuple[str, int], dict[str, str]]  # of each array of a dataset, by its name and the size of its pictures
 
@@ -68,6 +69,11 @@ def _submit(submission: Submission, others: list[str]) -> int:
     if not cards and any(command.run.device == "cuda" for command in runs):
         raise UserError("--device cuda, and no cards are asked for: give --gpus-per-node")
     _check_out(submission.out)
+    if submission.executor == "slurm" and "%" in str(own_folder):
+        raise UserError(
+            f"{own_folder.parent}: SLURM reads % and the letter after it as a job's number or name, and would look for "
+            "the logs elsewhere: choose a --runs-dir without %"
+        )
     md5 = _check_data_and_models([command.run for command in runs], submission.dry_run)
     if submission.dry_run:
         _show(plan, [command.run for command in _choose(runs, site, md5)])
@@ -285,6 +291,15 @@ def _queue(plan: SubmissionPlan, todo: list[Path], folders: list[Path]) -> str:
     for folder, job in zip(todo, ids, strict=True):
         say(f"job {job}  {folder}")
     out = plan.submission.out
+    for folder in todo:
+        if too_slow := starts.advice(starts.Starts(folder).read()):
+            say(f"warning: {folder}: {too_slow}")
+    left = 60 * plan.submission.time - sbatch.signal_ahead(plan.submission.time)
+    if left < SHORT:
+        say(
+            f"warning: with --time {plan.submission.time} a job has {left:.0f} s before it is told to save, of which "
+            "its start takes 10 to 60 s on a busy machine"
+        )
     say(f"{pluralize(len(todo), 'run')} submitted; job {last} compares them when all have ended, into {out}")
     say(f"next: python -m launch.status {shlex.quote(str(todo[0].parent))}")
     return last

@@ -11,9 +11,10 @@ import ctypes
 import os
 import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -25,6 +26,9 @@ children: list[Any] = []  # a launcher's processes, with a method kill(): killed
 
 _received: set[str] = set()
 _listening_pid = 0  # the process that called `listen`; a forked process must call it again
+_leave: Callable[[str], int] | None = None  # what ends this process at once while it starts
+_leaving = threading.Lock()
+_training_since = 0.0
 _launcher = 0  # process id of the launcher; 0 where the parent is none and may end before us
 
 
@@ -54,6 +58,40 @@ def listen() -> None:
     _listening_pid = os.getpid()
 
 
+def leave_while_starting(leave: Callable[[str], int]) -> None:
+    """Let any of SIGNALS end this process at once, until `training_begins`.
+
+    For a job, of which all ranks get it: nothing is to be saved yet, and the first sync point may be further away than
+    the time that is left. `leave` is given the signal's name, in another thread than the main one, which may be at
+    anything; it returns the exit code.
+    """
+    global _leave
+    with _leaving:
+        _leave = leave
+    for one in received():
+        _leave_now(one.name)
+
+
+def training_begins() -> None:
+    """From now on signals are requests to stop at a sync point."""
+    global _leave, _training_since
+    with _leaving:
+        _leave, _training_since = None, time.time()
+
+
+def training_since() -> float:
+    """Return when this process began to train, in seconds since the epoch; 0 where it did not yet."""
+    return _training_since
+
+
+def _leave_now(name: str) -> None:
+    with _leaving:  # where training begins meanwhile, it waits here until this process is gone
+        if _leave is not None:
+            code = _leave(name)
+            sys.stdout.flush()
+            os._exit(code)
+
+
 def _record(number: int, frame: object) -> None:
     _received.add(signal.Signals(number).name)
 
@@ -78,7 +116,11 @@ def _watch(readable: int) -> None:
     first, orphaned, beat = 0.0, 0.0, 1.0
     while True:
         ready, _, _ = select.select([readable], [], [], beat if _launcher else None)
-        if ready and signal.SIGINT in os.read(readable, 64):
+        came = os.read(readable, 64) if ready else b""
+        for number in came:
+            if number in SIGNALS:  # others may have handlers of their own, such as Submitit's for SIGCONT
+                _leave_now(signal.Signals(number).name)
+        if signal.SIGINT in came:
             now = time.monotonic()
             if first and now - first >= SECOND_INTERRUPT:
                 _say("interrupted twice: ended at once; the same command continues from the last checkpoint")

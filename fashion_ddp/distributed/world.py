@@ -266,6 +266,8 @@ def open_world(cfg: Config) -> Iterator[World]:
             raise plain from error
         if (means := explain(error)) is None:
             raise
+        if is_lost_rank(error) and (asked := signals.reason(signals.stop_requests())):
+            raise Stopped(None, asked) from error  # the other rank was asked, too, and ended first
         if is_lost_rank(error) or not _is_first_to_say_it():
             raise TrainingFailed(f"{failures.LOST_RANK}; {failures.CONTINUES}") from error
         if not joined and (words := failures.nccl_words(error)):

@@ -60,7 +60,7 @@ def _check(path: Path, cfg: Config, made_by_now: dict[str, Any], fresh: bool, re
         found = {path.name} if path.exists() else set()
     # A process that was killed at once leaves only a lock and a part of config.yaml. Before it, a launcher may have
     # written its count of starts and the address of rank 0.
-    remains = (lock.NAME, ".config.yaml.", "starts.jsonl", ".meet-", ".new-meet-")
+    remains = (lock.NAME, ".config.yaml.", "starts.jsonl", ".starts.jsonl.", ".meet-", ".new-meet-")
     if all(name.startswith(remains) for name in found):
         return "nothing"
     if "config.yaml" not in found:

@@ -5,6 +5,7 @@ Each disturbance ends in the same bits as the run that nothing disturbed.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import torch
 from conftest import CHECKOUT, command
 from safetensors.torch import load_file
 from test_submit import SLOW_MODEL, ranks_of
+
+from launch import submit
 
 sys.path.insert(0, str(CHECKOUT / "slurm" / "cluster"))
 from cluster import Cluster, why_impossible
@@ -230,6 +233,89 @@ def test_a_run_longer_than_its_job_is_continued_by_the_next(run: Submitted, monk
     assert run.reported()
     run.whole()
     assert "stopped (SIGUSR2)" in run.log()
+
+
+def test_ended_in_its_start_again_and_again_it_leaves_at_once_and_is_never_given_up(run: Submitted) -> None:
+    run.submit()
+    (run.cwd / "wait").touch()  # the model is not built
+    for times in range(1, 7):
+        run.until(lambda times=times: len(run.starts()) == times and len(ranks_of(run.cwd, "SLURM_PROCID")) == 2)
+        since = time.monotonic()
+        slurm("scontrol", "requeue", run.job)
+        run.until(lambda times=times: "end" in run.starts()[times - 1])
+        assert time.monotonic() - since < 10  # not when SLURM kills what does not end
+    (run.cwd / "wait").unlink()
+    run.hurry()
+    assert run.reported()
+    run.whole()
+    assert [start.get("end") for start in run.starts()] == ["SIGTERM"] * 6 + [None]
+
+
+def test_a_run_whose_time_is_over_while_the_controller_is_away_is_queued_again(
+    cluster: Cluster, run: Submitted
+) -> None:
+    run.submit()
+    run.trained()
+    controller = int((cluster.dir / "slurmctld.pid").read_text())
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        for rank in ranks_of(run.cwd, "SLURM_PROCID"):
+            os.kill(rank, signal.SIGUSR2)
+        run.until(lambda: "not queued again yet" in run.log())
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    run.started(2)
+    assert run.reported()
+    run.whole()
+
+
+@pytest.mark.parametrize("whom", ["--batch", "--full"])
+def test_a_signal_to_the_batch_script_does_not_end_the_job(whom: str, run: Submitted) -> None:
+    run.submit()
+    run.trained()
+    slurm("scancel", whom, "--signal=USR2", run.job)
+    if whom == "--full":
+        run.started(2)
+    else:
+        run.trained(epochs=6)
+        run.hurry()
+    assert run.reported()
+    run.whole()
+    assert len(run.starts()) == (2 if whom == "--full" else 1)
+
+
+def test_of_the_same_command_twice_at_once_one_is_queued_in_any_folder(
+    cluster: Cluster, reference: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    folder = tmp_path / "10 Läufe $HOME's"
+    folder.mkdir()
+    (folder / "slow.py").write_text(SLOW_MODEL)
+    run = Submitted(folder, reference)
+    line = [sys.executable, *SUBMIT[1:], *SLOW]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(line, cwd=folder, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, **pipes) for _ in "12"]
+    ended = [(*one.communicate(timeout=200), one.returncode) for one in both]
+    [queued], [refused] = ([one for one in ended if one[2] == code] for code in (0, 2))
+    run._read(subprocess.CompletedProcess(line, 0, queued[0], queued[1]))
+    assert re.search(rf"{NAME} is \w+.* \(job {run.job}\): wait for it", refused[1]), refused
+    assert json.loads((run.folder / "job.json").read_text())["job"] == run.job
+    assert f" {run.job} " in (shown := run.status().stdout) and re.search(r" (PENDING|RUNNING|CONFIGURING) ", shown)
+    run.hurry()
+    assert run.reported()
+    run.whole()
+
+
+def test_more_runs_than_an_array_may_have_are_several_and_one_report(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.slurm.max_array_size", lambda: 2)
+    words = ("--models", "linear", "--seeds", "0", "1", "2", "--epochs", "1", "--wait")
+    assert submit.main([*SUBMIT[3:], *words, *FREE]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [run["seed"] for run in report["runs"]] == [0, 1, 2]
+    jobs = [json.loads(path.read_text())["job"] for path in sorted(tmp_path.glob("runs/linear*/job.json"))]
+    assert jobs[0].endswith("_0") and jobs[1].endswith("_1") and "_" not in jobs[2]
 
 
 # --- Ended, and submitted again ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from fashion_ddp import data
 from fashion_ddp.config import cli
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
-from launch import job, sbatch, site, slurm, snapshot, status, submission, submit, sweep
+from launch import job, sbatch, site, slurm, snapshot, starts, status, submission, submit, sweep
 
 quick = pytest.mark.quick
 SMALL = ["--dataset", "synthetic", "--epochs", "1", "--tracker", "none"]
@@ -472,23 +472,60 @@ def test_a_sweep_is_ranked_by_the_validation_set_over_all_seeds(tmp_path: Path) 
 def test_a_job_whose_starts_lead_nowhere_is_given_up_and_a_new_one_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(of: str, step: int, most: int = 100) -> None:
+    def start(of: str, step: int, end: str = "SIGUSR2", most: int = 100) -> None:
         monkeypatch.setenv("SLURM_JOB_ID", of)
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / f"step-{step:08}.pt").touch()
-        job._record_start(tmp_path, most)
+        starts.Starts(tmp_path).begin(most)
+        if end:
+            starts.Starts(tmp_path).end(end)
 
     for step in (0, 10, 10, 10):
         start("7", step)
-    start("7", 10)  # the fourth at this step
-    with pytest.raises(UserError, match="the last 4 starts of job 7 all ended at step 10: given up"):
+    for end in ("SIGTERM", ""):  # preempted, or killed: however often, that is no failure of the run
+        for _ in range(6):
+            start("7", 10, end)
+    for _ in range(4):
+        start("7", 10)
+    with pytest.raises(
+        UserError, match="the time of the last 4 starts of job 7 ran out before they had trained a step"
+    ):
         start("7", 10)
     start("7", 20)
-    with pytest.raises(UserError, match=r"started 6 times by job 7: given up \(--max-restarts 5\)"):
-        start("7", 30, most=5)
+    with pytest.raises(UserError, match=r"started 21 times by job 7: given up \(--max-restarts 20\)"):
+        start("7", 30, most=20)
     start("8", 20)
-    counted = [json.loads(line)["job"] for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
-    assert counted == [*"777777", "8"]
+    assert [start["job"] for start in starts.Starts(tmp_path).read()] == [*"7" * 21, "8"]
+
+
+@quick
+def test_a_disk_that_fills_up_leaves_nothing_behind_and_is_told_in_one_line(
+    here: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(to: Path, names: list[str]) -> None:
+        to.mkdir()
+        raise shutil.Error([(f"source/{n}", f"{to}/{n}", "[Errno 28] No space left on device") for n in range(100)])
+
+    monkeypatch.setattr(snapshot, "take", full)
+    code, _, err = said(submit.main, *LINEAR, "--executor", "local")
+    assert code == 2 and "cannot be written ([Errno 28] No space left on device): choose another --runs-dir" in err
+    assert len(err) < 300 and not [path for path in here.rglob("*") if path.name not in ("runs", ".submissions")]
+
+
+@quick
+def test_a_path_that_slurm_would_read_as_a_pattern_is_refused(here: Path, said: Said) -> None:
+    code, _, err = said(submit.main, *LINEAR, "--runs-dir", "50%j", "--dry-run")
+    assert code == 2 and "choose a --runs-dir without %" in err and not list(here.iterdir())
+
+
+@quick
+def test_starts_that_hardly_train_are_told_from_their_seconds() -> None:
+    slow = {"end": "SIGUSR2", "starting_s": 58.0, "trained_s": 1.0}
+    told = "the last 3 starts whose time ran out spent 174 s starting and 3 s training: submit it anew with a longer "
+    assert starts.advice([{}, slow, slow, {"end": "SIGTERM", "starting_s": 9.0, "trained_s": 0.0}, slow]).startswith(
+        told
+    )
+    assert starts.advice([slow, *[slow | {"trained_s": 90.0}] * 3]) == starts.advice([{}, {"step": 3}]) == ""
 
 
 # A rank that ends in one way when it is asked to, in another when its time is over, and at its third start by itself.
@@ -549,6 +586,8 @@ from torch import nn
 class Net(nn.Sequential):
     def __init__(self, image_shape, classes):
         super().__init__(nn.Flatten(), nn.Linear(784, classes))
+        while os.path.exists("wait"):
+            time.sleep(0.1)
 
     def forward(self, images):
         if self.training and not os.path.exists("fast"):

@@ -1,0 +1,90 @@
+"""Count a submitted run's starts, and know of each where it began, how it ended, and where its time went.
+
+A start that the cluster ended (preempted, its node lost) is no failure of the run, however often it happens. One whose
+time ran out before it had trained a step is: the next would do the same.
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fashion_ddp.console import say
+from fashion_ddp.distributed import signals
+from fashion_ddp.errors import UserError, pluralize
+from fashion_ddp.files import write_whole
+from launch import slurm
+
+FILE = "starts.jsonl"  # in a run's folder
+MOST_IDLE = 4  # starts in a row whose time ran out before they had trained a step, before the run is given up
+TIME_RAN_OUT = ("SIGUSR1", "SIGUSR2")  # sbatch's --signal asks for one of them ahead of the end
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The starts of the run in a folder. Rank 0 writes them."""
+
+    folder: Path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return what is known of each start, from the first on."""
+        path = self.folder / FILE
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def begin(self, most: int) -> None:
+        """Record at which step this start begins. Raises UserError after `most` starts of this job, or where its time
+        ran out again and again before it had trained a step."""
+        starts, step, job = self.read(), self._saved_step(), _own_job()
+        mine = [start for start in starts if start["job"] == job]
+        if len(mine) > most:
+            raise UserError(f"{self.folder}: started {len(mine)} times by job {job}: given up (--max-restarts {most})")
+        last = mine[-MOST_IDLE:]
+        if len(last) == MOST_IDLE and all(one["step"] == step and one.get("end") in TIME_RAN_OUT for one in last):
+            raise UserError(
+                f"{self.folder}: the time of the last {MOST_IDLE} starts of job {job} ran out before they had trained "
+                "a step: given up; submit it anew with a longer --time"
+            )
+        if too_slow := advice(starts):
+            say(f"warning: {self.folder}: {too_slow}")
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self._write([*starts, {"job": job, "step": step, "time": now, "host": socket.gethostname()}])
+
+    def end(self, how: str) -> None:
+        """Record how this start ended, and the seconds that it spent on starting and on training. `how`: a signal's
+        name, or another reason to stop."""
+        starts, now = self.read(), time.time()
+        if starts:
+            began = signals.training_since()
+            spent = {
+                "starting_s": round((began or now) - BORN, 1),
+                "trained_s": round(now - began if began else 0.0, 1),
+            }
+            self._write([*starts[:-1], starts[-1] | {"end": how} | spent])
+
+    def _saved_step(self) -> int:
+        found = self.folder.glob("checkpoints/step-*.pt")
+        return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
+
+    def _write(self, starts: list[dict[str, Any]]) -> None:
+        write_whole(self.folder / FILE, "".join(json.dumps(start) + "\n" for start in starts))
+
+
+BORN = time.time()  # of this process, nearly
+
+
+def _own_job() -> str:
+    return slurm.own_job_id() or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+
+
+def advice(starts: list[dict[str, Any]]) -> str:
+    """Return what to say where a run's last starts spent more time on starting than on training; "" where they did not.
+    `starts`: as `Starts.read` returns them."""
+    ended = [start for start in starts if start.get("end") in TIME_RAN_OUT][-3:]
+    starting, training = (sum(start[name] for start in ended) for name in ("starting_s", "trained_s"))
+    if not ended or starting <= training:
+        return ""
+    those = f"the last {pluralize(len(ended), 'start')} whose time ran out"
+    return f"{those} spent {starting:.0f} s starting and {training:.0f} s training: submit it anew with a longer --time"
