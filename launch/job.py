@@ -6,7 +6,6 @@ in its folder: the settings, the checkpoints, and the list of its starts. The na
 """
 
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from fashion_ddp.config import cli
 from fashion_ddp.console import entry_point, say
-from fashion_ddp.distributed import signals
+from fashion_ddp.distributed import machine, signals
 from fashion_ddp.distributed.rendezvous import RENDEZVOUS_TIMEOUT, free_port
 from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.runs import claim
@@ -120,7 +119,7 @@ def _agree_on_address(folder: Path, rank: int, first_host: str, single_node: boo
     while not path.exists():
         if time.monotonic() > limit:
             raise UserError(
-                f"rank {rank} on {socket.gethostname()} waited {RENDEZVOUS_TIMEOUT:.0f} s for rank 0 on {first_host} "
+                f"rank {rank} on {machine.host_name()} waited {RENDEZVOUS_TIMEOUT:.0f} s for rank 0 on {first_host} "
                 f"to write {path}: is {folder.parent} on a file system that both machines share?"
             )
         time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fashion_ddp.console import say
+from fashion_ddp.distributed.failures import LOST_RANK
 from fashion_ddp.errors import UserError
 from fashion_ddp.files import write_whole
 from fashion_ddp.report.text import Table, percent, terminal_table
@@ -88,7 +90,29 @@ def _state(
     if unknown:
         return RunState(run, record, None, f"{status}, or queued", active=False, unknown=unknown)
     ended = f" ({end_states[job]})" if status != "finished" and end_states.get(job, "COMPLETED") != "COMPLETED" else ""
+    if status != "finished" and given_up(run.path, job):
+        status = "given up"
     return RunState(run, record, None, status + ended, active=False)
+
+
+def given_up(folder: Path, job: str) -> str:
+    """Return why a run's job was given up, "" where it was not."""
+    starts = Starts(folder).read()
+    return starts[-1].get("given_up", "") if starts and starts[-1].get("job") == job else ""
+
+
+def log_that_tells(record: dict[str, Any]) -> str:
+    """Return the path of that rank's log which tells why a job failed, "" where none is known: the first with an error
+    that is not another rank's, else rank 0's."""
+    first = record.get("log", "")
+    if not first:
+        return ""
+    of_ranks = sorted(Path(first).parent.glob(Path(first).name.replace("_0_log.out", "_*_log.out")))
+    for path in of_ranks:
+        text = path.read_text(errors="replace")
+        if re.search(r"^(Traceback|error: )", text, re.MULTILINE) and LOST_RANK not in text:
+            return str(path)
+    return first
 
 
 def _is_of(queued: slurm.QueuedJob, submission: str) -> bool:
@@ -117,8 +141,9 @@ def _read_job_record(folder: Path) -> dict[str, Any]:
 
 def table(states: list[RunState]) -> Table:
     """Return a table with one line per run."""
+    names = [one.folder.name for one in states]
     columns: dict[str, Callable[[RunState], str]] = {
-        "run": lambda one: one.folder.name,
+        "run": lambda one: str(one.folder) if names.count(one.folder.name) > 1 else one.folder.name,
         "job": lambda one: one.job,
         "state": lambda one: one.state,
         "epoch": lambda one: f"{_last_epoch(one).get('epoch', 0)}/{one.run.config.get('epochs', '?')}",

@@ -80,8 +80,8 @@ class SubmissionPlan:
             "cpus_per_task": cores,
             # Per node and not per task: each rank must see the others' cards to talk to them.
             "gpus_per_node": self.submission.gpus_per_node or None,
-            "time": self.submission.time,
-            "signal_delay_s": signal_ahead(self.submission.time),
+            "time": self.submission.minutes,
+            "signal_delay_s": signal_ahead(self.submission.minutes),
             "array_parallelism": self.submission.at_once,
             # A rank that fails ends the step. Ranks that have finished wait while the first one ends W&B. srun of SLURM
             # 22.05 to 23.02 forgets a task's cores, and a site may have it drop the variables that are set here.

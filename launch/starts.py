@@ -6,14 +6,13 @@ time ran out before it had trained a step is: the next would do the same.
 
 import json
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fashion_ddp.console import say
-from fashion_ddp.distributed import signals
+from fashion_ddp.distributed import machine, signals
 from fashion_ddp.errors import UserError, pluralize
 from fashion_ddp.files import write_whole
 from launch import slurm
@@ -40,17 +39,22 @@ class Starts:
         starts, step, job = self.read(), self._saved_step(), _own_job()
         mine = [start for start in starts if start["job"] == job]
         if len(mine) > most:
-            raise UserError(f"{self.folder}: started {len(mine)} times by job {job}: given up (--max-restarts {most})")
+            self._give_up(starts, f"started {len(mine)} times by job {job}: given up (--max-restarts {most})")
         last = mine[-MOST_IDLE:]
         if len(last) == MOST_IDLE and all(one["step"] == step and one.get("end") in TIME_RAN_OUT for one in last):
-            raise UserError(
-                f"{self.folder}: the time of the last {MOST_IDLE} starts of job {job} ran out before they had trained "
-                "a step: given up; submit it anew with a longer --time"
+            self._give_up(
+                starts,
+                f"the time of the last {MOST_IDLE} starts of job {job} ran out before they had trained a step: "
+                "given up; submit it anew with a longer --time",
             )
         if too_slow := advice(starts):
             say(f"warning: {self.folder}: {too_slow}")
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        self._write([*starts, {"job": job, "step": step, "time": now, "host": socket.gethostname()}])
+        self._write([*starts, {"job": job, "step": step, "time": now, "host": machine.host_name()}])
+
+    def _give_up(self, starts: list[dict[str, Any]], why: str) -> NoReturn:
+        self._write([*starts[:-1], starts[-1] | {"given_up": why}])
+        raise UserError(f"{self.folder}: {why}")
 
     def end(self, how: str) -> None:
         """Record how this start ended, and the seconds that it spent on starting and on training. `how`: a signal's

@@ -37,11 +37,12 @@ def show(states: list[RunState]) -> int:
     """Print a table of the runs, their logs, and what to do next."""
     say(terminal_table(jobs.table(states)))
     for one in states:
-        log = shlex.quote(one.job_record.get("log", ""))
-        if one.active and log:
-            say(f"follow {one.folder.name}: tail -n +1 -F {log}")
+        if one.active and one.job_record.get("log"):
+            say(f"follow {one.folder.name}: tail -n +1 -F {shlex.quote(one.job_record['log'])}")
         elif not one.finished and (one.job_record or "error" in one.run.summary):
-            say(f"{one.folder.name}: {one.run.summary.get('error') or 'its folder does not say why'}; log: {log}")
+            given_up = jobs.given_up(one.folder, one.job)
+            why = given_up or one.run.summary.get("error") or "its folder does not say why"
+            say(f"{one.folder.name}: {why}; log: {shlex.quote(jobs.log_that_tells(one.job_record))}")
     for one in states:
         if not one.finished and (too_slow := starts.advice(starts.Starts(one.folder).read())):
             say(f"{one.folder.name}: {too_slow}")
@@ -59,7 +60,8 @@ def cancel(states: list[RunState]) -> int:
     if queued:
         slurm.run_checked("scancel", *(one.job for one in queued))
     for one in queued:
-        say(f"{one.folder}: job {one.job} is cancelled; what it trained is saved, and resubmit continues it")
+        begun = "what it trained is saved, and resubmit continues it" if one.run.metrics else "resubmit begins it anew"
+        say(f"{one.folder}: job {one.job} is cancelled; {begun}")
     here = [one for one in states if one.active and one.queued is None]
     local = [
         one for one in here if one.job_record.get("executor") == "local" and holder(Path(one.job_record["submission"]))

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.report.text import common_settings
 from fashion_ddp.runs import claim
 
+TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)|(\d+))")  # days, hours, minutes, seconds; or minutes alone
 # Flags of fashion_ddp.train that make no sense for many runs, and what to do instead.
 REFUSED = {
     "model": "several runs are named with --models",
@@ -43,8 +45,9 @@ class Submission:
     """Ranks of each machine: by default one per card, or one."""
     cpus_per_rank: int = 2
     """CPU cores of each rank, and its threads unless --threads gives another number."""
-    time: int = 60
-    """Minutes after which a job ends. Two minutes before, it gets a signal: it saves, and continues in a next job."""
+    time: str = "60"
+    """After which a job ends: minutes, HH:MM:SS or D-HH:MM:SS. Two minutes before, it gets a signal: it saves, and
+    continues in a next job."""
     partition: str | None = None
     """SLURM's partition."""
     account: str | None = None
@@ -71,9 +74,20 @@ class Submission:
         """Ranks of each run on each machine."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
+    @property
+    def minutes(self) -> int:
+        """Minutes of a job, rounded up. Raises UserError for a time that is not written as SLURM has it."""
+        found = TIME.fullmatch(self.time)
+        if found is None:
+            raise UserError(
+                f"time: minutes, HH:MM:SS or D-HH:MM:SS, as in 90, 1:30:00 or 2-12:00:00; got {self.time!r}"
+            )
+        days, hours, minutes, seconds, alone = (int(part or 0) for part in found.groups())
+        return alone + 60 * (24 * days + hours) + minutes + (seconds > 0)
+
     def check(self) -> None:
         """Raise UserError for numbers out of range, and for options that do not go together."""
-        for name in ("nodes", "cpus_per_rank", "time", "at_once"):
+        for name in ("nodes", "cpus_per_rank", "minutes", "at_once"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("gpus_per_node", "ranks_per_node", "max_restarts"):

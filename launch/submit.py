@@ -294,7 +294,7 @@ def _queue(plan: SubmissionPlan, todo: list[Path], folders: list[Path]) -> str:
     for folder in todo:
         if too_slow := starts.advice(starts.Starts(folder).read()):
             say(f"warning: {folder}: {too_slow}")
-    left = 60 * plan.submission.time - sbatch.signal_ahead(plan.submission.time)
+    left = 60 * plan.submission.minutes - sbatch.signal_ahead(plan.submission.minutes)
     if left < SHORT:
         say(
             f"warning: with --time {plan.submission.time} a job has {left:.0f} s before it is told to save, of which "
@@ -329,7 +329,7 @@ def resubmit(todo: list[Path], submission_folder: Path) -> int:
     try:
         record = json.loads(path.read_text())
         given: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in record["asked"].items()}
-        submission = Submission(**given | {"out": Path(given["out"])})
+        submission = Submission(**given | {"out": Path(given["out"]), "time": str(given["time"])})
         site = Site(**record["site"] | {"setup": tuple(record["site"]["setup"])})
         new = _new_folder(submission_folder.parent)
         plan = SubmissionPlan(submission, site, new, Path(record["code"]), Path(record["cwd"]), record["reuse"])

@@ -101,7 +101,7 @@ class _LocalExecutor(submitit.LocalExecutor):
         script.write_text("\n".join(["#!/bin/bash", *plan.setup(), launcher, f'exec {plan.python} "$@"', ""]))
         super().__init__(plan.folder, max_num_timeout=10**6, python=shlex.join(["bash", str(script)]))
         self.plan = plan
-        self.update_parameters(tasks_per_node=plan.submission.ranks, timeout_min=plan.submission.time)
+        self.update_parameters(tasks_per_node=plan.submission.ranks, timeout_min=plan.submission.minutes)
 
     def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
         submission = self.plan.submission
@@ -110,7 +110,7 @@ class _LocalExecutor(submitit.LocalExecutor):
         variables = {
             "NTASKS": submission.ranks,
             "COMMAND": command,
-            "TIMEOUT_S": MINUTE * submission.time,
+            "TIMEOUT_S": MINUTE * submission.minutes,
             "SIGNAL_DELAY_S": 0,
             "NODEID": 0,
             "JOB_NUM_NODES": 1,

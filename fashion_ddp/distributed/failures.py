@@ -2,12 +2,12 @@
 
 import os
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fashion_ddp.console import say
+from fashion_ddp.distributed import machine
 from fashion_ddp.distributed.machine import MachineError
 from fashion_ddp.errors import TrainingFailed
 
@@ -91,7 +91,7 @@ def time_limit(rank: int, what: str, seconds: float) -> Iterator[None]:
     """End this process with advice if the block takes longer. (torch waits in C, where no exception reaches it.)"""
 
     def give_up() -> None:
-        text = f"rank {rank} on {socket.gethostname()}: {what} did not end within {seconds:.0f} s"
+        text = f"rank {rank} on {machine.host_name()}: {what} did not end within {seconds:.0f} s"
         say(f"error: {text}; {ADVICE if rank == 0 else 'see the advice of rank 0'}")
         os._exit(1)
 

@@ -28,13 +28,18 @@ FLOPS_PER_THREAD = 10**8  # of a training step: about a millisecond of one core
 AMPERE = (8, 0)  # the first compute capability with units for bf16 and tf32
 
 
+def host_name(env: Mapping[str, str] = os.environ) -> str:
+    """Return this machine's name; in a job that of SLURM, by which it can be drained or left out."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 class MachineError(UserError):
     """An error that may occur on this machine alone: its first rank prints it, with the machine's name."""
 
     of_machine = True
 
     def __str__(self) -> str:
-        return f"{socket.gethostname()}: {super().__str__()}"
+        return f"{host_name()}: {super().__str__()}"
 
 
 @dataclass(frozen=True)

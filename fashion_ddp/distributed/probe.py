@@ -1,7 +1,6 @@
 """Check, in half a minute, that each rank of a launcher finds its device and that the ranks can talk to each other."""
 
 import os
-import socket
 import statistics
 import time
 
@@ -21,7 +20,7 @@ SIZES = {"118 KB, the gradient of cnn": 29_460, "40 MB": 10_000_000}
 
 def describe_rank(world: World) -> str:
     """Return a line on this rank: its number, host and device, the device's free memory and who uses it."""
-    text = f"rank {world.rank} of {world.size} on {socket.gethostname()}: {world.device}"
+    text = f"rank {world.rank} of {world.size} on {machine.host_name()}: {world.device}"
     if world.device.type != "cuda":
         return f"{text}, {world.threads} threads"
     free, total = torch.cuda.mem_get_info(world.device)

@@ -29,6 +29,7 @@ _listening_pid = 0  # the process that called `listen`; a forked process must ca
 _leave: Callable[[str], int] | None = None  # what ends this process at once while it starts
 _leaving = threading.Lock()
 _training_since = 0.0
+_met = False  # whether ranks exchanged requests to stop since then
 _launcher = 0  # process id of the launcher; 0 where the parent is none and may end before us
 
 
@@ -146,9 +147,17 @@ def _say(text: str) -> None:
 
 def stop_requests() -> list[bool]:
     """Return, for each of REASONS, whether this rank must stop for it."""
+    global _met
+    _met = _met or _training_since > 0
     if _launcher and os.getppid() != _launcher:
         _received.add(REASONS[-1])
     return [reason in _received for reason in REASONS]
+
+
+def asked_as_training_began() -> str | None:
+    """Return why this rank must stop, if it was asked before ranks met for the first time: another one that was asked a
+    moment earlier, while it started, has left at once."""
+    return reason(name in _received for name in REASONS) if _training_since and not _met else None
 
 
 def reason(requests: Iterable[object]) -> str | None:

@@ -5,7 +5,6 @@ Between two sync points (sync.py) ranks exchange gradients (and the statistics o
 
 import datetime
 import os
-import socket
 import threading
 import time
 import warnings
@@ -127,7 +126,7 @@ class World:
         try:
             result.append(work())
         except (UserError, TrainingFailed) as error:
-            problem = socket.gethostname(), str(error), isinstance(error, UserError)
+            problem = machine.host_name(), str(error), isinstance(error, UserError)
         problems = [p for p in self.all_gather_object(problem) if p is not None]
         if problems:
             by_host = {host: text for host, text, _ in reversed(problems)}  # the first rank of each host speaks for it
@@ -266,13 +265,13 @@ def open_world(cfg: Config) -> Iterator[World]:
             raise plain from error
         if (means := explain(error)) is None:
             raise
-        if is_lost_rank(error) and (asked := signals.reason(signals.stop_requests())):
-            raise Stopped(None, asked) from error  # the other rank was asked, too, and ended first
+        if is_lost_rank(error) and (asked := signals.asked_as_training_began()):
+            raise Stopped(None, asked) from error
         if is_lost_rank(error) or not _is_first_to_say_it():
             raise TrainingFailed(f"{failures.LOST_RANK}; {failures.CONTINUES}") from error
         if not joined and (words := failures.nccl_words(error)):
             raise failures.explain_joining(words, here.rank) from error
-        place = f"rank {here.rank} on {socket.gethostname()}"
+        place = f"rank {here.rank} on {machine.host_name()}"
         raise failures.RankFailed(f"{place}: {means}; {failures.CONTINUES}") from error
 
 

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def settle_threads(cfg: Config, world: World, model: nn.Module, image_shape: des
 
 def environment(cfg: Config, world: World, dataset: data.Dataset, batches: Batches) -> dict[str, Any]:
     """Return this start's entry of environment.json: machines, devices, versions and code. A collective."""
-    here = {"host": socket.gethostname(), "device": world.device_name, "cpu": machine.cpu_name()}
+    here = {"host": machine.host_name(), "device": world.device_name, "cpu": machine.cpu_name()}
     ranks = world.all_gather_object(here | {"threads": world.threads})
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

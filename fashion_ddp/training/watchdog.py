@@ -7,7 +7,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fashion_ddp.distributed import world
+from fashion_ddp.distributed import machine, world
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
 from fashion_ddp.redact import redact
@@ -98,7 +97,7 @@ class Watchdog(threading.Thread):
         sign = self._sign(self.world.rank)
         new = sign.with_name(f"{sign.name}.new")
         entered = -1 if ended else world.collectives_entered()
-        new.write_text(json.dumps({"entered": entered, "host": socket.gethostname()}))
+        new.write_text(json.dumps({"entered": entered, "host": machine.host_name()}))
         os.replace(new, sign)
 
     def _read_sign(self, rank: int) -> dict[str, Any]:

@@ -519,6 +519,21 @@ def test_a_path_that_slurm_would_read_as_a_pattern_is_refused(here: Path, said: 
 
 
 @quick
+@pytest.mark.parametrize(
+    ("time", "minutes"), [("90", 90), ("1:30:00", 90), ("00:00:30", 1), ("2-12:00:00", 3600), ("0-00:59:01", 60)]
+)
+def test_a_time_is_written_as_slurm_has_it(time: str, minutes: int) -> None:
+    assert submission.Submission(time=time).minutes == minutes
+
+
+@quick
+@pytest.mark.parametrize("time", ["0", "1h", "1:30", "1:60:00", "", "-5", "1.5"])
+def test_another_time_is_told_in_one_line(time: str, said: Said) -> None:
+    code, _, err = said(submit.main, *LINEAR, f"--time={time}", "--dry-run")
+    assert code == 2 and err.count("\n") == 1 and ("HH:MM:SS" in err or "at least 1" in err)
+
+
+@quick
 def test_starts_that_hardly_train_are_told_from_their_seconds() -> None:
     slow = {"end": "SIGUSR2", "starting_s": 58.0, "trained_s": 1.0}
     told = "the last 3 starts whose time ran out spent 174 s starting and 3 s training: submit it anew with a longer "
