@@ -86,6 +86,9 @@ def train_rank(argv: list[str], folder: Path, first_host: str, max_restarts: int
         if _requeue(stopped.reason):
             return "requeued"
         sys.exit(os.EX_TEMPFAIL)
+    except Exception:
+        signals.leave_if_asked(patience=5.0)  # it may be that another rank was asked to end, a moment earlier
+        raise
     return "finished"
 
 

@@ -4,6 +4,7 @@ A start that the cluster ended (preempted, its node lost) is no failure of the r
 time ran out before it had trained a step is: the next would do the same.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -66,7 +67,8 @@ class Starts:
                 "starting_s": round((began or now) - BORN, 1),
                 "trained_s": round(now - began if began else 0.0, 1),
             }
-            self._write([*starts[:-1], starts[-1] | {"end": how} | spent])
+            with contextlib.suppress(OSError):  # a full disk must not keep the job from being queued again
+                self._write([*starts[:-1], starts[-1] | {"end": how} | spent])
 
     def _saved_step(self) -> int:
         found = self.folder.glob("checkpoints/step-*.pt")

@@ -69,8 +69,19 @@ def leave_while_starting(leave: Callable[[str], int]) -> None:
     global _leave
     with _leaving:
         _leave = leave
-    for one in received():
-        _leave_now(one.name)
+    leave_if_asked()
+
+
+def leave_if_asked(patience: float = 0.0) -> None:
+    """End this process where it starts and one of SIGNALS came, or comes within `patience` seconds: as that of another
+    rank did, which is gone."""
+    limit = time.monotonic() + patience
+    while _leave is not None:
+        for one in received():
+            _leave_now(one.name)
+        if time.monotonic() >= limit:
+            break
+        time.sleep(0.05)
 
 
 def training_begins() -> None:
@@ -88,9 +99,12 @@ def training_since() -> float:
 def _leave_now(name: str) -> None:
     with _leaving:  # where training begins meanwhile, it waits here until this process is gone
         if _leave is not None:
-            code = _leave(name)
-            sys.stdout.flush()
-            os._exit(code)
+            code = os.EX_TEMPFAIL
+            try:
+                code = _leave(name)
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
 
 
 def _record(number: int, frame: object) -> None:

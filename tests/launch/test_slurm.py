@@ -235,20 +235,25 @@ def test_a_run_longer_than_its_job_is_continued_by_the_next(run: Submitted, monk
     assert "stopped (SIGUSR2)" in run.log()
 
 
+def is_alive(waiting: Path) -> bool:
+    return Path("/proc", waiting.name.removeprefix("waiting")).exists()
+
+
 def test_ended_in_its_start_again_and_again_it_leaves_at_once_and_is_never_given_up(run: Submitted) -> None:
     run.submit()
     (run.cwd / "wait").touch()  # the model is not built
-    for times in range(1, 7):
-        run.until(lambda times=times: len(run.starts()) == times and len(ranks_of(run.cwd, "SLURM_PROCID")) == 2)
+    ways = [("scontrol", "requeue"), ("scancel", "--signal=USR2")] * 3  # by SLURM, and by the first rank
+    for times, way in enumerate(ways, start=1):
+        run.until(lambda n=times: len(run.starts()) == n and sum(map(is_alive, run.cwd.glob("waiting*"))) == 2)
         since = time.monotonic()
-        slurm("scontrol", "requeue", run.job)
+        slurm(*way, run.job)
         run.until(lambda times=times: "end" in run.starts()[times - 1])
         assert time.monotonic() - since < 10  # not when SLURM kills what does not end
     (run.cwd / "wait").unlink()
     run.hurry()
     assert run.reported()
     run.whole()
-    assert [start.get("end") for start in run.starts()] == ["SIGTERM"] * 6 + [None]
+    assert [start.get("end") for start in run.starts()] == ["SIGTERM", "SIGUSR2"] * 3 + [None]
 
 
 def test_a_run_whose_time_is_over_while_the_controller_is_away_is_queued_again(

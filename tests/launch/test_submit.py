@@ -602,6 +602,7 @@ class Net(nn.Sequential):
     def __init__(self, image_shape, classes):
         super().__init__(nn.Flatten(), nn.Linear(784, classes))
         while os.path.exists("wait"):
+            open(f"waiting{os.getpid()}", "w").close()
             time.sleep(0.1)
 
     def forward(self, images):
