@@ -164,7 +164,7 @@ def files() -> tuple[File, ...]:
         File("checkpoints/", "What a run that was interrupted continues from; the newest two. For the trainer alone."),
         File("logs/", "One per rank: errors, the stack of a rank that hung; with --trace its trace of a few steps."),
         File("wandb/", "What W&B writes."),
-        File("job.json, starts.jsonl", "Of a submitted run: its job, and its starts."),
+        File("job.json, starts.jsonl", "Of a submitted run: its job; its starts, how they ended, and their seconds."),
     )
 
 

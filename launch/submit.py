@@ -134,6 +134,7 @@ def _nothing_left_unless_started(plan: SubmissionPlan, todo: list[Command]) -> I
 def _alone(submissions: Path) -> Iterator[None]:
     """Let no other submission into these run folders check what is queued, until what this one queues is known."""
     limit = time.monotonic() + WAIT
+    ours = [folder for folder in (submissions, submissions.parent) if not folder.exists()]
     while True:
         try:
             own = lock.acquire(submissions)
@@ -162,8 +163,8 @@ def _alone(submissions: Path) -> Iterator[None]:
         keeper.join()
         own.release()
         with contextlib.suppress(OSError):  # where nothing was submitted, nothing is left
-            submissions.rmdir()
-            submissions.parent.rmdir()
+            for folder in ours:
+                folder.rmdir()
 
 
 def _new_folder(submissions: Path) -> Path:
