@@ -116,7 +116,7 @@ class World:
         return values
 
     def first_of_ranks(self, value: T | None) -> T | None:
-        """Return the value of the first rank that has one, on every rank."""
+        """Return, on every rank, the value of the first rank that has one. A collective."""
         return next((one for one in self.all_gather_object(value) if one is not None), None)
 
     def raise_together(self, work: Callable[[], T]) -> T:
