@@ -27,7 +27,7 @@ cards, are not measured yet.
 
 The same model, batch, optimizer and epochs. `plain` is the tutorials' loop (torchvision's dataset, `ToTensor`,
 DataLoader, one process), `accelerate` the same with Accelerate's prepared DataLoader
-([both](../benchmarks/tutorial.py)), `ours` one process of ours, a rank of one thread per core, and with `--compile`.
+([both](../benchmarks/tutorial.py)), `ours` one process of ours, and a rank of one thread per core.
 T_train is the tutorials' clock, the epochs with a test pass each; T_cold a whole process, from the shell to its exit.
 On a machine that is busy the tutorials' loop suffers more than ours: beside other work it took 53 s for `linear`.
 
@@ -76,10 +76,16 @@ kernel is twice as fast as the compiler's. Before it is used, a compiled pass mu
 what cannot be compiled (a model that draws random numbers or asks for its values, batch norm over several ranks) trains
 as ever, and the run's first lines say why. What is left of a small step is the batch and the matrix products, below
 which no loop goes; of a large one they are nearly all, so `cnn` gains nothing. Microseconds of a step as above, in the
-same sitting; `times faster` is of blocks of steps in turn. Compiling takes seconds at each start (T_cold above has
-them; less where the compiler's cache knows the pass), so it pays for long runs of small models.
+same sitting; `times faster` is of blocks of steps in turn. It was to be twice as fast for `linear` at batch 128, and is
+not: there the batch and the products alone are two thirds of the compiled step.
 
 {compiled}
+
+Compiling takes 6 to 20 s at a first start, and about 2 in a comparison whose runs share a model, so it pays for long
+runs of small models. Against the tutorials' loop, on the same machine in a phase in which all took six times as long
+as above:
+
+{bench_compiled}
 
 ## More ranks
 
@@ -329,6 +335,7 @@ def page(card: dict[str, Any] | None = None) -> str:
     gbytes = max(one["bytes_per_s"] for one in parts["cases"].values()) / 1e9
     found = {"bench": bench("bench", "bench_cnn"), "on_card": on_card(card)}
     found["comparisons"] = comparisons(read("comparisons"))
+    found["bench_compiled"] = bench("bench_compiled")
     found |= {"parts": step_parts(parts), "compiled": compiled(parts), "scaling": scaling("scaling", "scaling_cnn")}
     return PAGE.format(threads=parts["threads"], gflops=gflops, gbytes=gbytes, **found)
 

@@ -165,7 +165,7 @@ class Config:
     """On an NVIDIA card, launch each step as one CUDA graph where its model allows it. Changes no result."""
     compile: bool = False
     """On a CPU, compile the forward and backward pass (needs g++; takes seconds at each start), which makes the steps
-    of small models two to four times as fast. Equal to an ordinary step within rounding."""
+    of small models up to twice as fast. Equal to an ordinary step within rounding."""
 
     # While it trains
     checkpoint_every: float = 30.0
