@@ -240,8 +240,9 @@ def is_alive(waiting: Path) -> bool:
 
 
 def test_ended_in_its_start_again_and_again_it_leaves_at_once_and_is_never_given_up(run: Submitted) -> None:
-    run.submit()
+    run.submit("--slurm", "hold")
     (run.cwd / "wait").touch()  # the model is not built
+    slurm("scontrol", "release", run.job, run.report)
     ways = [("scontrol", "requeue"), ("scancel", "--signal=USR2")] * 3  # by SLURM, and by the first rank
     for times, way in enumerate(ways, start=1):
         run.until(lambda n=times: len(run.starts()) == n and sum(map(is_alive, run.cwd.glob("waiting*"))) == 2)
