@@ -82,8 +82,8 @@ not: there the batch and the products alone are two thirds of the compiled step.
 {compiled}
 
 Compiling takes 6 to 20 s at a first start, and about 2 in a comparison whose runs share a model, so it pays for long
-runs of small models. Against the tutorials' loop, on the same machine in a phase in which all took six times as long
-as above:
+runs of small models. Against the tutorials' loop, in a slow phase of this machine, in which that loop took six times as
+long as above, and ours 2.5 times:
 
 {bench_compiled}
 

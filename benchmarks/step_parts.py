@@ -134,10 +134,10 @@ def ordinary_and_compiled(step: Step, blocks: int = 9, length: int = 30) -> list
     """Seconds of a step, ordinary and with its pass compiled (--compile): means of blocks of steps, in turn."""
     problem = compile_pass(step)
     assert problem is None, problem
-    found = []
+    compiled, found = step.take_pass, []
     for _ in range(blocks):
         block = []
-        for take_pass in (step.ordinary_pass, step.take_pass):
+        for take_pass in (step.ordinary_pass, compiled):
             step.take_pass = take_pass
             step(0, LR)
             start = time.perf_counter()
@@ -145,6 +145,7 @@ def ordinary_and_compiled(step: Step, blocks: int = 9, length: int = 30) -> list
                 step(k, LR)
             block.append((time.perf_counter() - start) / length)
         found.append((block[0], block[1]))
+    step.take_pass = step.ordinary_pass
     return found
 
 
@@ -220,7 +221,6 @@ def measure(case: str, recipe: str, threads: int) -> dict[str, Any]:
         steps = range(11, min(step.batches.steps, 311))
         both = whole_and_barest(step, steps)
         pairs = ordinary_and_compiled(step, length=30 if flops < 10**9 else 3)
-        step.take_pass = step.ordinary_pass
         rows, alone = parts(step, steps), products.alone()
         arithmetic, memory = rates()
     whole, bare = (statistics.median(seconds) for seconds in zip(*both, strict=True))

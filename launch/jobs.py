@@ -33,6 +33,7 @@ class RunState:
     queued: slurm.QueuedJob | None
     state: str
     active: bool  # waits or runs: nobody else may start it
+    starts: list[dict[str, Any]]  # as launch/starts.py has them
     unknown: str = ""  # why nobody can say whether it waits or runs
 
     @property
@@ -42,6 +43,11 @@ class RunState:
     @property
     def job(self) -> str:
         return self.job_record.get("job", "")
+
+    @property
+    def given_up(self) -> str:
+        """Why its job was given up; "" where it was not."""
+        return _given_up(self.starts, self.job)
 
     @property
     def finished(self) -> bool:
@@ -80,24 +86,23 @@ def _state(
     run: Run, record: dict[str, Any], queue: dict[str, slurm.QueuedJob], end_states: dict[str, str], unknown: str
 ) -> RunState:
     status, job = run.summary.get("status", "not begun"), record.get("job", "")
+    starts = Starts(run.path).read()
     if record.get("executor") == "slurm" and (queued := queue.get(job)) and _is_of(queued, record["submission"]):
         waits = f" ({queued.reason})" if queued.state == "PENDING" and queued.reason != "None" else ""
-        return RunState(run, record, queued, queued.state + waits, active=True)
+        return RunState(run, record, queued, queued.state + waits, True, starts)
     if status == "running":
-        return RunState(run, record, None, status, active=True)
+        return RunState(run, record, None, status, True, starts)
     if status != "finished" and record.get("executor") == "local" and holder(Path(record["submission"])):
-        return RunState(run, record, None, "waiting", active=True)
+        return RunState(run, record, None, "waiting", True, starts)
     if unknown:
-        return RunState(run, record, None, f"{status}, or queued", active=False, unknown=unknown)
+        return RunState(run, record, None, f"{status}, or queued", False, starts, unknown)
     ended = f" ({end_states[job]})" if status != "finished" and end_states.get(job, "COMPLETED") != "COMPLETED" else ""
-    if status != "finished" and given_up(run.path, job):
+    if status != "finished" and _given_up(starts, job):
         status = "given up"
-    return RunState(run, record, None, status + ended, active=False)
+    return RunState(run, record, None, status + ended, False, starts)
 
 
-def given_up(folder: Path, job: str) -> str:
-    """Return why a run's job was given up, "" where it was not."""
-    starts = Starts(folder).read()
+def _given_up(starts: list[dict[str, Any]], job: str) -> str:
     return starts[-1].get("given_up", "") if starts and starts[-1].get("job") == job else ""
 
 
@@ -164,7 +169,7 @@ def _last_epoch(state: RunState) -> dict[str, Any]:
 
 def _count_starts(state: RunState) -> int:
     """Return how often the run was started: as a launcher counted it, or as often as it came to train."""
-    return max(len(state.run.environment), len(Starts(state.folder).read()))
+    return max(len(state.run.environment), len(state.starts))
 
 
 def _last_hosts(state: RunState) -> list[str]:

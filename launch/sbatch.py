@@ -31,8 +31,8 @@ NOT_FOR_REPORT = ("dependency", "exclusive", "nodelist", "gres", "gpu", "cpus-pe
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "apfs"}
 
 
-class QueuedAndCancelled(UserError):
-    """The submission failed when some of its jobs were queued already; they are cancelled."""
+class PartlyQueued(UserError):
+    """The submission failed when some of its jobs were queued already; the text says what became of them."""
 
 
 def signal_ahead(minutes: int) -> int:
@@ -174,7 +174,7 @@ def submit(plan: SubmissionPlan, todo: list[Path], report: Report) -> tuple[list
 
     Either all are queued, and each run's folder says as which job, or none is. More runs than an array may have here
     are several arrays, one after another, so that no more than --at-once are trained at a time. Raises UserError where
-    SLURM did not take the runs, QueuedAndCancelled where it took some of the jobs and not all.
+    SLURM did not take the runs, PartlyQueued where it took some of the jobs and not all.
     """
     ids: list[str] = []
     arrays: list[str] = []
@@ -195,8 +195,12 @@ def submit(plan: SubmissionPlan, todo: list[Path], report: Report) -> tuple[list
         except (utils.FailedJobError, utils.FailedSubmissionError, OSError) as error:
             if not arrays:
                 raise UserError(f"SLURM did not take the jobs: {error}") from None
-            slurm.run_checked("scancel", *arrays)
-            raise QueuedAndCancelled(f"SLURM did not take all jobs; the others are cancelled: {error}") from None
+            try:
+                slurm.run_checked("scancel", *arrays)
+                others = "the others are cancelled"
+            except UserError as still_there:
+                others = f"the others could not be cancelled ({still_there}): scancel {' '.join(arrays)}"
+            raise PartlyQueued(f"SLURM did not take all jobs; {others}: {error}") from None
     return ids, last.job_id
 
 

@@ -30,15 +30,15 @@ class Starts:
     folder: Path
 
     def read(self) -> list[dict[str, Any]]:
-        """Return what is known of each start, from the first on."""
+        """Return what is known of each start, from the first on; nothing of one whose line is damaged."""
         path = self.folder / FILE
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [_start(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def begin(self, most: int) -> None:
         """Record at which step this start begins. Raises UserError after `most` starts of this job, or where its time
         ran out again and again before it had trained a step."""
         starts, step, job = self.read(), self._saved_step(), _own_job()
-        mine = [start for start in starts if start["job"] == job]
+        mine = [start for start in starts if start.get("job") == job]
         if len(mine) > most:
             self._give_up(starts, f"started {len(mine)} times by job {job}: given up (--max-restarts {most})")
         last = mine[-MOST_IDLE:]
@@ -76,6 +76,13 @@ class Starts:
 
     def _write(self, starts: list[dict[str, Any]]) -> None:
         write_whole(self.folder / FILE, "".join(json.dumps(start) + "\n" for start in starts))
+
+
+def _start(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 BORN = time.time()  # of this process, nearly

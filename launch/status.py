@@ -40,11 +40,10 @@ def show(states: list[RunState]) -> int:
         if one.active and one.job_record.get("log"):
             say(f"follow {one.folder.name}: tail -n +1 -F {shlex.quote(one.job_record['log'])}")
         elif not one.finished and (one.job_record or "error" in one.run.summary):
-            given_up = jobs.given_up(one.folder, one.job)
-            why = given_up or one.run.summary.get("error") or "its folder does not say why"
+            why = one.given_up or one.run.summary.get("error") or "its folder does not say why"
             say(f"{one.folder.name}: {why}; log: {shlex.quote(jobs.log_that_tells(one.job_record))}")
     for one in states:
-        if not one.finished and (too_slow := starts.advice(starts.Starts(one.folder).read())):
+        if not one.finished and (too_slow := starts.advice(one.starts)):
             say(f"{one.folder.name}: {too_slow}")
     if unknown := next((one.unknown for one in states if one.unknown), ""):
         say(f"it is not clear which of them are queued: {unknown}")

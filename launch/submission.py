@@ -87,7 +87,9 @@ class Submission:
 
     def check(self) -> None:
         """Raise UserError for numbers out of range, and for options that do not go together."""
-        for name in ("nodes", "cpus_per_rank", "minutes", "at_once"):
+        if self.minutes < 1:
+            raise UserError(f"time must be at least 1 minute, got {self.time}")
+        for name in ("nodes", "cpus_per_rank", "at_once"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("gpus_per_node", "ranks_per_node", "max_restarts"):

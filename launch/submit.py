@@ -18,7 +18,6 @@ import os
 import shlex
 import shutil
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -122,7 +121,7 @@ def _nothing_left_unless_started(plan: SubmissionPlan, todo: list[Command]) -> I
     new = [folder for folder in _folders(todo) if not folder.exists()]
     try:
         yield
-    except sbatch.QueuedAndCancelled:
+    except sbatch.PartlyQueued:
         raise
     except UserError:
         for folder in (*new, plan.folder):
@@ -133,34 +132,20 @@ def _nothing_left_unless_started(plan: SubmissionPlan, todo: list[Command]) -> I
 @contextlib.contextmanager
 def _alone(submissions: Path) -> Iterator[None]:
     """Let no other submission into these run folders check what is queued, until what this one queues is known."""
-    limit = time.monotonic() + WAIT
     ours = [folder for folder in (submissions, submissions.parent) if not folder.exists()]
-    while True:
-        try:
-            own = lock.acquire(submissions)
-            break
-        except OSError as error:
-            raise UserError(f"{submissions}: cannot be written ({error.strerror}): choose another --runs-dir") from None
-        except UserError:
-            if time.monotonic() > limit:
-                raise UserError(
-                    f"another submission into {submissions.parent} is under way ({lock.holder(submissions)}): give the "
-                    "command again when it has ended"
-                ) from None
-            time.sleep(1)
-    done = threading.Event()
-
-    def keep() -> None:
-        while not done.wait(lock.STALE / 4):
-            own.touch()
-
-    keeper = threading.Thread(target=keep)
-    keeper.start()
     try:
-        yield
+        own = lock.acquire_within(submissions, WAIT)
+    except OSError as error:
+        raise UserError(f"{submissions}: cannot be written ({error.strerror}): choose another --runs-dir") from None
+    except UserError:
+        raise UserError(
+            f"another submission into {submissions.parent} is under way ({lock.holder(submissions)}): give the "
+            "command again when it has ended"
+        ) from None
+    try:
+        with own.kept():
+            yield
     finally:
-        done.set()
-        keeper.join()
         own.release()
         with contextlib.suppress(OSError):  # where nothing was submitted, nothing is left
             for folder in ours:

@@ -86,9 +86,9 @@ def leave_if_asked(patience: float = 0.0) -> None:
 
 def training_begins() -> None:
     """From now on signals are requests to stop at a sync point."""
-    global _leave, _training_since
+    global _leave, _training_since, _met
     with _leaving:
-        _leave, _training_since = None, time.time()
+        _leave, _training_since, _met = None, time.time(), False
 
 
 def training_since() -> float:

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -42,6 +43,23 @@ class Lock:
         """Show that this process lives. Call it far more often than every STALE seconds."""
         with contextlib.suppress(OSError):  # the file system may be away for a while; `check` notices a lost lock
             os.utime(self.path)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Touch the lock often enough within, from a thread."""
+        done = threading.Event()
+
+        def keep() -> None:
+            while not done.wait(STALE / 4):
+                self.touch()
+
+        thread = threading.Thread(target=keep)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def exists(self) -> bool:
         try:
@@ -84,6 +102,18 @@ def acquire(folder: Path) -> Lock:
         if alone and _is_on_this_machine(other):  # it came first, and keeps the folder
             break
     raise UserError(f"{folder} is in use by {_process_text(other or {})}: wait for it, or choose another --run-dir")
+
+
+def acquire_within(folder: Path, seconds: float) -> Lock:
+    """Lock a folder, and wait so long for another process to release it. Raises as `acquire` does."""
+    limit = time.monotonic() + seconds
+    while True:
+        try:
+            return acquire(folder)
+        except UserError:
+            if time.monotonic() > limit:
+                raise
+        time.sleep(1)
 
 
 def _try_to_acquire(lock: Lock) -> dict[str, Any] | None:

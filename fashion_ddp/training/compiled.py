@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fashion_ddp.distributed.world import World, all_reduce
 from fashion_ddp.training.batches import Piece, Position
 from fashion_ddp.training.optim import PlainSGD
-from fashion_ddp.training.step import Step, random_state_kept
+from fashion_ddp.training.step import Step, random_state_kept, set_gradient, take_gradient
 
 
 class CompiledPass:
@@ -105,9 +105,7 @@ class CompiledPass:
 
 def average_gradients(world: World, parameters: Sequence[nn.Parameter]) -> None:
     """Set the parameters' gradients to their mean over the ranks, as DDP does. A collective."""
-    mean = all_reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])).div_(world.size)
-    for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    set_gradient(parameters, all_reduce(take_gradient(parameters)).div_(world.size))
 
 
 def compile_pass(step: Step) -> str | None:

@@ -155,12 +155,16 @@ def take_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
     return gradient
 
 
+def set_gradient(parameters: Sequence[nn.Parameter], gradient: Tensor) -> None:
+    """Set the parameters' gradients to what `take_gradient` would then return."""
+    for parameter, own in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = own.view_as(parameter)
+
+
 def add_shards(world: World, parameters: Sequence[nn.Parameter], shards: list[Tensor]) -> None:
     """Set the parameters' gradients to the sum of all ranks' shards, added in the order of the shards: the same bits
     on any number of ranks. `shards`: this rank's gradients, one vector each."""
-    total = world.all_gather(torch.stack(shards)).flatten(0, 1).sum(0)
-    for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    set_gradient(parameters, world.all_gather(torch.stack(shards)).flatten(0, 1).sum(0))
 
 
 def drop_gradient(parameters: Sequence[nn.Parameter]) -> None:

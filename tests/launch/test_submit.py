@@ -513,6 +513,24 @@ def test_a_disk_that_fills_up_leaves_nothing_behind_and_is_told_in_one_line(
 
 
 @quick
+@pytest.mark.parametrize("queued", [False, True])
+def test_folders_go_where_nothing_was_queued_and_stay_where_a_job_may_be(
+    queued: bool, here: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise (sbatch.PartlyQueued if queued else UserError)("SLURM did not take them")
+
+    monkeypatch.setattr(submit, "_check_with_slurm", lambda *_: None)
+    monkeypatch.setattr(sbatch, "submit", refused)
+    code, _, err = said(submit.main, *LINEAR)
+    assert (code, err) == (2, "error: SLURM did not take them\n")
+    assert (
+        len(list(here.glob("runs/linear*/config.yaml"))) == len(list(here.glob("runs/.submissions/*/code"))) == queued
+    )
+    assert queued or not list(here.iterdir())
+
+
+@quick
 def test_a_path_that_slurm_would_read_as_a_pattern_is_refused(here: Path, said: Said) -> None:
     code, _, err = said(submit.main, *LINEAR, "--runs-dir", "50%j", "--dry-run")
     assert code == 2 and "choose a --runs-dir without %" in err and not list(here.iterdir())
