@@ -22,8 +22,7 @@ from fashion_ddp.runs import claim
 from launch import slurm
 from launch.starts import Starts
 
-SPARE = 10.0  # seconds before the job's end at which it is no longer tried
-AGAIN = 3.0  # seconds between two tries to queue a job again
+AGAIN = "FASHION_DDP_AGAIN"  # names the file by which the batch script is asked to queue its job again
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Rank:
         _set_rank(env.global_rank, env.num_tasks, env.local_rank, env.num_tasks // env.num_nodes)
         argv = ["--config", str(Path(self.folder) / "config.yaml"), "--run-dir", self.folder]
         argv += ["--reuse"] * self.reuse
-        return train_rank(argv, Path(self.folder), env.hostnames[0], self.max_restarts)
+        return train_rank(argv, Path(self.folder), self.max_restarts)
 
     def checkpoint(self) -> Any:
         """Tell Submitit, where a signal comes before our own handlers are set, to start the same task again."""
@@ -57,10 +56,10 @@ def _set_rank(rank: int, world_size: int, local_rank: int, local_world_size: int
     os.environ.update({name: str(value) for name, value in values.items()})
 
 
-def train_rank(argv: list[str], folder: Path, first_host: str, max_restarts: int) -> str:
+def train_rank(argv: list[str], folder: Path, max_restarts: int) -> str:
     """Train in this folder with the flags `argv`, as the rank that the environment names. Return how it ended.
 
-    Raises what training raises, and exits with os.EX_TEMPFAIL where it is stopped and not queued again.
+    Raises what training raises, and exits with os.EX_TEMPFAIL where it is stopped and no batch script takes over.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     single_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
@@ -69,7 +68,7 @@ def train_rank(argv: list[str], folder: Path, first_host: str, max_restarts: int
         starts.begin(max_restarts)
     signals.leave_while_starting(partial(_leave, rank, starts))
     if world_size > 1:
-        host, port = _agree_on_address(folder, rank, first_host, single_node)
+        host, port = _agree_on_address(folder, rank, single_node)
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     else:
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -83,8 +82,8 @@ def train_rank(argv: list[str], folder: Path, first_host: str, max_restarts: int
             return "stopped"  # not an exit code: srun would kill the first rank, which has more to do
         say(str(stopped))
         starts.end(stopped.reason)
-        if _requeue(stopped.reason):
-            return "requeued"
+        if _ask_for_another_start(stopped.reason):
+            return "stopped"
         sys.exit(os.EX_TEMPFAIL)
     except Exception:
         signals.leave_if_asked(patience=5.0)  # it may be that another rank was asked to end, a moment earlier
@@ -98,11 +97,11 @@ def _leave(rank: int, starts: Starts, reason: str) -> int:
         return 0  # as above
     say(f"stopped ({reason}) before it trained: the same command continues")
     starts.end(reason)
-    return 0 if _requeue(reason) else os.EX_TEMPFAIL
+    return 0 if _ask_for_another_start(reason) else os.EX_TEMPFAIL
 
 
-def _agree_on_address(folder: Path, rank: int, first_host: str, single_node: bool) -> tuple[str, str]:
-    """Return host and port for the rendezvous. Rank 0 finds a free port and writes it to the folder for the others.
+def _agree_on_address(folder: Path, rank: int, single_node: bool) -> tuple[str, str]:
+    """Return host and port for the rendezvous. Rank 0 finds a free port and writes both to the folder for the others.
 
     A port computed from the job's number could belong to another job on the same node, or be an ephemeral one. Raises
     UserError where the port cannot be read in time.
@@ -110,57 +109,40 @@ def _agree_on_address(folder: Path, rank: int, first_host: str, single_node: boo
     job = slurm.own_job_id() or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
     start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     path = folder / f".meet-{start}"
-    host = "127.0.0.1" if single_node else first_host
     if rank == 0:
+        host = "127.0.0.1" if single_node else machine.host_name()
         for old in folder.glob(".meet-*"):
             old.unlink(missing_ok=True)
-        port = free_port()
         new = folder / f".new-meet-{start}"
-        new.write_text(str(port))
+        new.write_text(f"{host} {free_port()}")
         new.rename(path)
     limit = time.monotonic() + RENDEZVOUS_TIMEOUT
     while not path.exists():
         if time.monotonic() > limit:
             raise UserError(
-                f"rank {rank} on {machine.host_name()} waited {RENDEZVOUS_TIMEOUT:.0f} s for rank 0 on {first_host} "
-                f"to write {path}: is {folder.parent} on a file system that both machines share?"
+                f"rank {rank} on {machine.host_name()} waited {RENDEZVOUS_TIMEOUT:.0f} s for rank 0 to write {path}: "
+                f"is {folder.parent} on a file system that all machines share?"
             )
         time.sleep(0.1)
         list(folder.iterdir())  # makes NFS ask its server again
-    return host, path.read_text()
+    host, port = path.read_text().split()
+    return host, port
 
 
-def _requeue(reason: str) -> bool:
-    """Queue the job again where it was stopped for the cluster's sake and SLURM itself does not do so.
+def _ask_for_another_start(reason: str) -> bool:
+    """Ask the batch script to queue the job again, if it is the cluster that stopped it (launch/requeue.sh).
 
-    That is the case when its time is nearly over, or it is preempted with a time of grace. Return whether it is queued.
+    Return whether it will read that. An exit code would not do: at the first one that is not 0 srun ends the other
+    ranks, and returns the code of one of those.
     """
-    job = slurm.own_job_id()
-    if job is None:
+    if slurm.own_job_id() is None or AGAIN not in os.environ or reason not in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
         return False
-    near_its_end = reason in ("SIGUSR1", "SIGUSR2")  # sbatch's --signal asks for one of them ahead of the end
-    if not near_its_end and reason != "SIGTERM":
+    try:
+        Path(os.environ[AGAIN]).write_text(reason)
+    except OSError as error:
+        say(f"warning: not queued again: {os.environ[AGAIN]} cannot be written ({error.strerror})")
         return False
-    limit, said = slurm.own_end() - SPARE, False
-    while True:
-        try:
-            if not near_its_end and not slurm.preempted_with_grace(job):
-                return False
-            slurm.run_checked("scontrol", "requeue", job, patience=20)
-        except UserError as error:
-            if time.time() > limit:
-                say(f"warning: not queued again: {error}; `python -m launch.status resubmit` continues it")
-                return False
-            if not said:
-                say(
-                    f"not queued again yet: {error}. The controller may be away for a moment: tried until shortly "
-                    "before the job's end"
-                )
-            said = True
-            time.sleep(AGAIN)
-        else:
-            say(f"job {job} is queued again, and continues there")
-            return True
+    return True
 
 
 @dataclass(frozen=True)
@@ -189,14 +171,13 @@ def main(argv: list[str] | None = None) -> int:
     if "SLURM_PROCID" not in env:
         raise UserError("launch.job is what srun starts, see slurm/train.sbatch; here use python -m fashion_ddp.train")
     world_size = int(env["SLURM_NTASKS"])
-    first_host = slurm.run_checked("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()[0]
     local_world_size = world_size // int(env["SLURM_NNODES"])
     _set_rank(int(env["SLURM_PROCID"]), world_size, int(env["SLURM_LOCALID"]), local_world_size)
     if "SLURM_CPUS_PER_TASK" in env and not any(word.startswith("--threads") for word in argv):
         argv = [*argv, "--threads", env["SLURM_CPUS_PER_TASK"]]  # a rank may be bound to its own cores already
     folder = claim.folder_of(cli.parse(argv).run)
     folder.mkdir(parents=True, exist_ok=True)
-    train_rank(argv, folder, first_host, max_restarts=100)
+    train_rank(argv, folder, max_restarts=100)
     return 0
 
 

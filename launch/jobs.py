@@ -21,6 +21,12 @@ from launch import slurm
 from launch.starts import Starts
 
 JOB_FILE = "job.json"  # in a run's folder: the job that it was last submitted as
+# What a node that may be bad makes a rank say. A full card, or an assertion in a kernel, is the run's own.
+CARD_BROKE = re.compile(r"CUDA error: (?!out of memory|device-side assert)")
+NAMES_NODE = (
+    (re.compile(r"rank \d+ on (\S+): NCCL failed with "), "NCCL failed there"),
+    (re.compile(r"^error: (\S+): --device cuda, but torch finds no NVIDIA card", re.MULTILINE), "it shows no card"),
+)
 PAUSE = 10.0  # seconds between two looks at the queue
 
 
@@ -118,6 +124,24 @@ def log_that_tells(record: dict[str, Any]) -> str:
         if re.search(r"^(Traceback|error: )", text, re.MULTILINE) and LOST_RANK not in text:
             return str(path)
     return first
+
+
+def bad_nodes(state: RunState) -> tuple[str, str]:
+    """Return which nodes may be why a run ended, as --exclude takes them, and what tells so; two "" where none is."""
+    if "(NODE_FAIL)" in state.state and state.starts:
+        return state.starts[-1].get("nodes", ""), "a node failed"
+    if waited := re.search(r"all wait for (.+)", state.run.summary.get("error", "")):
+        nodes = re.findall(r"rank \d+ on ([^\s,;]+)", waited[1])
+        return ",".join(dict.fromkeys(nodes)), "the other ranks waited for it in vain"
+    path = Path(log_that_tells(state.job_record))
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for sign, why in NAMES_NODE:
+        if named := sign.search(text):
+            return named[1], why
+    rank = re.search(r"_(\d+)_log\.out$", path.name)
+    if rank and CARD_BROKE.search(text) and state.run.environment:
+        return state.run.environment[-1]["ranks"][int(rank[1])]["host"], "a card failed there"
+    return "", ""
 
 
 def _is_of(queued: slurm.QueuedJob, submission: str) -> bool:

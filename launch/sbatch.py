@@ -20,11 +20,12 @@ from submitit.slurm.slurm import _make_sbatch_string
 from fashion_ddp.distributed import signals
 from fashion_ddp.errors import UserError
 from launch import jobs, slurm
-from launch.job import Rank, Report
+from launch.job import AGAIN, Rank, Report
 from launch.site import SbatchOptions, Site, parse_options
 from launch.submission import Submission
 
 SIGNAL_AHEAD = 120  # seconds before its end at which a job gets a signal
+TEARDOWN = ["code=$?", *Path(__file__).with_name("requeue.sh").read_text().splitlines()]
 # Beginnings of options of sbatch that the comparison does not get: it needs one core.
 NOT_FOR_REPORT = ("dependency", "exclusive", "nodelist", "gres", "gpu", "cpus-per-gpu", "mem-per-gpu")
 # Folders on these are most often visible on one machine only.
@@ -50,11 +51,28 @@ class SubmissionPlan:
     code: Path  # a snapshot, of this submission or of an earlier one
     cwd: Path = field(default_factory=Path.cwd)
     reuse: bool = False  # continue runs that other code began
+    reads: tuple[Path, ...] = ()  # folders and files that the runs read and write, for a container
 
     @property
     def python(self) -> str:
         """The shell words with which a job calls Python."""
-        return self.site.python or shlex.quote(sys.executable)
+        if self.site.container is None:
+            return self.site.python or shlex.quote(sys.executable)
+        cards = self.submission.gpus_per_node > 0
+        return self.site.container.prefix(self._mounts(), self.cwd, cards) + (self.site.python or "python3")
+
+    def _mounts(self) -> list[Path]:
+        out = self.submission.out
+        made = next(folder for folder in (out, *out.parents) if folder.exists())
+        return [self.folder.parent.parent, self.code, self.cwd, made, *self.reads]
+
+    def _container_args(self) -> list[str]:
+        if self.site.container is None:
+            return []
+        return self.site.container.srun_args(self._mounts(), self.cwd, self._variables())
+
+    def _variables(self) -> list[str]:
+        return ["PYTHONSAFEPATH", "PYTHONPATH", *self.site.environment]
 
     def options(self) -> SbatchOptions:
         """Return the options for sbatch that the user gave: those of the command win over those of the site file."""
@@ -73,7 +91,10 @@ class SubmissionPlan:
         """
         cores = self.submission.cpus_per_rank
         given = self.options() | ({"dependency": f"afterany:{after}"} if after else {})
+        again = [f"export {AGAIN}={shlex.quote(str(self.folder))}/again-$SLURM_JOB_ID", f'rm -f "${AGAIN}"']
         return self._common_parameters(given) | {
+            "setup": [*self.setup(), *again],
+            "teardown": TEARDOWN,
             "job_name": "fashion_ddp",
             "nodes": self.submission.nodes,
             "ntasks_per_node": self.submission.ranks,
@@ -85,7 +106,10 @@ class SubmissionPlan:
             "array_parallelism": self.submission.at_once,
             # A rank that fails ends the step. Ranks that have finished wait while the first one ends W&B. srun of SLURM
             # 22.05 to 23.02 forgets a task's cores, and a site may have it drop the variables that are set here.
-            "srun_args": ["--kill-on-bad-exit=1", "--wait=180", f"--cpus-per-task={cores}", "--export=ALL"],
+            "srun_args": [
+                *("--kill-on-bad-exit=1", "--wait=180", f"--cpus-per-task={cores}", "--export=ALL"),
+                *self._container_args(),
+            ],
         }
 
     def report_parameters(self, arrays: str) -> dict[str, Any]:
@@ -101,13 +125,18 @@ class SubmissionPlan:
             "cpus_per_task": 1,
             "time": 30,
             "dependency": f"afterany:{arrays}",
-            "srun_args": ["--export=ALL"],
+            "srun_args": ["--export=ALL", *self._container_args()],
         }
 
     def _common_parameters(self, given: SbatchOptions) -> dict[str, Any]:
         given = {name: value for name, value in given.items() if value is not False}
         # No wckey: some clusters refuse the accounting key that Submitit sets by itself.
-        return {"setup": self.setup(), "stderr_to_stdout": True, "wckey": None, "additional_parameters": given}
+        return {
+            "setup": self.setup(),
+            "stderr_to_stdout": True,
+            "wckey": None,
+            "additional_parameters": given,
+        }
 
     def setup(self) -> list[str]:
         """Return the shell lines that a job runs before its tasks start."""
@@ -120,6 +149,8 @@ class SubmissionPlan:
         # Python must find the code as it was submitted before that of the folder that the job starts in.
         path = ":".join(shlex.quote(str(folder)) for folder in (self.code, self.cwd))
         lines += [f'export PYTHONSAFEPATH=1 PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+        if self.site.container is not None:
+            lines += self.site.container.setup(self._variables())
         unwanted = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT FASHION_DDP_LAUNCHER"
         return [*lines, f"unset {unwanted}  # of the shell that submitted"]
 

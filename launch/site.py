@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fashion_ddp.config.layers import read_mapping
 from fashion_ddp.errors import UserError, nearest
@@ -22,7 +24,44 @@ REFUSED |= {
 }
 REFUSED |= dict.fromkeys(("wrap", "wait", "parsable", "quiet", "test-only"), "sbatch is called for you")
 REFUSED["gpus-per-task"] = "ranks must see each other's cards: use --gpus-per-node"
+RUNTIMES = Literal["pyxis", "apptainer"]
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Container:
+    """In which the ranks run. Outside of it stays the batch script, which alone calls SLURM."""
+
+    image: str
+    runtime: RUNTIMES
+    mounts: tuple[str, ...] = ()  # folders, in addition to those that every job needs
+
+    def srun_args(self, folders: list[Path], cwd: Path, variables: list[str]) -> list[str]:
+        """Return the options of srun. `folders` are mounted under their own names; an image that sets one of the
+        `variables` itself does not win."""
+        if self.runtime != "pyxis":
+            return []
+        mounts = ",".join(f"{folder}:{folder}" for folder in self._mounted(folders))
+        image = [f"--container-image={self.image}", f"--container-mounts={mounts}", f"--container-workdir={cwd}"]
+        return [*image, f"--container-env={','.join(variables)}"]
+
+    def prefix(self, folders: list[Path], cwd: Path, cards: bool) -> str:
+        """Return the shell words that stand before Python."""
+        if self.runtime != "apptainer":
+            return ""
+        mounts = ",".join(map(str, self._mounted(folders)))
+        words = ["apptainer", "exec", *["--nv"] * cards, "--bind", mounts, "--pwd", str(cwd), self.image]
+        return shlex.join(words) + " "
+
+    def setup(self, variables: list[str]) -> list[str]:
+        """Return the lines of shell by which an image that sets one of the `variables` itself does not win."""
+        return [f'export APPTAINERENV_{name}="${name}"' for name in variables] if self.runtime == "apptainer" else []
+
+    def _mounted(self, folders: list[Path]) -> list[Path]:
+        wanted = sorted({*folders, *map(Path, self.mounts)})
+        if bad := next((one for one in wanted if re.search("[:,]", str(one))), None):
+            raise UserError(f"{bad}: a folder with a comma or a colon cannot be mounted in a container: rename it")
+        return [one for one in wanted if not any(other in wanted for other in one.parents)]
 
 
 @dataclass(frozen=True)
@@ -36,6 +75,16 @@ class Site:
     environment: dict[str, str] = field(default_factory=dict)
     slurm: SbatchOptions = field(default_factory=dict)
     report: SbatchOptions = field(default_factory=dict)  # for the job that compares, in addition to `slurm`
+    container: Container | None = None
+
+    @classmethod
+    def from_record(cls, content: Mapping[str, Any]) -> "Site":
+        """Return the Site of which `dataclasses.asdict` and JSON have made `content`."""
+        container = content.get("container")
+        given = dict(content) | {"setup": tuple(content["setup"])}
+        return cls(
+            **given | {"container": container and Container(**container | {"mounts": tuple(container["mounts"])})}
+        )
 
     def flags(self) -> list[str]:
         """Return the folders as flags of a run, but for those that the user's own environment variables name."""
@@ -78,6 +127,8 @@ def _check_value(key: str, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
             raise _Invalid(f" must be a list of lines of shell (put each in quotes), got {value!r}")
         return tuple(value)
+    if key == "container":
+        return _check_container(value)
     if key in ("python", "data_dir", "runs_dir"):
         if not isinstance(value, str) or not value:
             raise _Invalid(f" must be text, got {value!r}")
@@ -90,6 +141,23 @@ def _check_value(key: str, value: Any) -> Any:
         if key == "environment":
             _check_variable(name)
     return {name: str(one) for name, one in value.items()} if key == "environment" else _check_options(value)
+
+
+def _check_container(value: Any) -> Container:
+    if not isinstance(value, dict):
+        raise _Invalid(f" must hold image, runtime and, as you like, mounts, got {value!r}")
+    for name in value:
+        if name not in ("image", "runtime", "mounts"):
+            raise _Invalid(": there is no such key; image, runtime, mounts", name)
+    image, mounts = value.get("image"), value.get("mounts") or []
+    runtime: Any = value.get("runtime")
+    if not isinstance(image, str) or not image:
+        raise _Invalid(f" must be text, as the runtime takes it, got {image!r}", "image")
+    if runtime not in get_args(RUNTIMES):
+        raise _Invalid(f" must be {' or '.join(get_args(RUNTIMES))}, got {runtime!r}", "runtime")
+    if not isinstance(mounts, list) or not all(isinstance(one, str) for one in mounts):
+        raise _Invalid(f" must be a list of folders, got {mounts!r}", "mounts")
+    return Container(os.path.expandvars(image), runtime, tuple(_path(one) for one in mounts))
 
 
 def _path(text: str) -> str:

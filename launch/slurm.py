@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -99,15 +98,10 @@ def on_login_node() -> bool:
 
 
 def own_job_id() -> str | None:
-    """Return the id of the job that this process belongs to, as scontrol expects it; None outside of SLURM."""
+    """Return the id of the job that this process belongs to, as SLURM's commands expect it; None outside of SLURM."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     # One member of an array has the array's own id, which would mean all members.
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-
-
-def own_end() -> float:
-    """Return when this process's job ends, in seconds since the epoch; in a minute where SLURM does not say."""
-    return float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60)
 
 
 @contextlib.contextmanager
@@ -126,14 +120,3 @@ def hide_own_job() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(kept)
-
-
-def preempted_with_grace(job: str) -> bool:
-    """Return whether a job that received SIGTERM is preempted and still runs for its time of grace.
-
-    SIGTERM may also come from scancel, at a time limit, or where SLURM itself requeues the job. In all of these cases
-    the job is already ending, and to requeue it would start a cancelled job again.
-    """
-    shown = run_checked("scontrol", "show", "job", job)
-    fields = dict(re.findall(r"(\w+)=(\S*)", shown))
-    return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"

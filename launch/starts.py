@@ -51,7 +51,8 @@ class Starts:
         if too_slow := advice(starts):
             say(f"warning: {self.folder}: {too_slow}")
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        self._write([*starts, {"job": job, "step": step, "time": now, "host": machine.host_name()}])
+        nodes = os.environ.get("SLURM_JOB_NODELIST") or machine.host_name()
+        self._write([*starts, {"job": job, "step": step, "time": now, "nodes": nodes}])
 
     def _give_up(self, starts: list[dict[str, Any]], why: str) -> NoReturn:
         self._write([*starts[:-1], starts[-1] | {"given_up": why}])

@@ -2,7 +2,8 @@
 
     python -m launch.status [FOLDERS...]             a table (by default of runs/)
     python -m launch.status cancel [FOLDERS...]      ends what waits or runs; what was trained stays saved
-    python -m launch.status resubmit [FOLDERS...]    submits again what failed, was cancelled or never began
+    python -m launch.status resubmit [FOLDERS...]    submits again what failed, was cancelled or never began;
+                                                     with --exclude NODES not on these nodes
 
 Works without accounting: for jobs that SLURM no longer knows, the run folders have the state.
 """
@@ -12,7 +13,9 @@ import shlex
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fashion_ddp.config import default_runs_dir, flags
@@ -31,6 +34,8 @@ class Arguments:
 
     words: flags.Positional[tuple[str, ...]] = ()
     """First `cancel` or `resubmit`, or neither for a table; then run folders, or folders of run folders."""
+    exclude: str = ""
+    """With resubmit: nodes that these jobs are not to get from now on, as n3,n[7-9]."""
 
 
 def show(states: list[RunState]) -> int:
@@ -42,6 +47,10 @@ def show(states: list[RunState]) -> int:
         elif not one.finished and (one.job_record or "error" in one.run.summary):
             why = one.given_up or one.run.summary.get("error") or "its folder does not say why"
             say(f"{one.folder.name}: {why}; log: {shlex.quote(jobs.log_that_tells(one.job_record))}")
+    for one in states:
+        nodes, why = ("", "") if one.active or one.finished else jobs.bad_nodes(one)
+        if nodes:
+            say(f"{one.folder.name}: {nodes} may be at fault ({why}): `resubmit --exclude {nodes}` avoids it")
     for one in states:
         if not one.finished and (too_slow := starts.advice(one.starts)):
             say(f"{one.folder.name}: {too_slow}")
@@ -85,8 +94,9 @@ def _end_local(group: list[RunState]) -> None:
     say(f"process {record['job']}, with {runs}, was asked to end: it saves, and resubmit continues")
 
 
-def resubmit(states: list[RunState]) -> int:
-    """Submit the runs again that are neither finished nor queued, as they were submitted before."""
+def resubmit(states: list[RunState], exclude: str = "") -> int:
+    """Submit the runs again that are neither finished nor queued, as they were submitted before; not on the nodes
+    `exclude`, as SLURM writes them."""
     _refuse_unknown(states)
     todo = [one for one in states if not one.active and not one.finished]
     if unsubmitted := [str(one.folder) for one in todo if not one.job_record]:
@@ -96,7 +106,9 @@ def resubmit(states: list[RunState]) -> int:
     groups: dict[str, list[Path]] = {}
     for one in todo:
         groups.setdefault(one.job_record["submission"], []).append(one.folder)
-    return max((submit.resubmit(folders, Path(submission)) for submission, folders in groups.items()), default=0)
+    return max(
+        (submit.resubmit(folders, Path(submission), exclude) for submission, folders in groups.items()), default=0
+    )
 
 
 def _refuse_unknown(states: list[RunState]) -> None:
@@ -106,8 +118,15 @@ def _refuse_unknown(states: list[RunState]) -> None:
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
-    words = flags.parse(Arguments, "launch.status", argv).words
-    verb = {"cancel": cancel, "resubmit": resubmit}.get(words[0] if words else "", show)
+    arguments = flags.parse(Arguments, "launch.status", argv)
+    words = arguments.words
+    verbs: dict[str, Callable[[list[RunState]], int]] = {
+        "cancel": cancel,
+        "resubmit": partial(resubmit, exclude=arguments.exclude),
+    }
+    verb = verbs.get(words[0] if words else "", show)
+    if arguments.exclude and words[:1] != ("resubmit",):
+        raise UserError("--exclude goes with resubmit: python -m launch.status resubmit --exclude NODES FOLDERS")
     folders = [Path(word) for word in words[verb is not show :]]
     return verb(jobs.read_states(find_runs(folders or [default_runs_dir()])))
 

@@ -63,10 +63,16 @@ def _submit(submission: Submission, others: list[str]) -> int:
     submission = replace(submission, out=submission.out.absolute())
     folders = [claim.folder_of(command.run) for command in runs]
     own_folder = _new_folder(folders[0].parent / ".submissions")
-    plan = SubmissionPlan(submission, site, own_folder, own_folder / "code", reuse=runs[0].reuse)
+    reads = _reads([command.run for command in runs])
+    plan = SubmissionPlan(submission, site, own_folder, own_folder / "code", reuse=runs[0].reuse, reads=reads)
     cards = submission.gpus_per_node or any(name.startswith(("gres", "gpu")) for name in plan.options())
     if not cards and any(command.run.device == "cuda" for command in runs):
         raise UserError("--device cuda, and no cards are asked for: give --gpus-per-node")
+    if submission.executor != "slurm" and site.container and site.container.runtime == "pyxis":
+        raise UserError(
+            f"--executor {submission.executor}, and the site file's container is pyxis's, which is a part of srun: "
+            "give another --site, or run the command in the container yourself"
+        )
     _check_out(submission.out)
     if submission.executor == "slurm" and "%" in str(own_folder):
         raise UserError(
@@ -171,6 +177,15 @@ def _absolute(cfg: Config) -> Config:
     return replace(cfg, **absolute)
 
 
+def _reads(configs: list[Config]) -> tuple[Path, ...]:
+    """Return the folders and files that the runs name, all absolute by now."""
+    found: list[Path | None] = []
+    for cfg in configs:
+        found += [claim.folder_of(cfg).parent, cfg.data_dir, cfg.cache_dir]
+        found += [Path(text) for text in (cfg.dataset, str(cfg.init_from)) if os.path.isabs(text)]
+    return tuple(dict.fromkeys(path for path in found if path is not None))
+
+
 def _check_out(out: Path) -> None:
     parent = next(folder for folder in (out, *out.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -232,7 +247,7 @@ def _provenance(cfg: Config, site: Site, md5: Md5) -> dict[str, Any]:
     before = starts[-1].get("made_by", {}) if starts else {}
     now = provenance.made_by(cfg, md5.get((cfg.dataset, cfg.image_size), before.get("data", {})))
     without_versions = {name: value for name, value in now.items() if name not in provenance.versions()}
-    return before | without_versions if site.python and before else now
+    return before | without_versions if (site.python or site.container) and before else now
 
 
 def _check_with_slurm(plan: SubmissionPlan, count: int, folders: list[Path | None]) -> None:
@@ -306,19 +321,23 @@ def _record(plan: SubmissionPlan, folders: list[Path]) -> dict[str, Any]:
     """Return what `resubmit` needs, as JSON has it."""
     asked = asdict(plan.submission) | {"wait": False, "site": None}
     record = {"command": sys.argv, "asked": asked, "site": asdict(plan.site), "runs": folders}
-    return record | {"code": plan.code, "cwd": plan.cwd, "reuse": plan.reuse}
+    return record | {"code": plan.code, "cwd": plan.cwd, "reuse": plan.reuse, "reads": plan.reads}
 
 
-def resubmit(todo: list[Path], submission_folder: Path) -> int:
-    """Submit runs again as they were submitted before, with the same code. Return the exit code."""
+def resubmit(todo: list[Path], submission_folder: Path, exclude: str = "") -> int:
+    """Submit runs again as they were submitted before, with the same code. Return the exit code.
+
+    `exclude`: nodes, as SLURM writes them, that these jobs are not to get, in addition to those excluded before.
+    """
     path = submission_folder / SUBMISSION_FILE
     try:
         record = json.loads(path.read_text())
         given: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in record["asked"].items()}
         submission = Submission(**given | {"out": Path(given["out"]), "time": str(given["time"])})
-        site = Site(**record["site"] | {"setup": tuple(record["site"]["setup"])})
+        site = Site.from_record(record["site"])
         new = _new_folder(submission_folder.parent)
-        plan = SubmissionPlan(submission, site, new, Path(record["code"]), Path(record["cwd"]), record["reuse"])
+        code, cwd, reads = Path(record["code"]), Path(record["cwd"]), tuple(map(Path, record.get("reads", ())))
+        plan = SubmissionPlan(submission, site, new, code, cwd, record["reuse"], reads)
         folders = [Path(run) for run in record["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be used ({error}): submit these runs anew, with launch.submit") from None
@@ -328,7 +347,12 @@ def resubmit(todo: list[Path], submission_folder: Path) -> int:
             f"the code that these runs were submitted with is gone from {plan.code}, or too old: submit them anew"
         )
     if submission.executor != "slurm":
+        if exclude:
+            raise UserError(f"--exclude {exclude}: these runs were submitted to this machine alone, and to no cluster")
         return submitit_local.run_all(plan, todo, _prepare(plan, todo, folders))
+    if exclude:
+        both = ",".join(dict.fromkeys(filter(None, [str(plan.options().get("exclude", "")), exclude])))
+        plan = replace(plan, submission=replace(submission, slurm=(*submission.slurm, f"exclude={both}")))
     with _alone(new.parent):
         if active := [state for state in jobs.read_states(todo) if state.active]:
             raise UserError(

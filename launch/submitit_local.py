@@ -97,7 +97,8 @@ class _LocalExecutor(submitit.LocalExecutor):
     def __init__(self, plan: "SubmissionPlan"):
         script = plan.folder / "rank.sh"
         # In a container, Python's parent process is not the process that started it.
-        launcher = "unset FASHION_DDP_LAUNCHER" if plan.site.python else "export FASHION_DDP_LAUNCHER=$PPID"
+        other = plan.site.python or plan.site.container
+        launcher = "unset FASHION_DDP_LAUNCHER" if other else "export FASHION_DDP_LAUNCHER=$PPID"
         script.write_text("\n".join(["#!/bin/bash", *plan.setup(), launcher, f'exec {plan.python} "$@"', ""]))
         super().__init__(plan.folder, max_num_timeout=10**6, python=shlex.join(["bash", str(script)]))
         self.plan = plan

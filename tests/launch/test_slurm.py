@@ -204,7 +204,7 @@ def set_down(run: Submitted) -> None:
     run.until(up_again)
 
 
-# What happens, in which partition, and whether the job's first rank must queue it again.
+# What happens, in which partition, and whether the job's own script must queue it again.
 DISTURBED: dict[str, tuple[Callable[[Submitted], Any], str, bool]] = {
     "preempted": (preempt, "low", False),
     "preempted with grace": (preempt, "grace", True),
@@ -243,7 +243,7 @@ def test_ended_in_its_start_again_and_again_it_leaves_at_once_and_is_never_given
     run.submit("--slurm", "hold")
     (run.cwd / "wait").touch()  # the model is not built
     slurm("scontrol", "release", run.job, run.report)
-    ways = [("scontrol", "requeue"), ("scancel", "--signal=USR2")] * 3  # by SLURM, and by the first rank
+    ways = [("scontrol", "requeue"), ("scancel", "--signal=USR2")] * 3  # by SLURM, and by the script
     for times, way in enumerate(ways, start=1):
         run.until(lambda n=times: len(run.starts()) == n and sum(map(is_alive, run.cwd.glob("waiting*"))) == 2)
         since = time.monotonic()
@@ -280,7 +280,7 @@ def test_a_signal_to_the_batch_script_does_not_end_the_job(run: Submitted) -> No
     run.trained()
     slurm("scancel", "--batch", "--signal=USR2", run.job)  # to the script alone: nothing happens
     run.trained(epochs=4)
-    slurm("scancel", "--full", "--signal=USR2", run.job)  # to the ranks, too: they save, and the first queues it again
+    slurm("scancel", "--full", "--signal=USR2", run.job)  # to the ranks, too: they save, and it is queued again
     run.started(2)
     assert run.reported()
     run.whole()
@@ -349,6 +349,8 @@ def test_a_rank_that_is_killed_fails_its_run_and_resubmit_continues_it(rank: int
     assert not run.reported()
     assert len(run.starts()) == 1 and run.state(run.job) == "FAILED"
     assert NAME in (shown := run.status().stdout) and "(FAILED)" in shown
+    one_is_left = run.status("resubmit", "--exclude", "fashion-n2")
+    assert one_is_left.returncode == 2 and "SLURM would not take these jobs: Requested node" in one_is_left.stderr
     run.resubmit()
     assert run.reported()
     run.whole()
@@ -395,10 +397,10 @@ def test_nodes_that_do_not_find_each_other_say_so(cluster: Cluster, run: Submitt
 def test_a_script_without_submitit_is_requeued_to_the_same_bits(run: Submitted) -> None:
     options = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--output=log")
     script = (str(CHECKOUT / "slurm" / "train.sbatch"), "--model", "slow:Net", "--device", "cpu", *TRAIN)
-    environment = f"--export=ALL,PYTHON={sys.executable},PYTHONPATH={CHECKOUT}"
+    environment = f"--export=ALL,PYTHON={sys.executable},PYTHONPATH={CHECKOUT},CHECKOUT={CHECKOUT}"
     run.job = slurm("sbatch", f"--chdir={run.cwd}", environment, *options, *script).split()[-1]
     run.trained()
-    slurm("scancel", "--signal=USR1", run.job)  # saved, and queued again by the first rank
+    slurm("scancel", "--signal=USR1", run.job)  # saved, and queued again by the script
     run.until(lambda: len(run.starts()) == 2)
     slurm("scontrol", "requeue", run.job)  # by SLURM, at a point of its start
     run.started(3)

@@ -22,6 +22,7 @@ from gates import Started
 
 from fashion_ddp import data
 from fashion_ddp.config import cli
+from fashion_ddp.distributed import failures
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs import claim, provenance
 from launch import job, sbatch, site, slurm, snapshot, starts, status, submission, submit, sweep
@@ -207,7 +208,7 @@ def test_a_users_package_with_data_in_it_is_not_copied(here: Path, monkeypatch: 
 # --- The site file ----------------------------------------------------------------------------------------------------
 SITE = """
 setup: ["module load cuda/12.8", 'source "/my env/bin/activate"']
-python: apptainer exec --nv /img.sif python
+python: /my/venv/bin/python
 runs_dir: $SCRATCH/runs
 environment: {WANDB_MODE: offline, OMP_PLACES: "a b"}
 slurm: {qos: normal, partition: batch, mail_type: FAIL, requeue: false, gres: "gpu:4", exclusive: true}
@@ -230,13 +231,44 @@ def test_a_site_file_shapes_the_jobs_and_the_commands_own_words_win(
     assert not any(option.startswith("requeue") for option in options(runs_))
     setup = 'module load cuda/12.8\nsource "/my env/bin/activate"\n'
     assert f"# setup\ntrap : USR1 USR2\n{setup}export WANDB_MODE=offline\nexport OMP_PLACES='a b'\n" in runs_
-    assert " apptainer exec --nv /img.sif python -u -m submitit.core._submit " in runs_
+    assert " /my/venv/bin/python -u -m submitit.core._submit " in runs_
     assert {*options(comparison)} >= {"partition=login", "qos=high"}
     assert not any(option.startswith(("mail-type", "gres", "exclusive")) for option in options(comparison))
     # The user's own variable says it better than the group's file.
     monkeypatch.setenv("FASHION_DDP_RUNS_DIR", str(here / "own"))
     assert said(submit.main, *LINEAR, "--dry-run")[1].startswith(f"--- {here}/own/linear-")
     assert said(submit.main, *LINEAR, "--runs-dir", "flag", "--dry-run")[1].startswith(f"--- {here}/flag/linear-")
+
+
+@quick
+@pytest.mark.parametrize(
+    ("runtime", "srun"),
+    [
+        (
+            "pyxis",
+            (
+                "--container-image=/img --container-mounts=/scratch:/scratch,{0}:{0} --container-workdir={0} "
+                "--container-env=PYTHONSAFEPATH,PYTHONPATH,WANDB_MODE python3 -u"
+            ),
+        ),
+        ("apptainer", "apptainer exec --nv --bind /scratch,{0} --pwd {0} /img python3 -u"),
+    ],
+)
+def test_the_ranks_and_the_comparison_run_in_a_container(here: Path, said: Said, runtime: str, srun: str) -> None:
+    container = f"container: {{image: /img, runtime: {runtime}, mounts: [/scratch, /scratch/below]}}"
+    (here / "site.yaml").write_text(f"{container}\nenvironment: {{WANDB_MODE: offline}}\n")
+    flags = ("--gpus-per-node", "2", "--out", "not/there/yet", "--site", "site.yaml", "--dry-run")
+    flags += ("--data-dir", str(here / "data"))
+    code, out, err = said(submit.main, *LINEAR, *flags)
+    assert code == 0, err
+    for script in out.split("--- sbatch, for ")[1:]:
+        assert f" {srun.format(here)} -m submitit.core._submit {here}/runs/.submissions/" in script
+        assert ('export APPTAINERENV_PYTHONPATH="$PYTHONPATH"' in script) == (runtime == "apptainer")
+    code, _, err = said(submit.main, *LINEAR, "--site", "site.yaml", "--executor", "local", "--dry-run")
+    assert (code, "pyxis's, which is a part of srun" in err) == ((2, True) if runtime == "pyxis" else (0, False))
+    (here / "a,b").mkdir()
+    code, _, err = said(submit.main, *LINEAR, *flags, "--runs-dir", "a,b")
+    assert code == 2 and f"{here}/a,b: a folder with a comma or a colon cannot be mounted" in err
 
 
 @quick
@@ -261,6 +293,11 @@ def test_the_site_file_that_is_shown_is_valid(said: Said, monkeypatch: pytest.Mo
         ("\nsetup: module load x", "site.yaml:2: setup must be a list of lines of shell"),
         ("setup: [module: load]", "site.yaml:1: setup must be a list of lines of shell"),
         ("python: 3", "site.yaml:1: python must be text, got 3"),
+        ("container: x.sif", "site.yaml:1: container must hold image, runtime and, as you like, mounts"),
+        ("container: {runtime: pyxis}", "site.yaml:1: container.image must be text, as the runtime takes it, got None"),
+        ("container:\n  image: x\n  runtime: podman", "site.yaml:3: container.runtime must be pyxis or apptainer"),
+        ("container: {image: x, runtime: pyxis, mounts: [a]}", "site.yaml:1: container must be an absolute path"),
+        ("container: {tool: x}", "site.yaml:1: container.tool: there is no such key; image, runtime, mounts"),
         ("runs_dir: runs", "site.yaml:1: runs_dir must be an absolute path"),
         ("runs_dir: /a/$NOT_SET_ANYWHERE", "site.yaml:1: runs_dir must be an absolute path, with variables that are"),
         ("environment: [A=1]", "site.yaml:1: environment must hold `name: value` lines"),
@@ -322,7 +359,7 @@ def test_a_finished_run_is_taken_as_it_is_and_one_by_other_code_is_refused(here:
     # With another Python, as of a container, this one's versions say nothing.
     pretend(folder, code=provenance.code_hash(), torch="1.0")
     assert "torch: 1.0 -> " in said(submit.main, *LINEAR)[2]
-    (here / "site.yaml").write_text("python: apptainer exec x.sif python")
+    (here / "site.yaml").write_text("container: {image: x.sif, runtime: apptainer}")
     assert said(submit.main, *LINEAR, "--site", "site.yaml")[0] == 0
     assert sorted(path.name for path in folder.iterdir()) == before
 
@@ -375,6 +412,34 @@ def test_status_tells_what_the_folders_know(here: Path, said: Said, monkeypatch:
 
 
 @quick
+@pytest.mark.parametrize(
+    ("said_by_rank_1", "error", "told"),
+    [
+        ("", "nothing happened for 60 s (--timeout): all wait for rank 1 on node8 (which does not answer)", "node8"),
+        ("error: rank 1 on node8: NCCL failed with ncclUnhandledCudaError: no device", failures.LOST_RANK, "node8"),
+        ("error: node8: --device cuda, but torch finds no NVIDIA card: check", "node8: no card", "node8"),
+        ("Traceback\nRuntimeError: CUDA error: uncorrectable ECC error encountered", failures.LOST_RANK, "node8"),
+        ("Traceback\nRuntimeError: CUDA error: device-side assert triggered", failures.LOST_RANK, ""),
+        ("Traceback\nValueError: it broke", failures.LOST_RANK, ""),
+    ],
+)
+def test_status_names_the_node_that_may_be_at_fault(
+    here: Path, said: Said, said_by_rank_1: str, error: str, told: str
+) -> None:
+    folder = make_run(here, "relu", "failed", executor="local", job="999999")
+    (folder / "summary.json").write_text(json.dumps({"status": "failed", "error": error}))
+    record = json.loads((folder / "job.json").read_text())
+    (folder / "job.json").write_text(json.dumps(record | {"log": str(here / "7_0_0_log.out")}))
+    (here / "7_0_0_log.out").write_text(f"error: {failures.LOST_RANK}\n")
+    (here / "7_0_1_log.out").write_text(f"{said_by_rank_1}\n")
+    code, out, err = said(status.main, "runs")
+    assert (code, err) == (0, "")
+    assert [line.split("`")[1] for line in out.splitlines() if "may be at fault" in line] == [
+        f"resubmit --exclude {node}" for node in [told] if node
+    ]
+
+
+@quick
 def test_resubmit_says_what_it_cannot_do(here: Path, said: Said) -> None:
     make_run(here, "linear", "finished")
     assert said(status.main, "resubmit")[:2] == (0, "nothing to do: every run is finished, or queued\n")
@@ -385,6 +450,7 @@ def test_resubmit_says_what_it_cannot_do(here: Path, said: Said) -> None:
     code, _, err = said(status.main, "resubmit", "runs/relu-blog-seed42-epochs1-datasetsynthetic")
     assert code == 2 and "submission.json cannot be used" in err and "submit these runs anew" in err
     assert "no run folder there" in said(status.main, "elsewhere")[2]
+    assert "--exclude goes with resubmit" in said(status.main, "cancel", "--exclude", "n1")[2]
 
 
 @quick
