@@ -5,6 +5,7 @@
 ## make test-all      all: every launcher, fault, installation and page too, and a real SLURM brought up here (Debian, root)
 ## make test-slurm    of these, the tests on SLURM
 ## make soak          N=100 faults drawn by SEED=1 strike real runs, which must end as if nothing had happened
+## make soak-slurm    the same on a real SLURM brought up here (root): N=100 faults, preemption and lost nodes among them
 ## make bench         how much faster than the tutorials' loop, and where a step's time goes (hours; ARGS=, PARTS= shorten)
 ## make bench-scaling what 2 and 4 ranks bring on this machine
 ## make lint          ruff check, ruff format --check, mypy
@@ -48,7 +49,7 @@ FASHION_DDP_DATA_DIR ?= $(abspath $(DATA))
 export FASHION_DDP_DATA_DIR
 endif
 
-.PHONY: help setup compare test test-quick test-all test-slurm soak bench bench-scaling lint lock clean
+.PHONY: help setup compare test test-quick test-all test-slurm soak soak-slurm bench bench-scaling lint lock clean
 
 .DEFAULT:
 	@echo "error: there is no target '$@': make alone lists them" >&2; exit 2
@@ -57,7 +58,7 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 # The other targets need setup, and silence from it when there is nothing to do.
-compare test test-quick test-all test-slurm soak bench bench-scaling lint lock: quiet = --quiet
+compare test test-quick test-all test-slurm soak soak-slurm bench bench-scaling lint lock: quiet = --quiet
 setup:
 	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
 
@@ -86,6 +87,9 @@ test-slurm: setup
 
 soak: setup
 	$(VENV)/bin/python tests/soak.py --faults $(N) --seed $(SEED)
+
+soak-slurm: setup
+	$(VENV)/bin/python tests/soak_slurm.py --faults $(N) --seed $(SEED)
 
 bench: setup
 	$(VENV)/bin/python benchmarks/bench.py $(ARGS)

@@ -22,7 +22,7 @@ from fashion_ddp.errors import UserError
 from launch import jobs, slurm
 from launch.job import AGAIN, Rank, Report
 from launch.site import SbatchOptions, Site, parse_options
-from launch.submission import Submission
+from launch.submission import ON_CPU, Submission
 
 SIGNAL_AHEAD = 120  # seconds before its end at which a job gets a signal
 TEARDOWN = ["code=$?", *Path(__file__).with_name("requeue.sh").read_text().splitlines()]
@@ -76,11 +76,15 @@ class SubmissionPlan:
 
     def options(self) -> SbatchOptions:
         """Return the options for sbatch that the user gave: those of the command win over those of the site file."""
+        asked, site = self.submission, self.site.slurm
         flags: SbatchOptions = {
-            name: value for name in ("partition", "account") if (value := getattr(self.submission, name)) is not None
+            name: value for name in ("partition", "account") if (value := getattr(asked, name)) is not None
         }
+        if asked.mem_per_rank is not None and asked.memory is not None:
+            site = {name: value for name, value in site.items() if not name.startswith("mem")}
+            flags["mem"] = asked.memory
         defaults: SbatchOptions = {"requeue": True, "chdir": str(self.cwd)}
-        given = defaults | self.site.slurm | flags | parse_options(self.submission.slurm)
+        given = defaults | site | flags | parse_options(asked.slurm)
         # By it a job is known in the queue. A cluster may need the rest, for accounting.
         return given | {"comment": f"{given.get('comment', '')} {self.folder.name}".strip()}
 
@@ -90,7 +94,9 @@ class SubmissionPlan:
         `after`: the id of an array of jobs that have to end before.
         """
         cores = self.submission.cpus_per_rank
-        given = self.options() | ({"dependency": f"afterany:{after}"} if after else {})
+        given = _with_memory(self.options(), self.submission.memory) | (
+            {"dependency": f"afterany:{after}"} if after else {}
+        )
         again = [f"export {AGAIN}={shlex.quote(str(self.folder))}/again-$SLURM_JOB_ID", f'rm -f "${AGAIN}"']
         return self._common_parameters(given) | {
             "setup": [*self.setup(), *again],
@@ -117,7 +123,9 @@ class SubmissionPlan:
 
         `arrays`: the ids of the runs' arrays of jobs, separated by colons.
         """
-        given = {name: value for name, value in self.options().items() if not name.startswith(NOT_FOR_REPORT)}
+        runs_alone = (*NOT_FOR_REPORT, "mem") if self.submission.mem_per_rank else NOT_FOR_REPORT
+        given = {name: value for name, value in self.options().items() if not name.startswith(runs_alone)}
+        given = _with_memory(given, ON_CPU)
         return self._common_parameters(given | {"kill-on-invalid-dep": "yes"} | self.site.report) | {
             "job_name": "fashion_ddp-report",
             "nodes": 1,
@@ -170,6 +178,12 @@ class SubmissionPlan:
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=10**6, python=self.python)
         executor.update_parameters(**parameters)
         return executor
+
+
+def _with_memory(given: SbatchOptions, memory: str | None) -> SbatchOptions:
+    """Return options with this memory of a node, where they say nothing of memory and ask for no whole nodes."""
+    told = any(name.startswith("mem") for name in given) or given.get("exclusive", False) is not False
+    return given if told or memory is None else given | {"mem": memory}
 
 
 def check(plan: SubmissionPlan, count: int) -> str:

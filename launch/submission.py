@@ -15,6 +15,8 @@ from fashion_ddp.report.text import common_settings
 from fashion_ddp.runs import claim
 
 TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)|(\d+))")  # days, hours, minutes, seconds; or minutes alone
+MEMORY = re.compile(r"([1-9]\d*)([KMGT]?)")  # as sbatch has it; without a letter these are megabytes
+ON_CPU = "2G"  # a rank of the cnn took 0.91 GB, of linear 0.84, with the real data
 # Flags of fashion_ddp.train that make no sense for many runs, and what to do instead.
 REFUSED = {
     "model": "several runs are named with --models",
@@ -45,6 +47,9 @@ class Submission:
     """Ranks of each machine: by default one per card, or one."""
     cpus_per_rank: int = 2
     """CPU cores of each rank, and its threads unless --threads gives another number."""
+    mem_per_rank: str | None = None
+    """Memory of each rank, as 4G or 800M. By default 2G on CPUs, where one of the cnn took 0.9, if neither --slurm nor
+    the site file says anything of memory; on cards, what the cluster gives."""
     time: str = "60"
     """After which a job ends: minutes, HH:MM:SS or D-HH:MM:SS. Two minutes before, it gets a signal: it saves, and
     continues in a next job."""
@@ -85,10 +90,19 @@ class Submission:
         days, hours, minutes, seconds, alone = (int(part or 0) for part in found.groups())
         return alone + 60 * (24 * days + hours) + minutes + (seconds > 0)
 
+    @property
+    def memory(self) -> str | None:
+        """Memory of a node, as sbatch takes it; None where the cluster decides."""
+        asked = self.mem_per_rank or (None if self.gpus_per_node else ON_CPU)
+        found = MEMORY.fullmatch(asked or "")
+        return f"{int(found[1]) * self.ranks}{found[2] or 'M'}" if found else None
+
     def check(self) -> None:
         """Raise UserError for numbers out of range, and for options that do not go together."""
         if self.minutes < 1:
             raise UserError(f"time must be at least 1 minute, got {self.time}")
+        if self.mem_per_rank is not None and not MEMORY.fullmatch(self.mem_per_rank):
+            raise UserError(f"mem_per_rank: a number with K, M, G or T, as in 4G; got {self.mem_per_rank!r}")
         for name in ("nodes", "cpus_per_rank", "at_once"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

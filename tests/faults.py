@@ -364,6 +364,20 @@ class Disk:
         subprocess.run([*enter, "mount", "-o", f"remount,{how}", "none", f"{self.folder}/run"], check=True)
 
 
+def ranks_of(folder: Path, variable: str = "SUBMITIT_LOCAL_GLOBALID") -> list[int]:
+    """The process ids of the ranks of jobs below a folder, by rank, which this variable of theirs tells."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_text().split("\0")
+            variables = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
+        except (OSError, UnicodeDecodeError):
+            continue
+        if "submitit.core._submit" in words and str(folder) in words[-2] and variable in variables:
+            found[int(variables[variable])] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
+
+
 def lacking(what: str) -> NoReturn:
     """Skip a test for want of something; fail it where everything must run."""
     (pytest.fail if os.environ.get("FASHION_DDP_REQUIRE_ALL") else pytest.skip)(f"{what} is missing here")

@@ -128,9 +128,9 @@ class Soak:
         # A generator per start: how far a start came by the clock does not change what the next ones draw.
         draw = random.Random(f"{soaked.seed} {soaked.starts}")
         in_peace = soaked.struck.total() >= faults
-        if not in_peace and draw.random() < 0.15 and (damage := _damage(draw, folder / "run")):
-            soaked.struck[damage] += 1
-            soaked.history.append(damage)
+        if not in_peace and draw.random() < 0.15 and (harm := damage(draw, folder / "run")):
+            soaked.struck[harm] += 1
+            soaked.history.append(harm)
         fault = None if in_peace else _draw(draw, size, save_first=soaked.starts % 3 == 2)
         soaked.starts += 1
         before = Ranks(folder, []).noted("struck")
@@ -201,7 +201,7 @@ def _newest(run: Path) -> str:
     return max((path.name for path in (run / "checkpoints").glob("step-*.pt")), default="")
 
 
-def _damage(draw: random.Random, run: Path) -> str | None:
+def damage(draw: random.Random, run: Path) -> str | None:
     """Damage a file of a run that stands; None where there is none, or it is complete."""
     if not (newest := _newest(run)) or load_run(run).summary.get("status") == "finished":
         return None

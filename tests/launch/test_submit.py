@@ -18,6 +18,7 @@ import pytest
 import reports
 import yaml
 from conftest import CHECKOUT, command, need
+from faults import ranks_of
 from gates import Started
 
 from fashion_ddp import data
@@ -91,7 +92,30 @@ def test_a_dry_run_shows_what_sbatch_would_get_without_slurm_and_writes_nothing(
     assert f'export PYTHONSAFEPATH=1 PYTHONPATH={base}/code:{here}"${{PYTHONPATH:+:$PYTHONPATH}}"' in runs_
     common[2] = "ntasks-per-node=1"
     words = "cpus-per-task=1 dependency=afterany:JOB job-name=fashion_ddp-report kill-on-invalid-dep=yes nodes=1"
-    assert options(comparison) == sorted([*common, *words.split(), "requeue", "signal=USR2@90", "time=30"])
+    assert options(comparison) == sorted([*common, *words.split(), "mem=2G", "requeue", "signal=USR2@90", "time=30"])
+
+
+@quick
+@pytest.mark.parametrize(
+    ("words", "memory"),  # of the runs, and of the comparison
+    [
+        ((), (["mem=6G"], ["mem=2G"])),
+        (("--mem-per-rank", "1500M"), (["mem=4500M"], ["mem=2G"])),
+        (("--mem-per-rank", "1500"), (["mem=4500M"], ["mem=2G"])),
+        (("--slurm", "mem-per-cpu=3G"), (["mem-per-cpu=3G"], ["mem-per-cpu=3G"])),
+        (("--slurm", "exclusive"), ([], ["mem=2G"])),
+        (("--site", "site.yaml"), (["mem-per-cpu=1G"], ["mem-per-cpu=1G"])),
+        (("--site", "site.yaml", "--mem-per-rank", "4G"), (["mem=12G"], ["mem=2G"])),
+    ],
+)
+def test_a_job_asks_for_the_memory_of_its_ranks(
+    here: Path, said: Said, words: tuple[str, ...], memory: tuple[list[str], list[str]]
+) -> None:
+    (here / "site.yaml").write_text("slurm: {mem-per-cpu: 1G}")
+    code, out, err = said(submit.main, *LINEAR, "--ranks-per-node", "3", *words, "--dry-run")
+    assert code == 0, err
+    scripts = out.split("--- sbatch, for ")[1:]
+    assert [[o for o in options(script) if o.startswith("mem")] for script in scripts] == [*memory]
 
 
 def test_a_dry_run_needs_no_cluster_where_its_commands_are_installed(tmp_path: Path) -> None:
@@ -169,6 +193,7 @@ BAD = {
     "--slurm gpus-per-task=1": "use --gpus-per-node",
     "--slurm =3": "expected an option of sbatch",
     "--site nope.yaml": "nope.yaml: cannot be read",
+    "--mem-per-rank 4GB": "mem_per_rank: a number with K, M, G or T, as in 4G; got '4GB'",
     "--out file/report": "file is no folder that can be written",
     "--models mine:Net": "there is no module 'mine'",
     "--models wrong:Net": "must return logits of shape [2, 10]",
@@ -708,20 +733,6 @@ class Submitted(Started):
     def wait_for_an_epoch(self) -> None:
         path = self.folder / RUN / "metrics.jsonl"
         self.until(lambda: path.exists() and "\n" in path.read_text())
-
-
-def ranks_of(folder: Path, variable: str = "SUBMITIT_LOCAL_GLOBALID") -> list[int]:
-    """The process ids of the ranks of jobs below a folder, by rank, which this variable of theirs tells."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_text().split("\0")
-            variables = dict(v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v)
-        except (OSError, UnicodeDecodeError):
-            continue
-        if "submitit.core._submit" in words and str(folder) in words[-2] and variable in variables:
-            found[int(variables[variable])] = int(path.name)
-    return [found[rank] for rank in sorted(found)]
 
 
 def finished_after_two_starts(folder: Path) -> None:
