@@ -7,6 +7,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """The user can fix this: the text says what is wrong, where, and how to fix it. Exit code 2."""
 
+    of_rank = False  # each rank prints it, because rank 0 may not find it
+
 
 class CommandFailed(RuntimeError):
     """A command could not do all that it was asked to, and its text says why. Exit code 1."""

@@ -5,6 +5,7 @@ in its folder: the settings, the checkpoints, and the list of its starts. The na
 `launch.status resubmit` pickles them for jobs that run the code of an earlier submission.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -16,13 +17,14 @@ from typing import Any
 from fashion_ddp.config import cli
 from fashion_ddp.console import entry_point, say
 from fashion_ddp.distributed import machine, signals
+from fashion_ddp.distributed.failures import LOST_RANK
 from fashion_ddp.distributed.rendezvous import RENDEZVOUS_TIMEOUT, free_port
 from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.runs import claim
 from launch import slurm
-from launch.starts import Starts
+from launch.starts import KILLED, Starts
 
-AGAIN = "FASHION_DDP_AGAIN"  # names the file by which the batch script is asked to queue its job again
+AGAIN = "FASHION_DDP_AGAIN"  # names the file by whose word the batch script knows whether to queue its job again
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ class Rank:
         _set_rank(env.global_rank, env.num_tasks, env.local_rank, env.num_tasks // env.num_nodes)
         argv = ["--config", str(Path(self.folder) / "config.yaml"), "--run-dir", self.folder]
         argv += ["--reuse"] * self.reuse
-        return train_rank(argv, Path(self.folder), self.max_restarts)
+        try:
+            return train_rank(argv, Path(self.folder), self.max_restarts)
+        except UserError as error:
+            error.of_rank = True  # as each has a log of its own
+            raise
 
     def checkpoint(self) -> Any:
         """Tell Submitit, where a signal comes before our own handlers are set, to start the same task again."""
@@ -64,9 +70,11 @@ def train_rank(argv: list[str], folder: Path, max_restarts: int) -> str:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     single_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     starts = Starts(folder)
+    word = Word()
     if rank == 0:
-        starts.begin(max_restarts)
-    signals.leave_while_starting(partial(_leave, rank, starts))
+        starts.begin(max_restarts, killed=word.take() == KILLED)
+        word.begin()
+    signals.leave_while_starting(partial(_leave, rank, starts, word))
     if world_size > 1:
         host, port = _agree_on_address(folder, rank, single_node)
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
@@ -82,22 +90,26 @@ def train_rank(argv: list[str], folder: Path, max_restarts: int) -> str:
             return "stopped"  # not an exit code: srun would kill the first rank, which has more to do
         say(str(stopped))
         starts.end(stopped.reason)
-        if _ask_for_another_start(stopped.reason):
+        if word.leave(stopped.reason):
             return "stopped"
         sys.exit(os.EX_TEMPFAIL)
-    except Exception:
+    except Exception as error:
         signals.leave_if_asked(patience=5.0)  # it may be that another rank was asked to end, a moment earlier
+        if LOST_RANK not in str(error):  # an error of its own comes again
+            word.take()
         raise
+    if rank == 0:
+        _forget_address(folder)
     return "finished"
 
 
-def _leave(rank: int, starts: Starts, reason: str) -> int:
+def _leave(rank: int, starts: Starts, word: "Word", reason: str) -> int:
     """End a start that has not come to train. Return the exit code."""
     if rank > 0:
         return 0  # as above
     say(f"stopped ({reason}) before it trained: the same command continues")
     starts.end(reason)
-    return 0 if _ask_for_another_start(reason) else os.EX_TEMPFAIL
+    return 0 if word.leave(reason) else os.EX_TEMPFAIL
 
 
 def _agree_on_address(folder: Path, rank: int, single_node: bool) -> tuple[str, str]:
@@ -111,8 +123,7 @@ def _agree_on_address(folder: Path, rank: int, single_node: bool) -> tuple[str, 
     path = folder / f".meet-{start}"
     if rank == 0:
         host = "127.0.0.1" if single_node else machine.host_name()
-        for old in folder.glob(".meet-*"):
-            old.unlink(missing_ok=True)
+        _forget_address(folder)
         new = folder / f".new-meet-{start}"
         new.write_text(f"{host} {free_port()}")
         new.rename(path)
@@ -129,20 +140,51 @@ def _agree_on_address(folder: Path, rank: int, single_node: bool) -> tuple[str, 
     return host, port
 
 
-def _ask_for_another_start(reason: str) -> bool:
-    """Ask the batch script to queue the job again, if it is the cluster that stopped it (launch/requeue.sh).
+def _forget_address(folder: Path) -> None:
+    for path in folder.glob(".meet-*"):
+        path.unlink(missing_ok=True)
 
-    Return whether it will read that. An exit code would not do: at the first one that is not 0 srun ends the other
-    ranks, and returns the code of one of those.
+
+class Word:
+    """The word by which a job's ranks and its batch script (launch/requeue.sh) tell whether to queue it again.
+
+    "begun" until it is stopped, then the signal's name; no file where an error would only come again. The script leaves
+    KILLED for the next start. Where no such script runs there is none, and all of this does nothing.
     """
-    if slurm.own_job_id() is None or AGAIN not in os.environ or reason not in ("SIGUSR1", "SIGUSR2", "SIGTERM"):
-        return False
-    try:
-        Path(os.environ[AGAIN]).write_text(reason)
-    except OSError as error:
-        say(f"warning: not queued again: {os.environ[AGAIN]} cannot be written ({error.strerror})")
-        return False
-    return True
+
+    def __init__(self) -> None:
+        self.path = Path(os.environ[AGAIN]) if AGAIN in os.environ and slurm.own_job_id() else None
+
+    def take(self) -> str:
+        """Remove the word, which a full disk allows. Return it, "" where there is none."""
+        if self.path is None:
+            return ""
+        try:
+            word = self.path.read_text().strip()
+            self.path.unlink()
+        except OSError:
+            return ""
+        return word
+
+    def begin(self) -> None:
+        """Say that this start has begun, and that it may be begun again."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):  # of a full disk the run itself will tell
+                self.path.write_text("begun")
+
+    def leave(self, reason: str) -> bool:
+        """Say that a signal has stopped it. Return whether the script will read that.
+
+        A word that another rank has taken away, because it failed, stays away.
+        """
+        if self.path is None:
+            return False
+        try:
+            with open(os.open(self.path, os.O_WRONLY | os.O_TRUNC), "w") as file:
+                file.write(reason)
+        except OSError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)

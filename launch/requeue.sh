@@ -1,34 +1,48 @@
-# The end of a batch script, after `srun ... || code=$?`: queue this job again where its first rank has asked for that.
-# It does so by a file, $FASHION_DDP_AGAIN with the signal's name: an exit code of srun's may be that of another rank
-# that was ended. What calls SLURM is this script on the node, so a container of the ranks needs none of its commands.
+# The end of a batch script, after `srun ... || code=$?`: queue this job again where that is right, and no person has to
+# decide. Its first rank says how it went by a word in the file $FASHION_DDP_AGAIN: srun's exit code may be that of another
+# rank that was ended. What calls SLURM is this script on the node, so a container of the ranks needs none of its commands.
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's own id would mean all its members
 job=${job:-$SLURM_JOB_ID}
+code=${code:-0} killed=
+word=$(cat "$FASHION_DDP_AGAIN" 2>/dev/null) || word=
 again() {
-  case $1 in
-    SIGUSR1 | SIGUSR2) ;; # sbatch's --signal: the time is nearly over
-    *)
-      # SIGTERM: preempted with time to save, or cancelled, or SLURM itself queues it again. Only the first is ours.
-      shown=$(timeout 20 scontrol show job "$job" 2>&1) || return 1
-      [[ $shown == *JobState=RUNNING* && $shown == *PreemptTime=[0-9]* ]] || return 2
-      ;;
-  esac
-  shown=$(timeout 20 scontrol requeue "$job" 2>&1) || return 1
+  if [[ $word != SIGUSR? ]]; then
+    # Ranks were killed, or it is preempted with time to save. Else it is cancelled, or SLURM itself queues it again.
+    said=$(timeout 20 scontrol show job "$job" 2>&1) || return 1
+    [[ $said == *JobState=RUNNING* ]] && [[ $killed || $said == *PreemptTime=[0-9]* ]] || return 2
+  fi
+  said=$(timeout 20 scontrol requeue "$job" 2>&1) && return
+  [[ $said != *[Dd]isabled* && $said != *denied* && $said != *Invalid\ job* ]] || return 3
+  return 1 # the controller may be away for a moment
 }
-if reason=$(cat "$FASHION_DDP_AGAIN" 2>/dev/null); then
+case $word in
+  SIGUSR?) ;; # the time is nearly over
+  SIGTERM | begun)
+    [ "$code" = 0 ] || killed=yes
+    [ "$word" = SIGTERM ] || [ $killed ] || word= # finished
+    ;;
+  SIG*) code=75 word= ;; # it was told to stop
+  *) word= ;;            # it failed by an error of its own, or did not begin
+esac
+# For the next start to read.
+if [ $killed ]; then echo killed >"$FASHION_DDP_AGAIN"; else rm -f "$FASHION_DDP_AGAIN"; fi || true
+if [ "$word" ]; then
+  [ $killed ] && echo "ranks of this job were killed, or ended without a word" || code=75
   trap '' TERM # which comes as soon as the job is queued again
-  rm -f "$FASHION_DDP_AGAIN"
-  code=75 last_try=$((${SLURM_JOB_END_TIME:-$(date +%s) + 60} - 10)) told=
+  last_try=$((${SLURM_JOB_END_TIME:-$(date +%s) + 60} - 10)) told=
   while true; do
-    again "$reason" && echo "job $job is queued again, and continues there" && exit 0
-    [ $? = 2 ] && break
-    if [ "$(date +%s)" -gt "$last_try" ]; then
-      echo "warning: not queued again: ${shown:-scontrol did not answer}; \`python -m launch.status resubmit\` continues it"
+    again && echo "job $job is queued again, and continues there" && exit 0
+    how=$?
+    [ $how != 2 ] || break
+    said=${said:-scontrol did not answer}
+    if [ $how = 3 ] || [ "$(date +%s)" -gt "$last_try" ]; then
+      echo "warning: not queued again: $said; \`python -m launch.status resubmit\` continues it"
       break
     fi
-    [ "$told" ] || echo "not queued again yet: ${shown:-scontrol did not answer}. The controller may be away for a" \
-      "moment: tried until shortly before the job's end"
+    [ $told ] || echo "not queued again yet: $said. The controller may be away for a moment: tried until shortly before" \
+      "the job's end"
     told=yes
     sleep 3
   done
 fi
-exit "${code:-0}"
+exit "$code"

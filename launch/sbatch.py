@@ -97,9 +97,8 @@ class SubmissionPlan:
         given = _with_memory(self.options(), self.submission.memory) | (
             {"dependency": f"afterany:{after}"} if after else {}
         )
-        again = [f"export {AGAIN}={shlex.quote(str(self.folder))}/again-$SLURM_JOB_ID", f'rm -f "${AGAIN}"']
         return self._common_parameters(given) | {
-            "setup": [*self.setup(), *again],
+            "setup": [*self.setup(), f"export {AGAIN}={shlex.quote(str(self.folder))}/again-$SLURM_JOB_ID"],
             "teardown": TEARDOWN,
             "job_name": "fashion_ddp",
             "nodes": self.submission.nodes,

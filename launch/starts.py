@@ -1,7 +1,7 @@
 """Count a submitted run's starts, and know of each where it began, how it ended, and where its time went.
 
 A start that the cluster ended (preempted, its node lost) is no failure of the run, however often it happens. One whose
-time ran out before it had trained a step is: the next would do the same.
+time ran out, or whose ranks were killed, before it had trained a step is: the next would do the same.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from launch import slurm
 
 FILE = "starts.jsonl"  # in a run's folder
 MOST_IDLE = 4  # starts in a row whose time ran out before they had trained a step, before the run is given up
+MOST_KILLED = 2  # the same, of starts whose ranks were killed
+KILLED = "killed"  # how such a start ended
 TIME_RAN_OUT = ("SIGUSR1", "SIGUSR2")  # sbatch's --signal asks for one of them ahead of the end
 
 
@@ -34,13 +36,25 @@ class Starts:
         path = self.folder / FILE
         return [_start(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def begin(self, most: int) -> None:
-        """Record at which step this start begins. Raises UserError after `most` starts of this job, or where its time
-        ran out again and again before it had trained a step."""
+    def begin(self, most: int, killed: bool = False) -> None:
+        """Record at which step this start begins; and of the one before if its ranks were `killed`.
+
+        Raises UserError after `most` starts of this job, or where its time ran out, or its ranks were killed, again and
+        again before it had trained a step.
+        """
         starts, step, job = self.read(), self._saved_step(), _own_job()
+        if killed and starts:
+            starts[-1] |= {"end": KILLED}
         mine = [start for start in starts if start.get("job") == job]
         if len(mine) > most:
             self._give_up(starts, f"started {len(mine)} times by job {job}: given up (--max-restarts {most})")
+        last = mine[-MOST_KILLED:]
+        if len(last) == MOST_KILLED and all(one["step"] == step and one.get("end") == KILLED for one in last):
+            self._give_up(
+                starts,
+                f"ranks of the last {MOST_KILLED} starts of job {job} were killed before they had trained a step: "
+                "given up; where the log names the memory, submit it anew with a larger --mem-per-rank",
+            )
         last = mine[-MOST_IDLE:]
         if len(last) == MOST_IDLE and all(one["step"] == step and one.get("end") in TIME_RAN_OUT for one in last):
             self._give_up(

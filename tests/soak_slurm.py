@@ -46,6 +46,7 @@ STRUCK = 10  # faults that a run takes before it is left in peace
 EPOCHS, PER_EPOCH = 40, 12
 STEPS = EPOCHS * PER_EPOCH
 PAUSE = 0.1  # seconds of a step
+SYNC = 1.0  # seconds from one sync point, where a run may save, to the next
 RUNS_DISK = 64  # MB of the file system that holds a run's folder
 # It counts its steps: those that are in no checkpoint are trained twice, and nothing else is.
 MODEL = """
@@ -248,8 +249,9 @@ OF_A_RUN: dict[Strike, float] = {requeue: 3, time_is_over: 3, time_limit: 0.5, s
 OF_A_RUN |= {kill_ranks: 2, kill_batch_script: 1, stop_ranks: 2, suspend: 1.5, full_disk: 1, damaged_checkpoint: 1.5}
 OF_THE_CLUSTER: dict[Strike, float] = {controller_away: 1, kill_controller: 1, kill_slurmd: 1.5, preempted: 1.5}
 OF_THE_CLUSTER |= {node_down: 1, drain: 0.7}
-# After these a job has ended for good, and a person submits it again.
-BY_A_PERSON = (cancel, kill_ranks, kill_batch_script, full_disk)
+# After these a job has ended for good, and a person submits it again; after `kill_ranks` only where they had not begun,
+# or never trained.
+BY_A_PERSON = (cancel, kill_batch_script, full_disk)
 # After these a checkpoint may be older than the last step.
 ABRUPT = (kill_ranks, kill_batch_script, full_disk, damaged_checkpoint, kill_slurmd, node_down)
 
@@ -273,7 +275,7 @@ class Record:
 
     seed: int
     settings: list[str]
-    struck: Counter[str] = field(default_factory=Counter)
+    struck: dict[str, int] = field(default_factory=dict)
     starts: int = 0
     by_a_person: int = 0  # how often it was submitted again
     steps_repeated: int = 0
@@ -356,7 +358,7 @@ class Campaign:
 
     def _strike_until_finished(self, run: Disturbed, record: Record, draw: random.Random) -> None:
         seen = 0  # starts that a strike has met
-        while not run.finished() and record.struck.total() < self.most:
+        while not run.finished() and sum(record.struck.values()) < self.most:
             in_start = draw.random() < 0.4
             wait = draw.uniform(0, 8 if in_start else 3)
             everyone = draw.random() < 0.2
@@ -372,10 +374,12 @@ class Campaign:
                 said = strike(self, run, own)
             record.history.append(f"{strike.__name__}, {when}: {'missed' if said == '' else said or 'struck'}")
             if said != "":
-                record.struck[f"{strike.__name__}, {when}"] += 1
+                what = f"{strike.__name__}, {when}"
+                record.struck[what] = 1 + record.struck.get(what, 0)
         run.hurry()
         while not run.finished():
             self._come_to(run, record, 10**6)
+        run.until(lambda: not run.in_queue())
 
     def _come_to(self, run: Disturbed, record: Record, seen: int) -> str:
         """Wait until the run has begun more starts than were `seen`, or trains, or is finished, and say which.
@@ -399,11 +403,14 @@ class Campaign:
             if run.finished() or run.in_queue():
                 return
             shown = run.status().stdout
-            assert record.by_a_person < record.struck_by(BY_A_PERSON), f"it ended, and nobody has said so:\n{shown}"
+            mine = [start for start in run.starts() if start.get("job") == run.job]
+            too_early = record.struck_by((kill_ranks,)) > 0 and (not mine or "given_up" in mine[-1])
+            if not too_early:
+                record.by_a_person += 1
+                assert record.by_a_person <= record.struck_by(BY_A_PERSON), f"it ended, and nobody said so:\n{shown}"
             done = run.status("resubmit")
             assert done.returncode == 0, f"{shown}{done.stdout}{done.stderr}"
             run._read(done)
-            record.by_a_person += 1
             record.history.append(f"submitted again: {' / '.join(shown.splitlines()[1:4])}")
 
     def _check(self, run: Disturbed, record: Record, reference: Path, every: float) -> None:
@@ -418,7 +425,7 @@ class Campaign:
         # Each start calls the model as often as the undisturbed one did before it trained.
         record.steps_repeated = run.steps() - STEPS - starts * (alone - STEPS)
         abrupt = record.struck_by(ABRUPT)
-        between = 2 + 2 * every / PAUSE
+        between = 2 * (SYNC + every) / PAUSE
         if not damaged and record.steps_repeated > abrupt * between:
             record.failures.append(f"{record.steps_repeated} steps were trained twice, after {abrupt} abrupt ends")
 
@@ -437,7 +444,7 @@ def a_cluster() -> Iterator[Cluster]:
 
 
 def _line(run: Record) -> str:
-    text = f"run {run.seed} ({' '.join(run.settings)}): {run.struck.total()} faults, {run.starts} starts"
+    text = f"run {run.seed} ({' '.join(run.settings)}): {sum(run.struck.values())} faults, {run.starts} starts"
     if not run.failures:
         resubmitted = f"submitted again {run.by_a_person} times"
         return f"{text}, {run.steps_repeated} steps trained twice, {resubmitted}, {run.seconds:.0f} s"

@@ -107,7 +107,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"python -m launch\.status( cancel .*| resubmit)", There(SLURM, "test_a_cancelled_run_is_saved")),
     (r"python -m launch\.status", Here()),
     (r"(PYTHON=\S+ )?sbatch .*slurm/train\.sbatch .*", There(SLURM, '"slurm" / "train.sbatch"')),
-    (r"sbatch --partition=high .*", There(SLURM, "def preempt(")),
+    (r"sbatch --partition=high .*", There("tests/on_slurm.py", "def preempt(")),
     (r"tail -n 1 fashion_ddp-19\.log", Never("shows what the command above it printed")),
     (r"python3 slurm/cluster/cluster\.py (up|down) .*", There(SLURM, "def make_cluster(")),
     # Developing
@@ -115,6 +115,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"make test-quick", There(SETUP, '"make", "test-quick"')),
     (r"make soak", Here(variables="N=2")),
     (r"make soak N=500 .*", There("Makefile", "--faults $(N) --seed $(SEED)")),
+    (r"make soak-slurm.*", There("Makefile", "tests/soak_slurm.py --faults $(N) --seed $(SEED)")),
     (r"make bench", Here(f"{ONE_CASE} --repeats 1 --epochs 1", f'PARTS="{ONE_CASE}"')),
     (r"make bench-scaling", Here("--cases linear-10 --ranks 1 2 --kinds strong --repeats 1")),
     (r"make lock", Never("asks the registry, and changes the locks")),
