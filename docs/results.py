@@ -33,6 +33,9 @@ WHEN = {
     "unfinished": "runs that were stopped or failed",
     "stopped": "runs that were stopped",
     "W&B": "unless `--tracker none`",
+    "accounting": "where SLURM's accounting answered",
+    "cards": "the same, of runs on cards",
+    "energy": "the same, where the cluster measures it",
 }
 
 EPOCH = (
@@ -143,6 +146,20 @@ EXAMPLES = (
     Key("test_ids", "[k] int64", "these, the most confidently wrong, and some of each of the most confused pairs"),
     Key("test_images", "[k, C, H, W] uint8", "the images at test_ids"),
 )
+COST = (
+    Key("cost/gathered", "time", "UTC, ISO 8601: what came later is not in it"),
+    Key("cost/starts", "count", "of the run's jobs"),
+    Key("cost/untimed_starts", "count", "of these, killed while they started: the next two leave them out"),
+    Key("cost/starting_s", "seconds", "from the first rank's process to the first epoch, of all starts"),
+    Key("cost/training_s", "seconds", "from there to the start's end; of one that was killed, to its last record"),
+    Key("cost/repeated_steps", "count", "updates that were made again after a start from a checkpoint, as recorded"),
+    Key("cost/repeated_s", "seconds", "as many, at the run's mean speed; null where no epoch was completed"),
+    Key("cost/complete", "true, false", "whether the accounting had each start, to its end", "accounting"),
+    Key("cost/queued_s", "seconds", "from submitted, or queued again, to the start, of all starts", "accounting"),
+    Key("cost/core_hours", "hours", "of the CPUs that the starts were given", "accounting"),
+    Key("cost/card_hours", "hours", "of the cards; null where the accounting counts none", "cards"),
+    Key("cost/energy_j", "joules", "of the nodes, while the starts had them", "energy"),
+)
 
 
 def settings() -> tuple[Key, ...]:
@@ -165,6 +182,9 @@ def files() -> tuple[File, ...]:
         File("logs/", "One per rank: errors, the stack of a rank that hung; with --trace its trace of a few steps."),
         File("wandb/", "What W&B writes."),
         File("job.json, starts.jsonl", "Of a submitted run: its job; its starts, how they ended, and their seconds."),
+        File(
+            "cost.json", "Of a run that was submitted to SLURM, from its comparison on. report.json has it too.", COST
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from fashion_ddp.distributed.rendezvous import RENDEZVOUS_TIMEOUT, free_port
 from fashion_ddp.errors import Stopped, UserError
 from fashion_ddp.runs import claim
 from launch import slurm
-from launch.starts import KILLED, Starts
+from launch.starts import FAILED, FINISHED, KILLED, Starts
 
 AGAIN = "FASHION_DDP_AGAIN"  # names the file by whose word the batch script knows whether to queue its job again
 
@@ -95,12 +95,15 @@ def train_rank(argv: list[str], folder: Path, max_restarts: int) -> str:
         sys.exit(os.EX_TEMPFAIL)
     except Exception as error:
         signals.leave_if_asked(patience=5.0)  # it may be that another rank was asked to end, a moment earlier
+        if rank == 0:
+            starts.end(FAILED)
         if LOST_RANK not in str(error):  # an error of its own comes again
             word.take()
         raise
     if rank == 0:
+        starts.end(FINISHED)
         _forget_address(folder)
-    return "finished"
+    return FINISHED
 
 
 def _leave(rank: int, starts: Starts, word: "Word", reason: str) -> int:

@@ -18,7 +18,7 @@ from fashion_ddp.report.text import Table, percent, terminal_table
 from fashion_ddp.runs.lock import holder
 from fashion_ddp.runs.reading import Run, load_run
 from launch import slurm
-from launch.starts import Starts
+from launch.starts import Starts, count_ends
 
 JOB_FILE = "job.json"  # in a run's folder: the job that it was last submitted as
 # What a node that may be bad makes a rank say. A full card, or an assertion in a kernel, is the run's own.
@@ -73,7 +73,7 @@ def write_job_record(folder: Path, submission: Path, executor: str, job: str, lo
 def read_states(folders: list[Path]) -> list[RunState]:
     """Return the state of the run in each folder; folders without a run are left out."""
     runs = [_read_run(folder) for folder in folders if (folder / "config.yaml").is_file()]
-    records = {run.path: _read_job_record(run.path) for run in runs}
+    records = {run.path: read_job_record(run.path) for run in runs}
     unfinished = [run.path for run in runs if run.summary.get("status") != "finished"]
     on_slurm = [records[path] for path in unfinished if records[path].get("executor") == "slurm"]
     queue: dict[str, slurm.QueuedJob] = {}
@@ -158,7 +158,8 @@ def _read_run(folder: Path) -> Run:
         return Run(folder, {}, {"status": "damaged", "error": str(error)}, [], [], [])
 
 
-def _read_job_record(folder: Path) -> dict[str, Any]:
+def read_job_record(folder: Path) -> dict[str, Any]:
+    """Return as which job a run was last submitted; {} where it never was. Raises UserError for a damaged file."""
     path = folder / JOB_FILE
     try:
         return json.loads(path.read_text())
@@ -178,11 +179,12 @@ def table(states: list[RunState]) -> Table:
         "epoch": lambda one: f"{_last_epoch(one).get('epoch', 0)}/{one.run.config.get('epochs', '?')}",
         "accuracy %": lambda one: percent(accuracy) if (accuracy := _last_epoch(one).get("test/accuracy")) else "",
         "images/s": lambda one: f"{_last_epoch(one)['throughput/images_per_s']:,.0f}" if _last_epoch(one) else "",
-        "restarts": lambda one: str(max(_count_starts(one) - 1, 0)),
+        "interrupted": lambda one: _ends(one)[0],
+        "failed": lambda one: _ends(one)[1],
         "node": lambda one: one.queued.node if one.queued else ", ".join(_last_hosts(one)),
         "time left": lambda one: one.queued.time_left if one.queued else "",
     }
-    numeric = ("epoch", "accuracy %", "images/s", "restarts", "time left")
+    numeric = ("epoch", "accuracy %", "images/s", "interrupted", "failed", "time left")
     rows = [[text(one) or "-" for text in columns.values()] for one in states]
     return Table(list(columns), [title in numeric for title in columns], rows)
 
@@ -191,9 +193,12 @@ def _last_epoch(state: RunState) -> dict[str, Any]:
     return (state.run.metrics or [{}])[-1]
 
 
-def _count_starts(state: RunState) -> int:
-    """Return how often the run was started: as a launcher counted it, or as often as it came to train."""
-    return max(len(state.run.environment), len(state.starts))
+def _ends(state: RunState) -> tuple[str, str]:
+    """Return how many starts were ended from outside, and how many failed; "" for a run that no launcher counted."""
+    waits = state.queued is not None and state.queued.state == "PENDING"
+    starts = [*state.starts, {"job": state.job}] if waits else state.starts
+    interrupted, failed = count_ends(starts, over=not (state.active or state.finished or state.unknown))
+    return (str(interrupted), str(failed)) if state.starts or state.job_record else ("", "")
 
 
 def _last_hosts(state: RunState) -> list[str]:

@@ -25,14 +25,20 @@ class QueuedJob:
     script: str  # the file that sbatch was given
 
 
-def run(*words: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run a SLURM command and return its output and exit code.
+def run(*words: str, patience: float = PATIENCE, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a SLURM command, with these variables in its environment, and return its output and exit code.
 
     Raises UserError where the command is not installed, or does not answer within `patience` seconds.
     """
     try:
         return subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience, check=False
+            words,
+            env=os.environ | variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=patience,
+            check=False,
         )
     except FileNotFoundError:
         raise UserError(f"{words[0]} is not here: give the command on a machine of the cluster") from None
@@ -42,9 +48,9 @@ def run(*words: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[
         ) from None
 
 
-def run_checked(*words: str, patience: float = PATIENCE) -> str:
+def run_checked(*words: str, patience: float = PATIENCE, **variables: str) -> str:
     """Run a SLURM command and return what it prints. Raises UserError as `run` does, and where the command fails."""
-    done = run(*words, patience=patience)
+    done = run(*words, patience=patience, **variables)
     if done.returncode:
         raise UserError(f"SLURM's {words[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout

@@ -5,6 +5,7 @@ time ran out, or whose ranks were killed, before it had trained a step is: the n
 """
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -23,6 +24,8 @@ MOST_IDLE = 4  # starts in a row whose time ran out before they had trained a st
 MOST_KILLED = 2  # the same, of starts whose ranks were killed
 KILLED = "killed"  # how such a start ended
 TIME_RAN_OUT = ("SIGUSR1", "SIGUSR2")  # sbatch's --signal asks for one of them ahead of the end
+FINISHED, FAILED = "finished", "failed"  # how a start ended that nobody stopped
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"  # of a start's time, by its machine's clock
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,7 @@ class Starts:
 
     def read(self) -> list[dict[str, Any]]:
         """Return what is known of each start, from the first on; nothing of one whose line is damaged."""
-        path = self.folder / FILE
-        return [_start(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return _objects(self.folder / FILE)
 
     def begin(self, most: int, killed: bool = False) -> None:
         """Record at which step this start begins; and of the one before if its ranks were `killed`.
@@ -64,9 +66,12 @@ class Starts:
             )
         if too_slow := advice(starts):
             say(f"warning: {self.folder}: {too_slow}")
-        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        if starts:
+            starts[-1] |= self.seconds(starts[-1])
+        repeats = max(0, self._recorded_step() - step)  # steps that this start trains again
+        now = time.strftime(TIME_FORMAT)
         nodes = os.environ.get("SLURM_JOB_NODELIST") or machine.host_name()
-        self._write([*starts, {"job": job, "step": step, "time": now, "nodes": nodes}])
+        self._write([*starts, {"job": job, "step": step, "repeats": repeats, "time": now, "nodes": nodes}])
 
     def _give_up(self, starts: list[dict[str, Any]], why: str) -> NoReturn:
         self._write([*starts[:-1], starts[-1] | {"given_up": why}])
@@ -74,7 +79,7 @@ class Starts:
 
     def end(self, how: str) -> None:
         """Record how this start ended, and the seconds that it spent on starting and on training. `how`: a signal's
-        name, or another reason to stop."""
+        name, another reason to stop, FINISHED or FAILED."""
         starts, now = self.read(), time.time()
         if starts:
             began = signals.training_since()
@@ -85,6 +90,27 @@ class Starts:
             with contextlib.suppress(OSError):  # a full disk must not keep the job from being queued again
                 self._write([*starts[:-1], starts[-1] | {"end": how} | spent])
 
+    def seconds(self, last: dict[str, Any]) -> dict[str, float]:
+        """Return the seconds that the run's last start spent on starting and on training; {} where nothing tells them.
+
+        Of one that was killed before it could record them: until the run's folder says that training was about to
+        begin, and from then to its last record of a step.
+        """
+        if "trained_s" in last:
+            return {name: last[name] for name in ("starting_s", "trained_s")}
+        try:
+            began = time.mktime(time.strptime(last["time"], TIME_FORMAT))
+            ready, recorded = ((self.folder / name).stat().st_mtime for name in ("environment.json", "steps.jsonl"))
+        except (KeyError, ValueError, OSError):
+            return {}
+        if ready < began:  # of the start before: this one was killed while it started
+            return {}
+        return {"starting_s": round(ready - began, 1), "trained_s": round(max(0.0, recorded - ready), 1)}
+
+    def _recorded_step(self) -> int:
+        """Return the last step that the run recorded. A killed process may have left half a line."""
+        return max((point.get("step", 0) for point in _objects(self.folder / "steps.jsonl")[-2:]), default=0)
+
     def _saved_step(self) -> int:
         found = self.folder.glob("checkpoints/step-*.pt")
         return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
@@ -93,7 +119,12 @@ class Starts:
         write_whole(self.folder / FILE, "".join(json.dumps(start) + "\n" for start in starts))
 
 
-def _start(line: str) -> dict[str, Any]:
+def _objects(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines, {} for a damaged line; none for a missing file."""
+    return [_object(line) for line in path.read_text(errors="replace").splitlines()] if path.exists() else []
+
+
+def _object(line: str) -> dict[str, Any]:
     try:
         return json.loads(line)
     except ValueError:
@@ -116,3 +147,22 @@ def advice(starts: list[dict[str, Any]]) -> str:
         return ""
     those = f"the last {pluralize(len(ended), 'start')} whose time ran out"
     return f"{those} spent {starting:.0f} s starting and {training:.0f} s training: submit it anew with a longer --time"
+
+
+def count_ends(starts: list[dict[str, Any]], over: bool) -> tuple[int, int]:
+    """Return how many starts were ended from outside, and how many failed: by an error of the run's own, or because
+    ranks of it were killed.
+
+    `over`: the last start is over and did not finish the run. One that could not record its end was lost from outside
+    where SLURM started the same job again, as it does when a node fails.
+    """
+    interrupted = failed = 0
+    for start, following in itertools.zip_longest(starts, starts[1:]):
+        how = start.get("end")
+        if how is None and following is not None:
+            how = "lost" if following.get("job") == start.get("job") else FAILED
+        elif how is None and over:
+            how = FAILED
+        failed += how in (FAILED, KILLED)
+        interrupted += how not in (FAILED, KILLED, FINISHED, None)
+    return interrupted, failed

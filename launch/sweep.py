@@ -9,6 +9,7 @@ from fashion_ddp.files import write_whole
 from fashion_ddp.report import rows
 from fashion_ddp.report.results import Result, read_results
 from fashion_ddp.report.text import Table, markdown_table, percent, terminal_table
+from launch import accounting
 
 VALIDATION = "val/accuracy"
 
@@ -18,6 +19,7 @@ def compare_runs(folders: list[Path], out: Path, ranked: bool) -> str:
     existing = [folder for folder in folders if (folder / "config.yaml").is_file()]
     if not existing:
         raise UserError("none of the runs is there: nothing can be compared")
+    accounting.write_costs(existing)  # before the comparison reads it
     compare.main([*map(str, existing), "--out", str(out)])
     results = read_results(existing)
     if ranked and (table := ranking(results)):

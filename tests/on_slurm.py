@@ -1,6 +1,7 @@
 """Runs that are submitted to a real SLURM (slurm/cluster), from their submission to what became of them."""
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -51,6 +52,11 @@ class Submitted:
 
     def status(self, *words: str) -> subprocess.CompletedProcess[str]:
         return command("python", "-m", "launch.status", *words, cwd=self.cwd)
+
+    def ends(self) -> tuple[str, str]:
+        """How many starts were interrupted, and how many failed, as the table of `launch.status` has it."""
+        titles, run, *_ = (re.split(" {2,}", line) for line in self.status().stdout.splitlines())
+        return run[titles.index("interrupted")], run[titles.index("failed")]
 
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted(self.cwd.glob(f"runs/.submissions/*/{self.job}_*_log.out")))

@@ -33,6 +33,8 @@ def html_page(comparison: Comparison) -> str:
         script=Markup((HERE / "report.js").read_text()),
         sections=[_section(section, f"s{n}") for n, section in enumerate(comparison.sections, start=1)],
         unfinished=tables.unfinished_table(comparison),
+        cost=tables.cost_table(comparison),
+        cost_said=sentences.cost_sentences(comparison),
         findings=sentences.findings(comparison),
         method=sentences.method(comparison),
         common=common,
@@ -131,6 +133,8 @@ def markdown_page(comparison: Comparison) -> str:
             parts += [f"### {heading}\n", table(shown)] if shown else []
     if unfinished := tables.unfinished_table(comparison):
         parts += ["## Not finished, not ranked\n", table(unfinished)]
+    if cost := tables.cost_table(comparison):
+        parts += ["## What it cost on the cluster\n", table(cost), text(sentences.cost_sentences(comparison)) + "\n"]
     notes = sentences.dead_logits(comparison) + sentences.findings(comparison) + sentences.method(comparison)
     parts += ["## Notes\n", "".join(f"- {text(note)}\n" for note in notes)]
     return "\n".join(parts)

@@ -133,6 +133,7 @@ def _result(run: Run, unique: bool) -> Result:
         "status": "no summary",
         **{name: config[name] for name in ("model", "recipe", "seed", "dataset")},
         **summary,
+        **run.cost,
         "settings": run.settings().result_settings(),
         "published": None
         if summary.get("changed", True)

@@ -186,7 +186,47 @@ def method(comparison: Comparison) -> list[str]:
             "Published figures stand beside runs with the recipe's own settings only. The tutorials average the "
             "accuracies of batches, so that the last, smaller batch weighs too much; ours are exact."
         )
+    if any(r.run.cost for r in comparison.results):
+        notes.append(COST)
     return notes
+
+
+COST = (
+    "Cost on the cluster: over all of a run's starts, also those of earlier jobs. Core and card hours: what SLURM gave "
+    "to a start, busy or not, times how long it had it; what SLURM calls a CPU is a core here. Queued: from when a job "
+    "was submitted or queued again to its start, for whatever reason. Starting, and training with its evaluations and "
+    "saves: by the first rank's clock; of a start that was killed, until its last record. Repeated: the part of "
+    "training that a start from a checkpoint did again, as steps at the run's mean speed. Energy, where the cluster "
+    "measures it: of whole nodes, whoever shares them. Not counted: the comparison's own job, and jobs that ended "
+    "before the run's first rank began."
+)
+
+
+def cost_sentences(comparison: Comparison) -> str:
+    """Say what the submitted runs cost together, until when, and which part of it is not known; "" without any."""
+    costs = [r.run.cost for r in comparison.results if r.run.cost]
+    if not costs:
+        return ""
+    accounted = [cost for cost in costs if "cost/core_hours" in cost]
+    cards = [cost["cost/card_hours"] for cost in accounted if "cost/card_hours" in cost]
+    total = [pluralize(sum(cost["cost/starts"] for cost in costs), "start")]
+    if accounted:
+        total.append(f"{sum(cost['cost/core_hours'] for cost in accounted):,.2f} core hours")
+    if cards and None not in cards:
+        total.append(f"{sum(cards):,.2f} card hours")
+    when = max(cost["cost/gathered"] for cost in costs)[:16].replace("T", " ")
+    text = f"Together {_join_names(total)}, as of {when} UTC; a row of several seeds is their sum."
+    if unasked := len(costs) - len(accounted):
+        text += (
+            f" SLURM's accounting did not answer for {pluralize(unasked, 'run')}: of these it is what they recorded."
+        )
+    if late := sum(not cost["cost/complete"] for cost in accounted):
+        text += f" The accounting did not have all starts of {pluralize(late, 'run')} to their ends."
+    if None in cards:
+        text += " This cluster's accounting counts no cards: their hours are not known."
+    if untimed := sum(cost["cost/untimed_starts"] for cost in costs):
+        text += f" {pluralize(untimed, 'start')} left no times: starting took longer than is shown."
+    return text
 
 
 RELU = (

@@ -242,6 +242,47 @@ def unfinished_table(comparison: Comparison) -> Table | None:
     return Table(["run", *names[1:]], [name in ("epoch", "step") for name in names], rows) if rows else None
 
 
+# --- Cost on a cluster --------------------------------------------------------------------------------------------
+
+# Of a submitted run: a column's title, the figure in cost.json, and how much of its unit is one of the column's.
+COSTS = [
+    ("core hours", "cost/core_hours", 1),
+    ("card hours", "cost/card_hours", 1),
+    ("queued min", "cost/queued_s", 60),
+    ("starting min", "cost/starting_s", 60),
+    ("training min", "cost/training_s", 60),
+    ("repeated min", "cost/repeated_s", 60),
+    ("energy kWh", "cost/energy_j", 3.6e6),
+]
+
+
+def cost_table(comparison: Comparison) -> Table | None:
+    """Return what the submitted runs cost: a line per row of the sections, with the sum over its runs, and one per run
+    that is not finished; None without any. A figure that no run has is left out."""
+    several = len(comparison.sections) > 1
+    groups = [
+        (f"{row.label}, {section.title}" if several else row.label, row.results)
+        for section in comparison.sections
+        for row in section.rows
+    ]
+    groups += [(f"{r.name} ({r.record['status']})", [r]) for r in comparison.unfinished]
+    costing = [(label, costs) for label, results in groups if (costs := [r.run.cost for r in results if r.run.cost])]
+    shown = [column for column in COSTS if any(column[1] in cost for _, costs in costing for cost in costs)]
+    lines = [
+        [label, str(len(costs)), str(sum(cost["cost/starts"] for cost in costs))]
+        + [_total(costs, name, unit) for _, name, unit in shown]
+        for label, costs in costing
+    ]
+    titles = ["row", "runs", "starts", *(title for title, *_ in shown)]
+    return Table(titles, [False, *[True] * (len(titles) - 1)], lines) if lines else None
+
+
+def _total(costs: list[dict[str, Any]], name: str, unit: float) -> str:
+    values = [cost.get(name) for cost in costs]
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / unit:,.2f}" if len(known) == len(values) else MISSING
+
+
 # --- Environment ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ Needs torch for the model only, and neither Accelerate nor wandb.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ from fashion_ddp.runs.lock import holder
 
 T = TypeVar("T")
 
+COST_FILE = "cost.json"  # what a submitted run cost, which its launcher writes
 GRID_SIZE = 9  # test images in a grid of predictions: the same in every run on the same data
 
 
@@ -44,6 +45,7 @@ class Run:
     environment: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
     steps: list[dict[str, Any]]
+    cost: dict[str, Any] = field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -140,6 +142,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         environment=_read_json(path / "environment.json", []),
         metrics=_read_lines(path / "metrics.jsonl"),
         steps=_read_lines(path / "steps.jsonl"),
+        cost=_read_json(path / COST_FILE, {}),
     )
 
 

@@ -71,6 +71,7 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd_port}
 AccountingStoragePass={dir}/munge/socket
+AccountingStorageTRES=gres/gpu
 JobAcctGatherType=jobacct_gather/linux"""
 SLURMDBD_CONF = """\
 AuthType=auth/munge

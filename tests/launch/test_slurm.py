@@ -107,7 +107,7 @@ DISTURBED: dict[str, tuple[Callable[[Submitted], Any], str, bool]] = {
 @pytest.mark.parametrize("what", DISTURBED)
 def test_a_disturbed_run_continues_to_the_same_bits(what: str, run: Submitted) -> None:
     disturb, partition, by_us = DISTURBED[what]
-    run.submit("--partition", partition)
+    run.submit("--partition", partition, "--slurm", "gres=gpu:2", "--device", "cpu")
     run.trained()
     disturb(run)
     run.started(2)
@@ -115,7 +115,13 @@ def test_a_disturbed_run_continues_to_the_same_bits(what: str, run: Submitted) -
     run.whole()
     assert len(run.starts()) == 2 and f"saved in epoch {run.starts()[1]['step'] // 12 + 1}" in run.log()
     assert (f"job {run.job} is queued again" in run.log()) == by_us
-    assert " 1 " in run.status().stdout.splitlines()[1]  # one restart
+    assert run.ends() == ("1", "0")
+    # Of both starts the report has what SLURM counts itself: two nodes, one core and two cards each.
+    core_s = [int(line) for line in slurm("sacct", "-n", "-X", "-P", "-D", "-o", "CPUTimeRAW", "-j", run.job).split()]
+    [cost] = json.loads((run.cwd / "report" / "report.json").read_text())["runs"]
+    assert len(core_s) == cost["cost/starts"] == 2 and cost["cost/complete"] is True
+    assert cost["cost/core_hours"] == sum(core_s) / 3600 == cost["cost/card_hours"] / 2
+    assert 0 < cost["cost/starting_s"] + cost["cost/training_s"] < sum(core_s) / 2 + 4  # whole seconds, of two starts
 
 
 def test_a_run_longer_than_its_job_is_continued_by_the_next(run: Submitted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +152,7 @@ def test_ended_in_its_start_again_and_again_it_leaves_at_once_and_is_never_given
     run.hurry()
     assert run.reported()
     run.whole()
-    assert [start.get("end") for start in run.starts()] == ["SIGTERM", "SIGUSR2"] * 3 + [None]
+    assert [start.get("end") for start in run.starts()] == ["SIGTERM", "SIGUSR2"] * 3 + ["finished"]
 
 
 def test_a_run_whose_time_is_over_while_the_controller_is_away_is_queued_again(
@@ -175,7 +181,7 @@ def test_a_run_whose_rank_is_killed_comes_back_by_itself(rank: int, run: Submitt
     run.started(2)
     assert run.reported()
     run.whole()
-    assert [start.get("end") for start in run.starts()] == ["killed", None]
+    assert [start["end"] for start in run.starts()] == ["killed", "finished"] and run.ends() == ("0", "1")
 
 
 def test_a_run_whose_ranks_are_killed_before_they_train_is_given_up(run: Submitted) -> None:
@@ -340,4 +346,6 @@ def test_without_accounting_the_folders_tell_how_it_ended(tmp_path: Path) -> Non
         run.resubmit()
         run.until(lambda: not slurm("squeue", "-h").strip())
         assert " finished " in run.status().stdout
-        assert json.loads((tmp_path / "report" / "report.json").read_text())["runs"][0]["status"] == "finished"
+        [reported] = json.loads((tmp_path / "report" / "report.json").read_text())["runs"]
+        assert reported["status"] == "finished"
+        assert reported["cost/training_s"] > 0 and "cost/core_hours" not in reported

@@ -428,10 +428,10 @@ def test_status_tells_what_the_folders_know(here: Path, said: Said, monkeypatch:
     assert (code, err) == (0, "")
     settings = "-blog-seed42-epochs1-datasetsynthetic"
     assert [" ".join(line.split()) for line in out.splitlines()[1:5]] == [
-        f"cnn{settings} - damaged 0/? - - 0 - -",
-        f"linear{settings} 12_3 finished 1/1 50.00 1,234 0 node7, node8 -",
-        f"mlp{settings} 12_3 not begun 0/1 - - 0 - -",
-        f"relu{settings} 999999 failed 1/1 50.00 1,234 2 node7, node8 -",
+        f"cnn{settings} - damaged 0/? - - - - - -",
+        f"linear{settings} 12_3 finished 1/1 50.00 1,234 0 0 node7, node8 -",
+        f"mlp{settings} 12_3 not begun 0/1 - - 0 0 - -",
+        f"relu{settings} 999999 failed 1/1 50.00 1,234 2 1 node7, node8 -",
     ]
     assert f"relu{settings}: it broke; log: /logs/1" in out and "python -m launch.status resubmit" in out
 
@@ -650,6 +650,40 @@ def test_starts_that_hardly_train_are_told_from_their_seconds() -> None:
         told
     )
     assert starts.advice([slow, *[slow | {"trained_s": 90.0}] * 3]) == starts.advice([{}, {"step": 3}]) == ""
+
+
+@quick
+def test_a_start_that_was_ended_from_outside_is_no_failure() -> None:
+    def start(job: str, end: str = "") -> dict[str, str]:
+        return {"job": job} | ({"end": end} if end else {})
+
+    stopped = [start("7_0", end) for end in ("SIGTERM", "SIGUSR2", "SIGINT", "the launcher died")]
+    assert starts.count_ends(stopped, over=True) == (4, 0)
+    # Killed at once: the same job began again, as after a lost node; another one, because the first was over.
+    assert starts.count_ends([start("7_0"), start("7_0"), start("9", "finished")], over=False) == (1, 1)
+    assert starts.count_ends([start("7_0", "failed"), start("9")], over=False) == (0, 1)  # and it runs now
+    assert starts.count_ends([start("7_0", "SIGTERM"), start("7_0")], over=True) == (1, 1)
+
+
+@quick
+def test_a_start_that_was_killed_is_timed_by_what_it_wrote(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder = make_run(here, "linear", "running")
+    record = starts.Starts(folder)
+    record.begin(9)
+    began = time.time()
+    (folder / "steps.jsonl").write_text('{"step": 40}\n{"step": 80}\n{"step": 1')  # it was killed while it wrote
+    os.utime(folder / "environment.json", (began + 100, began + 100))
+    os.utime(folder / "steps.jsonl", (began + 400, began + 400))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-60.pt").touch()
+    record.begin(9)
+    first, second = record.read()
+    assert (first["trained_s"], second["step"], second["repeats"]) == (300.0, 60, 20)
+    assert first["starting_s"] >= 100 and "end" not in first
+    record._write([first, second | {"time": time.strftime(starts.TIME_FORMAT, time.localtime(began + 200))}])
+    record.begin(9)  # the second wrote nothing: it was killed while it started
+    assert "trained_s" not in record.read()[1] and starts.count_ends(record.read(), over=False) == (2, 0)
 
 
 # A rank that ends in one way when it is asked to, in another when its time is over, and at its third start by itself.

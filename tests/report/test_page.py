@@ -8,7 +8,7 @@ import pytest
 import reports
 from browser import Browser
 from conftest import need
-from reports import Report, make_report, make_run
+from reports import Report, make_report, make_run, submitted
 
 from fashion_ddp.report.page import PICTURED
 from fashion_ddp.report.tables import BEST
@@ -20,12 +20,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Models of one and of three seeds, synthetic data, a failed run, and names that mean harm."""
     runs = tmp_path_factory.mktemp("page") / "runs"
     for seed in (0, 1, 2):
-        make_run(runs / f"cnn-{seed}", model="cnn", skill=4.0, seed=seed)
+        submitted(make_run(runs / f"cnn-{seed}", model="cnn", skill=4.0, seed=seed), energy_j=7.2e6)
     make_run(runs / "linear", model="linear", skill=2.5)
     make_run(runs / "relu", model="relu", dead=(2, 4))
     make_run(runs / ("<img src=http://x/y.png onerror=alert(1)>" + "long" * 30).replace("/", "|"), model="mlp", lr=0.05)
     make_run(runs / "made up", model="linear", dataset="synthetic", data={})
-    make_run(runs / "failed", model="cnn", status="failed", seed=9, summary={"error": "loss is not finite"})
+    submitted(make_run(runs / "failed", model="cnn", status="failed", seed=9, summary={"error": "loss is not finite"}))
     return make_report([runs], runs.parent / "report")
 
 
