@@ -48,6 +48,9 @@ def show(states: list[RunState]) -> int:
             why = one.given_up or one.run.summary.get("error") or "its folder does not say why"
             say(f"{one.folder.name}: {why}; log: {shlex.quote(jobs.log_that_tells(one.job_record))}")
     for one in states:
+        if one.queued and "held" in one.queued.reason.lower():
+            say(f"{one.folder.name}: SLURM holds its job: `scontrol release {one.job}` lets it go on")
+    for one in states:
         nodes, why = ("", "") if one.active or one.finished else jobs.bad_nodes(one)
         if nodes:
             say(f"{one.folder.name}: {nodes} may be at fault ({why}): `resubmit --exclude {nodes}` avoids it")

@@ -260,6 +260,11 @@ def _tell(*words: str) -> bool:
     return subprocess.run(words, check=False, capture_output=True, timeout=60).returncode == 0
 
 
+def _ask(*words: str) -> str:
+    """What a command prints, "" where the controller is away."""
+    return subprocess.run(words, check=False, capture_output=True, text=True, timeout=120).stdout
+
+
 def _signal(pid: int, which: signal.Signals) -> bool:
     try:
         os.kill(pid, which)
@@ -278,6 +283,7 @@ class Record:
     struck: dict[str, int] = field(default_factory=dict)
     starts: int = 0
     by_a_person: int = 0  # how often it was submitted again
+    released: int = 0  # how often SLURM held its job, and an operator let it go on
     steps_repeated: int = 0
     seconds: float = 0.0
     history: list[str] = field(default_factory=list)
@@ -395,8 +401,21 @@ class Campaign:
                 return "training"
             if not run.in_queue():
                 self._submit_again(run, record)
+            self._heal(run, record)
             time.sleep(0.3)
         return "finished"
+
+    def _heal(self, run: Disturbed, record: Record) -> None:
+        """Do an operator's part: a controller that was killed forgets what it did last, starts a job twice, drains the
+        node and holds the job."""
+        if "Duplicate jobid" in _ask("sinfo", "-h", "-R", "-o", "%E"):
+            for node in NODES:
+                _tell("scontrol", "update", f"nodename={node}", "state=resume")
+        if "held" in _ask("squeue", "-h", "-t", "PD", "-o", "%r", "-j", run.job):
+            shown = run.status().stdout
+            assert f"`scontrol release {run.job}`" in shown, shown
+            record.released += _tell("scontrol", "release", run.job)
+            record.history.append("released")
 
     def _submit_again(self, run: Disturbed, record: Record) -> None:
         with self.of_cluster:
@@ -456,7 +475,7 @@ def _line(run: Record) -> str:
 
 def totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
     struck = sum((Counter(run["struck"]) for run in runs), Counter())
-    names = ("starts", "by_a_person", "steps_repeated")
+    names = ("starts", "by_a_person", "released", "steps_repeated")
     sums = {name: sum(run[name] for run in runs if not run["failures"]) for name in names}
     failures = sum(bool(run["failures"]) for run in runs)
     return {

@@ -140,6 +140,7 @@ def is_alive(waiting: Path) -> bool:
 def test_ended_in_its_start_again_and_again_it_leaves_at_once_and_is_never_given_up(run: Submitted) -> None:
     run.submit("--slurm", "hold")
     (run.cwd / "wait").touch()  # the model is not built
+    assert f"`scontrol release {run.job}` lets it go on" in run.status().stdout
     slurm("scontrol", "release", run.job, run.report)
     ways = [("scontrol", "requeue"), ("scancel", "--signal=USR2")] * 3  # by SLURM, and by the script
     for times, way in enumerate(ways, start=1):
