@@ -46,7 +46,7 @@ def train(command: Command) -> None:
         from fashion_ddp.distributed.world import open_world
         from fashion_ddp.models import architectures, transfer
         from fashion_ddp.models.normalize import set_statistics
-        from fashion_ddp.training import artifacts, compiled, cuda_graph, images, optim, startup
+        from fashion_ddp.training import artifacts, compiled, cuda_graph, images, metrics, optim, startup
         from fashion_ddp.training.batches import Batches, split
         from fashion_ddp.training.checkpoint import Checkpoints
         from fashion_ddp.training.evaluate import Evaluation, evaluate
@@ -75,6 +75,7 @@ def train(command: Command) -> None:
         ddp = world.wrap(model, ddp=not cfg.reduction_shards)  # Accelerate: device, precision, DistributedDataParallel
         optimizer = optim.build(cfg, model, world.device)
         rates = optim.schedule(cfg, batches.steps)
+        figures = world.raise_together(lambda: metrics.build(cfg.metrics, classes, world.device))
         record = StepRecord(batches)
         step = Step(cfg, world, ddp, optimizer, batches, record)
         step.warm_up()
@@ -116,7 +117,7 @@ def train(command: Command) -> None:
                     if sync.stop:
                         raise Stopped(state.position, sync.stop)
             with state.timings.measure("eval"), state.averaged():
-                scores = evaluate(cfg, model, sets, last_epoch=epoch == cfg.epochs)
+                scores = evaluate(cfg, model, sets, figures, last_epoch=epoch == cfg.epochs)
             recorder.epoch(scores, state.timings.of_epoch(batches.count))
 
         with state.averaged():

@@ -42,6 +42,7 @@ LOADED = (
     "torch.utils.flop_counter",
     "accelerate",
     "safetensors.torch",
+    "torchmetrics.classification",
     "tqdm",
     "yaml",
 )

@@ -208,7 +208,7 @@ def _check_data_and_models(configs: list[Config], dry_run: bool) -> Md5:
                 data.fetch(cfg.dataset)
         loaded = data.load_for(cfg)
         md5[cfg.dataset, cfg.image_size] = loaded.md5
-    snapshot.user_packages([name for cfg in configs for name in (cfg.model, cfg.dataset)])
+    snapshot.user_packages([name for cfg in configs for name in (cfg.model, cfg.dataset, cfg.metrics or "")])
     kinds = {(cfg.model, cfg.model_args, cfg.init_from, cfg.freeze): cfg for cfg in configs}
     for cfg in (cfg for cfg in kinds.values() if is_code(cfg.model) or cfg.init_from or cfg.freeze):
         from fashion_ddp.models import architectures, transfer  # import torch
@@ -276,7 +276,7 @@ def _prepare(plan: SubmissionPlan, todo: list[Path], folders: list[Path]) -> Rep
         plan.folder.mkdir(parents=True)
         if not plan.code.exists() and submission.executor != "debug":
             configs = [load_run(folder).settings() for folder in todo]
-            snapshot.take(plan.code, [name for cfg in configs for name in (cfg.model, cfg.dataset)])
+            snapshot.take(plan.code, [name for cfg in configs for name in (cfg.model, cfg.dataset, cfg.metrics or "")])
         write_whole(plan.folder / SUBMISSION_FILE, json.dumps(_record(plan, folders), indent=1, default=str) + "\n")
     except OSError as error:
         first = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror  # it lists each file

@@ -44,7 +44,7 @@ _server = multiprocessing.get_context("forkserver")
 # What test files import is among it: a rank imports the file that its function is in.
 _server.set_forkserver_preload(
     ["fashion_ddp.train", "torch", "accelerate", "torch._dynamo", "fashion_ddp.training.checkpoint"]
-    + ["pytest", "torchmetrics.functional.classification", "safetensors.torch", "torch.profiler"]
+    + ["pytest", "torchmetrics.classification", "safetensors.torch", "torch.profiler"]
 )
 
 

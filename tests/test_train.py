@@ -1,6 +1,8 @@
 """One run from the command to its folder: what it leaves, and what it does with what is there already."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,13 @@ import pytest
 import torch
 from conftest import forked
 from safetensors.torch import load_file
+from torchmetrics.functional.classification import multiclass_auroc
 
 from fashion_ddp import data
+from fashion_ddp.errors import UserError
 from fashion_ddp.models import architectures
 from fashion_ddp.runs.reading import load_run
+from fashion_ddp.training import metrics
 
 MODULE = "fashion_ddp.train"
 TRAIN = (MODULE, "--model", "linear", "--epochs", "1", "--tracker", "none", "--threads", "1", "--device", "cpu")
@@ -46,6 +51,61 @@ def test_a_run_leaves_a_complete_folder(finished: Path) -> None:
     [start] = run.environment
     assert start["made_by"]["torch"] == torch.__version__.partition("+")[0] and len(start["ranks"]) == 1
     assert len(start["made_by"]["data"]) == 4 and len(start["made_by"]["code"]) == 64
+
+
+MINE = """
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
+
+def more(classes):
+    return MetricCollection({"auroc": MulticlassAUROC(classes)})
+
+def by_class(classes):
+    return MetricCollection({"auroc": MulticlassAUROC(classes, average=None)})
+
+def taken(classes):
+    return MetricCollection({"macro_f1": MulticlassF1Score(classes)})
+
+def alone(classes):
+    return MulticlassAUROC(classes)
+
+def broken(classes):
+    return MetricCollection({"auroc": MulticlassAUROC(classes + 1)})
+"""
+
+
+def test_figures_of_the_users_own_are_recorded_beside_ours(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    line = (*TRAIN, "--dataset", "synthetic", "--metrics", "mine:more", "--tta", "flip", "--run-dir", "run")
+    done = forked(*line, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = load_run(tmp_path / "run")
+    labels, logits = (torch.from_numpy(run.predictions[name]) for name in ("labels", "logits"))
+    expected = multiclass_auroc(logits, labels, num_classes=10).item()
+    assert run.metrics[-1]["test/auroc"] == run.summary["test/auroc"] == pytest.approx(expected)
+    names = ("top5", "macro_f1", "calibration_error", "auroc")
+    assert {f"{part}/{name}" for part in ("test", "test_tta") for name in names} <= set(run.metrics[-1])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gone", "mine has no 'gone'"),
+        ("by_class", "auroc must be one number, as with average='macro'"),
+        ("taken", "macro_f1 is a figure of ours: give it another name"),
+        ("alone", "it must return a torchmetrics MetricCollection, not MulticlassAUROC"),
+        ("broken", "metrics mine:broken cannot be used: ValueError: "),
+    ],
+)
+def test_a_function_of_figures_that_cannot_be_used_is_told(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    with pytest.raises(UserError, match=re.escape(told)):
+        metrics.build(f"mine:{name}", 10, torch.device("cpu"))
 
 
 def test_saved_weights_loaded_again_give_the_saved_predictions(finished: Path, data_dir: Path) -> None:

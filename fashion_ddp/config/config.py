@@ -14,6 +14,7 @@ import yaml
 from fashion_ddp.config.names import (
     architectures,
     check_dataset,
+    check_metrics,
     check_model,
     check_model_args,
     dataset_name,
@@ -112,6 +113,9 @@ class Config:
     tta: Literal["none", "flip", "shift", "flip+shift"] = "none"
     """Test-time augmentation: after the last epoch also take the mean answer to an image and to it mirrored (flip),
     moved by a pixel either way (shift), or both. Recorded beside the plain figures."""
+    metrics: str | None = None
+    """Your own figures of each evaluation, as package.module:function: it returns a torchmetrics MetricCollection for a
+    number of classes. Recorded beside accuracy, top5, macro_f1 and calibration_error."""
 
     # The model
     hidden_units: int | None = None
@@ -232,6 +236,7 @@ class Config:
     def _check_model(self) -> None:
         check_model(self.model)
         check_dataset(self.dataset)
+        check_metrics(self.metrics)
         takes = architectures().get(self.model)
         for name, value in self.model_settings().items():
             if takes is not None and name not in takes:

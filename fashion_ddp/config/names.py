@@ -71,6 +71,12 @@ def check_dataset(name: str) -> None:
         )
 
 
+def check_metrics(name: str | None) -> None:
+    """Raise UserError for figures that are no user's own."""
+    if name is not None and not is_code(name):
+        raise UserError(f"metrics: expected package.module:function, got {name!r}")
+
+
 def dataset_name(dataset: str) -> str:
     """Return the name of a dataset in run folders and tables: without the folders above it."""
     if not is_path(dataset):

@@ -1,5 +1,6 @@
 """Tune a process's memory allocator, garbage collector and scheduling, so that steps do not wait."""
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -44,6 +45,7 @@ def gc_paused() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # Triton complains of its objects that are there to the end
         if was_enabled:
             gc.enable()
 

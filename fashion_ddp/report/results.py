@@ -1,7 +1,6 @@
 """Read the runs of a report: each run's folder, and its object in report.json."""
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from fashion_ddp.runs.reading import Run, load_run, read_arrays, softmax
 ACCURACY, LOSS, IMAGES_PER_S = "test/accuracy", "test/loss", "throughput/images_per_s"
 SECONDS = "time/train_and_test_s"  # as the tutorials measure: training, and the pass over the test set after each epoch
 TTA = "test_tta/accuracy"  # with test-time augmentation
-MACRO_F1, CALIBRATION, MEMORY = "test/macro_f1", "test/calibration_error", "peak_memory_bytes"
+TOP5, MACRO_F1, CALIBRATION = "test/top5", "test/macro_f1", "test/calibration_error"
+MEMORY = "peak_memory_bytes"
 BALANCED = "test/balanced_accuracy"  # the mean of the classes' recalls: a rare class counts as much as a common one
 
 
@@ -117,6 +117,12 @@ class Result:
         )
 
 
+def own_figures(results: list[Result]) -> list[str]:
+    """Return the names of the figures of the test set that the user's own function gave (--metrics)."""
+    ours = (ACCURACY, LOSS, TOP5, MACRO_F1, CALIBRATION, BALANCED)
+    return list(dict.fromkeys(n for r in results for n in r.record if n.startswith("test/") and n not in ours))
+
+
 def read_results(folders: list[Path]) -> list[Result]:
     """Read runs. Raises UserError for a folder or file that cannot be read."""
     runs = [load_run(folder) for folder in folders]
@@ -152,21 +158,16 @@ def _result(run: Run, unique: bool) -> Result:
 
 
 def _derived(record: dict[str, Any], logits: np.ndarray, predictions: Predictions) -> dict[str, Any]:
-    """Return counts [true][predicted], F1 and recall from them, the calibration error and, for relu, the dead logits.
+    """Return counts [true][predicted], F1 and recall of each class from them and, for relu, the dead logits.
 
     A logit is dead if it is positive for no image of the test set.
     """
     classes = logits.shape[1]
     flat = predictions.labels * classes + predictions.predicted
     counts = np.bincount(flat, minlength=classes**2).reshape(classes, classes)
-    f1, error = (
-        statistics.f1_by_class(counts),
-        statistics.calibration_error(predictions.confidence, predictions.correct),
-    )
     recall = counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
-    derived: dict[str, Any] = {"confusion": counts.tolist(), "f1_by_class": f1.tolist(), MACRO_F1: float(f1.mean())}
+    derived: dict[str, Any] = {"confusion": counts.tolist(), "f1_by_class": statistics.f1_by_class(counts).tolist()}
     derived |= {"recall_by_class": recall.tolist(), BALANCED: float(recall.mean())}
-    derived[CALIBRATION] = error if math.isfinite(error) else None
     if record["model"] == "relu":
         positive, names = logits > 0, record["classes"]
         derived["positive_by_class"] = positive.mean(

@@ -24,13 +24,15 @@ from fashion_ddp.report.results import (
     MACRO_F1,
     MEMORY,
     SECONDS,
+    TOP5,
     TTA,
     Result,
+    own_figures,
 )
 from fashion_ddp.report.statistics import Interval, t_interval, wilson
 from fashion_ddp.report.text import common_settings, settings_text
 
-FIGURES = (ACCURACY, LOSS, TTA, BALANCED, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
+FIGURES = (ACCURACY, LOSS, TTA, BALANCED, TOP5, MACRO_F1, CALIBRATION, SECONDS, IMAGES_PER_S, MEMORY)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         def each(figure: Callable[[str], float | None]) -> dict[str, float | None]:
-            return {name: figure(name) for name in FIGURES}
+            return {name: figure(name) for name in (*FIGURES, *own_figures(self.results))}
 
         of_row: dict[str, Any] = {"label": self.label, "runs": [r.name for r in self.results], "n": len(self.results)}
         of_row |= {"mean": each(self.mean), "std": each(self.std), "interval": self.interval()}

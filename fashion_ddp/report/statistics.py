@@ -13,7 +13,6 @@ import numpy as np
 
 Z = 1.959963984540054  # standard normal quantile at 0.975: two-sided 95 %
 RESAMPLES = 2_000
-BINS = 15  # of confidence, as in Guo et al.
 
 
 class Interval(NamedTuple):
@@ -163,14 +162,3 @@ def f1_by_class(confusion: np.ndarray) -> np.ndarray:
     hits = confusion.diagonal()
     either = confusion.sum(axis=0) + confusion.sum(axis=1)
     return 2 * hits / np.maximum(either, 1)
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Return the expected calibration error: the mean distance between confidence and accuracy in bins of equal width.
-
-    `confidence` [n]: the probability of the predicted class. `correct` [n] bool.
-    Source: C. Guo, G. Pleiss, Y. Sun and K. Q. Weinberger, "On calibration of modern neural networks", ICML (2017).
-    """
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)  # a bin includes its upper edge
-    gaps = np.bincount(bins, confidence - correct, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(confidence))

@@ -18,7 +18,9 @@ from fashion_ddp.report.results import (
     MACRO_F1,
     MEMORY,
     SECONDS,
+    TOP5,
     TTA,
+    own_figures,
 )
 from fashion_ddp.report.rows import Comparison, Row, Section
 from fashion_ddp.report.text import Table, interval_text, p_value_text, percent, settings_text
@@ -85,7 +87,9 @@ AUGMENTED = _figure("accuracy % with test-time augmentation", TTA, percent, spre
 EVALUATIONS = Column("test set seen", True, _test_evaluations)
 INTERVAL = Column("95 % interval", True, _interval)
 OVER_CLASSES = _figure("balanced accuracy %", BALANCED, percent, spreads=True)
+AMONG_FIVE = _figure("top-5 accuracy %", TOP5, percent)
 MORE_QUALITY = [
+    AMONG_FIVE,
     _figure("macro F1", MACRO_F1, "{:.4f}".format),
     _figure("calibration error %", CALIBRATION, percent),
 ]
@@ -118,7 +122,7 @@ def _table(section: Section, columns: list[Column], rows: list[Row]) -> Table:
     """Make a table of rows, or runs, of a section. A column that need not have an entry is left out where none has."""
     shown: list[Column] = []
     for column in columns:
-        if column in (SHARED, AUGMENTED) and all(column.text(row) == MISSING for row in rows):
+        if column in (SHARED, AUGMENTED, AMONG_FIVE) and all(column.text(row) == MISSING for row in rows):
             continue
         if (column is EVALUATIONS and not section.offers_choice) or (column is OVER_CLASSES and not section.unbalanced):
             continue
@@ -129,13 +133,21 @@ def _table(section: Section, columns: list[Column], rows: list[Row]) -> Table:
     return Table([c.title for c in shown], [c.numeric for c in shown], cells)
 
 
-def main_table(section: Section, columns: list[Column] = COLUMNS) -> Table:
-    """Return a table with a line per row of the section, best accuracy first."""
+def _all_columns(section: Section) -> list[Column]:
+    """Return our columns, and after those of quality one for each figure of the user's own."""
+    after = COLUMNS.index(MORE_QUALITY[-1]) + 1
+    names = own_figures([result for row in section.rows for result in row.results])
+    own = [_figure(name.removeprefix("test/"), name, "{:.4f}".format) for name in names]
+    return [*COLUMNS[:after], *own, *COLUMNS[after:]]
+
+
+def main_table(section: Section, columns: list[Column] | None = None) -> Table:
+    """Return a table with a line per row of the section, best accuracy first. `columns`: by default all."""
 
     def model(row: Row) -> str:
         return (BEST if row is section.best else "") + MODEL.text(row)
 
-    return _table(section, [MODEL._replace(text=model), *columns], section.rows)
+    return _table(section, [MODEL._replace(text=model), *(columns or _all_columns(section))], section.rows)
 
 
 def single_runs(section: Section) -> Table | None:
@@ -143,7 +155,7 @@ def single_runs(section: Section) -> Table | None:
     if all(len(row.results) == 1 for row in section.rows):
         return None
     runs = [Row(row.label, [result]) for row in section.rows for result in row.results]
-    return _table(section, [RUN_COLUMN, MODEL, *COLUMNS], runs)
+    return _table(section, [RUN_COLUMN, MODEL, *_all_columns(section)], runs)
 
 
 def pairs_table(section: Section) -> Table | None:

@@ -3,14 +3,16 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from fashion_ddp.config import Config
 from fashion_ddp.distributed.world import World, all_reduce
+from fashion_ddp.training import metrics
 from fashion_ddp.training.batches import DTYPES, to_unit
 from fashion_ddp.training.images import Part, Place, lay
 
@@ -35,6 +37,7 @@ class Scores:
     accuracy: float  # share of the n
     logits: Tensor  # [n, classes]
     predicted: Tensor  # [n] int64
+    figures: dict[str, float] = field(default_factory=dict)  # of training/metrics.py
 
 
 class Evaluation:
@@ -91,13 +94,17 @@ def view(images: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
     return images.flip(-1) if mirrored else images
 
 
-def evaluate(cfg: Config, model: nn.Module, sets: Mapping[str, Evaluation], last_epoch: bool) -> dict[str, Scores]:
-    """Score a model, after an epoch, on each set whose turn it is. Where test-time augmentation was asked for, its
-    scores stand beside the last epoch's plain ones, as `test_tta`."""
+def evaluate(
+    cfg: Config, model: nn.Module, sets: Mapping[str, Evaluation], figures: MetricCollection, last_epoch: bool
+) -> dict[str, Scores]:
+    """Score a model, after an epoch, on each set whose turn it is, with these figures. Where test-time augmentation was
+    asked for, its scores stand beside the last epoch's plain ones, as `test_tta`."""
     chosen_by_val = "val" in sets and not cfg.validation  # the set has images to choose by
     at_end = cfg.test_at == "end" or (cfg.test_at == "auto" and chosen_by_val)
     due = {name: one for name, one in sets.items() if last_epoch or name != "test" or not at_end}
     augmented = [cfg.tta] if last_epoch and cfg.tta != "none" else []
-    scores = {name: evaluation(model, "none", *augmented) for name, evaluation in due.items()}
-    plain = {name: one for name, [one, *_] in scores.items()}
-    return plain | {f"{name}_tta": one for name, [_, *several] in scores.items() for one in several}
+    scores: dict[str, Scores] = {}
+    for name, evaluation in due.items():
+        for suffix, one in zip(("", "_tta"), evaluation(model, "none", *augmented), strict=False):
+            scores[name + suffix] = replace(one, figures=metrics.compute(figures, one.logits, evaluation.labels))
+    return scores

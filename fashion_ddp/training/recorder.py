@@ -99,6 +99,7 @@ class Recorder(NullRecorder):
         self.known["test_evaluations"] += "test" in scores
         for name, score in scores.items():
             row |= {f"{name}/loss": score.loss, f"{name}/accuracy": score.accuracy}
+            row |= {f"{name}/{figure}": value for figure, value in score.figures.items()}
         row |= timings
         self.folder.append("metrics.jsonl", [row])
         if self.wandb:

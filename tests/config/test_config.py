@@ -181,6 +181,7 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "mixup": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
     "cutmix": [("-0.1", "at least 0"), ("inf", "a finite number"), ("some", "a number")],
     "test_at": [("never", "choices: auto, epoch, end")],
+    "metrics": [("top5", "expected package.module:function, got 'top5'")],
     "tta": [("crop", "choices: none, flip, shift, flip+shift")],
     "depth": [("0", "greater than 0"), ("3", "does nothing for model 'cnn', only for deep_mlp, wide_resnet")],
     "precision": [("fp8", "choices: fp32, tf32, fp16, bf16, fp64"), ("float32", "fp32")],

@@ -27,8 +27,9 @@ from fashion_ddp.config.layers import make_config
 from fashion_ddp.distributed.world import open_world
 from fashion_ddp.models import architectures
 from fashion_ddp.models.dropout import SampleDropout
+from fashion_ddp.training import metrics
 from fashion_ddp.training.batches import Batches
-from fashion_ddp.training.evaluate import Evaluation
+from fashion_ddp.training.evaluate import Evaluation, Scores, evaluate
 from fashion_ddp.training.images import Part
 
 BATCH = 50  # divides by neither 3 nor 4
@@ -249,22 +250,34 @@ def test_class_weights_are_torchs_on_any_number_of_ranks(given: str, small: data
 COUNTS = (3, 1001, 10_000)
 
 
-def evaluate(cfg: Config, d: data.Dataset) -> list[tuple[float, float, torch.Tensor]]:
+def scores_of(cfg: Config, d: data.Dataset) -> list[Scores]:
     with open_world(cfg) as world:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
-        of = [Evaluation(cfg, world, Part(d.test_images[:n], d.test_labels[:n]), 10)(model) for n in COUNTS]
-        return [(scores.loss, scores.accuracy, scores.logits) for [scores] in of]
+        parts = {str(n): Part(d.test_images[:n], d.test_labels[:n]) for n in COUNTS}
+        sets = {name: Evaluation(cfg, world, part, 10) for name, part in parts.items()}
+        figures = metrics.build(None, 10, world.device)
+        return [*evaluate(cfg, model, sets, figures, last_epoch=True).values()]
 
 
 def test_evaluation_is_exact_on_any_number_of_ranks(small: data.Dataset) -> None:
     cfg = settings(model="mlp", precision="fp32")
     for world_size in (1, 2, 4):
-        for seen in ranks(world_size, evaluate, cfg, small):
-            for count, (loss, accuracy, logits) in zip(COUNTS, seen, strict=True):
-                labels = torch.from_numpy(small.test_labels[:count])
+        for seen in ranks(world_size, scores_of, cfg, small):
+            for count, scores in zip(COUNTS, seen, strict=True):
+                labels, logits = torch.from_numpy(small.test_labels[:count]), scores.logits
                 oracle = multiclass_accuracy(logits, labels, num_classes=10, average="micro").item()
-                assert accuracy == pytest.approx(oracle, abs=1e-7) and len(logits) == count
-                assert loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-12)
+                assert scores.accuracy == pytest.approx(oracle, abs=1e-7) and len(logits) == count
+                assert scores.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-12)
+                # By hand: labels among the five likeliest, the mean F1 of the classes, and the gaps of the bins.
+                five = (logits.topk(5).indices == labels[:, None]).any(1).double().mean()
+                counts = torch.zeros(10, 10).index_put_((labels, scores.predicted), torch.ones(()), accumulate=True)
+                either = counts.sum(0) + counts.sum(1)
+                f1 = (2 * counts.diagonal() / either)[either > 0].mean()
+                sure, right = logits.double().softmax(1).max(1)[0], scores.predicted == labels
+                bins = (sure * 15).ceil().long()
+                gap = sum(abs(float((sure - right.double())[bins == n].sum())) for n in range(16)) / count
+                expected = {"top5": float(five), "macro_f1": float(f1), "calibration_error": gap}
+                assert scores.figures == pytest.approx(expected, abs=1e-5)
 
 
 def policies(chosen: int | None) -> list[int]:

@@ -6,10 +6,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
+from torchmetrics.functional.classification import multiclass_f1_score
 
 from fashion_ddp.report import statistics
-from fashion_ddp.runs.reading import softmax
 
 pytestmark = pytest.mark.quick
 
@@ -63,23 +62,6 @@ def answers() -> tuple[torch.Tensor, torch.Tensor]:
     logits = torch.randn(3000, 10, generator=generator)
     logits[torch.arange(3000), labels] += 1.5
     return logits, labels
-
-
-def test_calibration_error_is_torchmetrics() -> None:
-    logits, labels = answers()
-    # The sure ones too sure and the others not sure enough: gaps of both signs, so that the bins matter.
-    logits *= torch.where(torch.arange(len(labels)) % 2 == 0, 4.0, 0.3).unsqueeze(1)
-    probabilities = softmax(logits.numpy())
-    correct = (logits.argmax(1) == labels).numpy()
-    theirs = multiclass_calibration_error(torch.from_numpy(probabilities), labels, num_classes=10, n_bins=15)
-    assert statistics.calibration_error(probabilities.max(axis=1), correct) == pytest.approx(theirs.item(), abs=1e-6)
-
-
-def test_calibration_error_by_hand() -> None:
-    # Two bins are used: 0.9 with half right (gap 0.4, 2 of 4 images), 0.55 with all right (gap 0.45, 2 of 4).
-    confidence, correct = np.array([0.9, 0.9, 0.55, 0.55]), np.array([True, False, True, True])
-    assert statistics.calibration_error(confidence, correct) == pytest.approx(0.5 * 0.4 + 0.5 * 0.45)
-    assert statistics.calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
 
 
 def test_f1_is_torchmetrics() -> None:

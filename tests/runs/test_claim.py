@@ -89,6 +89,7 @@ OTHER_VALUES: dict[str, Any] = {
     "dataset": "synthetic", "reduction_shards": 12, "init_from": "runs/one", "freeze": ("0", "2"),
     "decay_biases": False, "ema": 0.9, "normalize": True,
     "alternating_flip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0, "test_at": "end", "tta": "flip",
+    "metrics": "mine:more",
     "image_size": 32, "class_weights": "balanced",
 }  # fmt: skip
 

@@ -134,7 +134,7 @@ def begin(recorder, *args):
 
 begin_epoch, Recorder.begin_epoch = Recorder.begin_epoch, begin
 train.main(sys.argv[1:])
-print(*{"torchvision", "torchmetrics", "matplotlib", "wandb", "pandas", "sklearn", "PIL", "scipy"} & set(sys.modules))
+print(*{"matplotlib", "wandb", "pandas", "sklearn", "scipy", "transformers"} & set(sys.modules))
 print(looked_at[0], gc.isenabled(), gc.get_freeze_count())
 """
     words = ["--model", "linear", "--dataset", "synthetic", "--epochs", "1", "--device", "cpu", "--tracker", "none"]
