@@ -91,7 +91,7 @@ SUMMARY = (
     Key("starts", "count", "processes that worked at the run, one after another"),
     Key("timings_mixed", "true, false", "whether they did so on different hardware, or beside other runs"),
     Key("side_by_side", "count", "runs that were trained at once on its machine, at most: above 1, times are shared"),
-    Key("wandb_id", "text", "the run's name to W&B", "W&B"),
+    Key("wandb_id", "text", "the run's name to W&B, also where it is told only later"),
     Key("wandb_mode", "text", "online, offline or disabled; null where W&B was left", "W&B"),
     Key("test_evaluations", "count", "how often the test set was looked at"),
     *(key for key in EPOCH if key.name != "throughput/images_per_s"),  # of the last epoch

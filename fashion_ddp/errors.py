@@ -19,10 +19,10 @@ class TrainingFailed(CommandFailed):
 
 
 class Stopped(RuntimeError):
-    """Training was asked to stop and has saved its state: the same command continues. Exit code os.EX_TEMPFAIL (75)."""
+    """A command was asked to stop and has saved what it did: the same one continues. Exit code os.EX_TEMPFAIL (75)."""
 
     def __init__(self, position: str | None, reason: str):
-        """`position`: where in the run it is saved; None where it goes on from what was saved before."""
+        """`position`: where in a run it is saved; None where it goes on from what was saved before."""
         saved = f" and saved in {position}" if position else ""
         super().__init__(f"stopped ({reason}){saved}: the same command continues")
         self.reason = reason  # a signal's name, or what else asked for the stop

@@ -1,40 +1,29 @@
 """Upload run folders, and their report, to W&B, for example for machines that have no network.
 
     python -m fashion_ddp.push runs --report report
+    python -m fashion_ddp.push runs --watch                                   while they are being trained elsewhere
     WANDB_MODE=offline python -m fashion_ddp.push runs/cnn-blog-seed42        into a file for `wandb sync`
 
-It creates a run at W&B or updates it. It sends nothing that the server already has, so the command may be repeated. A
-run that was made without W&B gets an id for it in its summary.json. Exit code 1: some runs could not be uploaded, and
-the same command goes on. 2: nothing was uploaded, because the user must fix something first.
+It creates a run at W&B or updates it. It sends nothing that the server already has, so the command may be repeated.
+Exit code 1: some runs could not be uploaded, and the same command goes on. 2: nothing was uploaded, because the user
+must fix something first. 75: a watch was stopped, and the same command goes on.
 """
 
 import dataclasses
 import importlib.util
 import json
 import os
-import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fashion_ddp import data
 from fashion_ddp.config import Config, default_runs_dir, flags
-from fashion_ddp.config.names import is_code
 from fashion_ddp.console import entry_point, say
-from fashion_ddp.data.cache import PictureSettings
-from fashion_ddp.errors import CommandFailed, TrainingFailed, UserError, pluralize
-from fashion_ddp.files import write_whole
+from fashion_ddp.errors import TrainingFailed, UserError, pluralize
 from fashion_ddp.redact import refuse_secrets
-from fashion_ddp.runs import lock
-from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.runs.reading import Run, find_runs, load_run
-from fashion_ddp.tracking.mirror import WandbMirror, panels
-
-IDS_FILE = "wandb.json"  # in a report's folder: its ids at W&B
+from fashion_ddp.tracking.upload import NotPushed, push, push_report, why_left_out
+from fashion_ddp.tracking.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -60,91 +49,62 @@ class Arguments:
     saved_report: bool = False
     """With --report: also make a report of W&B's own kind about the group. Needs the package wandb-workspaces."""
 
-    def over(self, cfg: Config) -> Config:
-        """Return a run's settings with this command's settings for W&B."""
+    watch: bool = False
+    """Stay, and bring what runs write while they are being trained, also those that begin later, until all have
+    ended."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return this command's settings for W&B, which win over a run's own."""
         said = {name: getattr(self, name) for name in ("project", "entity", "group", "tags", "notes")}
         said |= {"weights": True if self.weights else None}
-        return dataclasses.replace(cfg, **{f"wandb_{name}": v for name, v in said.items() if v is not None})
-
-
-class NotPushed(CommandFailed):
-    """A run could not be uploaded to W&B, and the text says why."""
+        return {f"wandb_{name}": value for name, value in said.items() if value is not None}
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     arguments = flags.parse(Arguments, "fashion_ddp.push", argv)
     refuse_secrets(dataclasses.asdict(arguments))
-    done = 0
+    if arguments.watch:
+        _check_watch(arguments)
+        done = Watch(arguments.runs, arguments.settings()).run()
+    else:
+        done = push_all(arguments)
+    say(f"pushed: {pluralize(done, 'run')}" + (f", and {arguments.report}" if arguments.report else ""))
+
+
+def push_all(arguments: Arguments) -> int:
+    """Bring the runs that are not being trained to W&B, and the report. Returns the number of runs."""
+    done, settings = 0, arguments.settings()
     try:
         runs = [run for folder in find_runs(list(arguments.runs)) if _can_be_pushed(run := load_run(folder))]
-        configs = [arguments.over(run.settings()) for run in runs]
+        configs = [dataclasses.replace(run.settings(), **settings) for run in runs]
         report = arguments.report and read_report(arguments.report)
         _check_saved_report(arguments, _common(configs))
-        for run, cfg in zip(runs, configs, strict=True):
-            push(run, cfg)
+        for run in runs:
+            push(run.path, settings)
             done += 1
         if arguments.report and report:
-            push_report(arguments.report, report, arguments.over(_common(configs)), arguments.saved_report)
+            cfg = dataclasses.replace(_common(configs), **settings)
+            push_report(arguments.report, report, cfg, arguments.saved_report)
     except TrainingFailed as error:  # a run folder cannot be written
         raise UserError(str(error)) from None
     except NotPushed as error:
         so_far = f"{done} of {pluralize(len(runs), 'run')} done"
         raise NotPushed(f"{error}; {so_far}, and the same command goes on") from None
-    say(f"pushed: {pluralize(done, 'run')}" + (f", and {arguments.report}" if arguments.report else ""))
+    return done
 
 
 def _can_be_pushed(run: Run) -> bool:
-    why = f"is being trained ({holder})" if (holder := lock.holder(run.path)) else "has not been started"
-    if holder or not run.summary:
+    if why := why_left_out(run):
         say(f"{run.path} {why}: left out")
-    return bool(run.summary) and not holder
+    return not why
 
 
-def push(run: Run, cfg: Config) -> None:
-    """Create or update a run at W&B from a run folder. Raises NotPushed where that fails."""
-    if not (wandb_id := run.summary.get("wandb_id")):
-        wandb_id = secrets.token_hex(4)
-        _save_wandb_id(run, wandb_id)  # before W&B gets it
-    finished = run.status == "finished"
-
-    def log(mirror: WandbMirror) -> None:
-        mirror.start(run.steps, run.metrics)
-        mirror.update_summary(run.summary | {"wandb_id": wandb_id})
-        if finished:
-            mirror.show_results(_test_images(run))
-
-    config = panels.run_config(cfg, run.summary, run.environment)
-    mirror = WandbMirror(run.path, cfg, wandb_id, config, upload=True)
-    _push(mirror, log, None if finished else TrainingFailed(run.status))
-
-
-def push_report(folder: Path, runs: list[dict[str, Any]], cfg: Config, saved: bool = False) -> None:
-    """Create or update a run of type report at W&B from the objects in report.json, `runs`.
-
-    `saved`: also save a report of W&B's own. Raises NotPushed where one of them fails.
-    """
-    ids = {"wandb_id": secrets.token_hex(4)} | _read_wandb_ids(folder)
-    write_whole(folder / IDS_FILE, json.dumps(ids) + "\n")
-
-    def log(mirror: WandbMirror) -> None:
-        mirror.start([], [])
-        mirror.show_report(runs)
-
-    config = {"runs": ", ".join(str(run["name"]) for run in runs)}
-    mirror = WandbMirror(folder, cfg, ids["wandb_id"], config, job_type="report", upload=True)
-    _push(mirror, log, None)
-    if saved:
-        try:
-            from wandb_workspaces.reports import v2
-
-            project = {"entity": mirror.run.entity, "project": mirror.run.project}
-            report = panels.save_report(v2, project, cfg.wandb_group or "", ids.get("saved_report", ""))
-        except Exception as error:  # noqa: BLE001 - W&B may raise anything
-            why = " ".join(str(error).split())[:200]
-            raise NotPushed(f"W&B did not save the report ({type(error).__name__}: {why})") from None
-        write_whole(folder / IDS_FILE, json.dumps(ids | {"saved_report": report.id}) + "\n")
-        say(f"W&B: report at {report.url}")
+def _check_watch(arguments: Arguments) -> None:
+    if arguments.report or arguments.saved_report:
+        raise UserError("--watch brings runs, and --report what was made of them: push the report afterwards")
+    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
+        raise UserError(f"--watch needs W&B's server, which WANDB_MODE={mode} keeps away from: give WANDB_MODE=online")
 
 
 def _check_saved_report(arguments: Arguments, cfg: Config) -> None:
@@ -156,41 +116,6 @@ def _check_saved_report(arguments: Arguments, cfg: Config) -> None:
         raise UserError("--saved-report shows the runs of one group, and these have none in common: give --group")
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("--saved-report needs a package that is not installed: pip install wandb-workspaces")
-
-
-def _push(mirror: WandbMirror, log: Callable[[WandbMirror], None], error: Exception | None) -> None:
-    before = set(os.environ)
-    log(mirror)
-    mirror.finish(error)
-    for name in set(os.environ) - before:  # the mirror set W&B's folders for this run: the next one has others
-        del os.environ[name]
-    if mirror.mode not in ("online", "offline"):
-        raise NotPushed(f"{mirror.path} could not be brought to W&B")
-
-
-def _save_wandb_id(run: Run, wandb_id: str) -> None:
-    try:
-        own_lock = lock.acquire(run.path)
-        try:
-            summary = json.loads((run.path / "summary.json").read_text())
-            RunFolder(run.path, lock=own_lock).write_json("summary.json", summary | {"wandb_id": wandb_id})
-        finally:
-            own_lock.release()
-    except OSError as error:
-        raise UserError(
-            f"{run.path}: its id at W&B cannot be saved there ({error.strerror}): make the folder writable"
-        ) from None
-
-
-def _read_wandb_ids(folder: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((folder / IDS_FILE).read_text()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder / IDS_FILE} cannot be used ({error}): remove it, which makes a new run at W&B"
-        ) from None
 
 
 def _common(configs: list[Config]) -> Config:
@@ -211,28 +136,6 @@ def read_report(folder: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{folder} holds no report ({error}): `python -m fashion_ddp.compare RUNS --out {folder}` writes one"
         ) from None
-
-
-@cache
-def _dataset(name: str, data_dir: Path | None, pictures: PictureSettings) -> data.Dataset | None:
-    try:
-        return data.load(name, data_dir, pictures)
-    except UserError:
-        say(f"note: {name} is not on this machine: tables without images")
-        return None
-
-
-def _test_images(run: Run) -> np.ndarray | None:
-    """Return the test set's images, uint8 [n, C, H, W].
-
-    None where the run's data is not on this machine, or a function of the user's own makes it: a run folder never
-    decides which code is imported.
-    """
-    cfg, start = run.settings(), run.environment[-1] if run.environment else {}
-    if is_code(cfg.dataset):
-        return None
-    dataset = _dataset(cfg.dataset, cfg.data_dir, data.picture_settings(cfg))
-    return dataset.test_images if dataset and dataset.md5 == start.get("made_by", {}).get("data") else None
 
 
 if __name__ == "__main__":

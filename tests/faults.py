@@ -384,9 +384,9 @@ def lacking(what: str) -> NoReturn:
     raise AssertionError
 
 
-def eventually(what: Callable[[], object]) -> None:
-    """Wait until something holds."""
-    limit = time.monotonic() + 60
+def eventually(what: Callable[[], object], within: float = 60.0) -> None:
+    """Wait until something holds, for so many seconds at most."""
+    limit = time.monotonic() + within
     while not what():
         assert time.monotonic() < limit, "it never came to that"
         time.sleep(0.01)

@@ -13,6 +13,7 @@ from fashion_ddp.errors import TrainingFailed
 
 CONTINUES = "the same command continues from the last checkpoint"
 LOST_RANK = "another rank ended before its time; its own words, or its launcher's, tell why"
+SILENCE = "nothing happened for"  # begins what a rank says that waited for others in vain
 ADVICE = """\
 the ranks cannot talk to each other. What to try, one by one:
   NCCL_P2P_DISABLE=1            cards of a machine that cannot reach each other's memory: IOMMU or ACS is on
@@ -27,6 +28,11 @@ BEHIND = 5.0  # seconds after rank 0 at which the others end, which began to wai
 # In an error of NCCL: another rank, or the store of the rendezvous, is gone or silent.
 GONE = "ncclRemoteError|remote process|Connection closed by|Connection reset by peer|Broken pipe|store->|time(d )?out"
 CARD_FULL = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def lost_ranks(error: str) -> bool:
+    """Return whether a run failed because ranks of it were killed or hang, by the error in its summary."""
+    return LOST_RANK in error or error.startswith(SILENCE)
 
 
 class CannotJoin(MachineError):

@@ -125,6 +125,20 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         below = "".join(f"; {found.parent} is one" for found in sorted(path.glob("*/config.yaml"))[:1])
         raise UserError(f"{path} is no run folder: it has no config.yaml{below}")
     config, _ = read_mapping(path / "config.yaml")
+    summary = read_summary(path)
+    return Run(
+        path=path,
+        config=config,
+        summary=summary,
+        environment=_read_json(path / "environment.json", []),
+        metrics=_read_lines(path / "metrics.jsonl"),
+        steps=_read_lines(path / "steps.jsonl"),
+        cost=_read_json(path / COST_FILE, {}),
+    )
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the summary in a run folder; empty where the run was not started. Raises UserError as `load_run` does."""
     summary: dict[str, Any] = _read_json(path / "summary.json", {})
     if (found := summary.get("format", FORMAT)) != FORMAT:
         raise UserError(
@@ -135,15 +149,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         summary = _read_json(path / "summary.json", {})  # again: it may have ended meanwhile
         if summary.get("status") == "running":
             summary["status"] = "interrupted"  # its process was killed
-    return Run(
-        path=path,
-        config=config,
-        summary=summary,
-        environment=_read_json(path / "environment.json", []),
-        metrics=_read_lines(path / "metrics.jsonl"),
-        steps=_read_lines(path / "steps.jsonl"),
-        cost=_read_json(path / COST_FILE, {}),
-    )
+    return summary
 
 
 def find_runs(paths: list[Path]) -> list[Path]:

@@ -2,9 +2,13 @@
 
 Whatever goes wrong with W&B (no account, no network, no package, a service that dies or hangs), training never asks,
 waits or stops for it: one line is printed, and training goes on.
+
+Each row has a place of its own in W&B's history (its `_step`), which follows from the row alone. So W&B's server, asked
+for the last place it has, says which rows are missing, whoever sent the others and however that process ended.
 """
 
 import atexit
+import functools
 import hashlib
 import os
 import queue
@@ -32,6 +36,9 @@ EARLY_FINISH_TIMEOUT = 15.0  # the same where the run failed or stopped, or W&B 
 UPLOAD_TIMEOUT = 600.0  # the same where nothing else is to be done
 MAX_PENDING = 1000  # calls in the queue (about one comes a second) after which W&B is abandoned
 
+FOLDER = "wandb"  # in a run's folder: what W&B writes, and the lock of the process that pushes the run
+POINT, EPOCH, TABLES = range(3)  # what is logged of a step, in this order
+
 Rows = list[dict[str, Any]]
 
 
@@ -44,42 +51,55 @@ class WandbMirror:
     """
 
     def __init__(
-        self, path: Path, cfg: Config, id: str, config: dict[str, Any], job_type: str = "train", upload: bool = False
+        self,
+        path: Path,
+        cfg: Config,
+        id: str,
+        config: dict[str, Any],
+        job_type: str = "train",
+        upload: bool = False,
+        pushed_by: str | None = None,
     ):
         """`id` identifies the run at W&B, the same at every start; in a sweep W&B's agent gives another. W&B shows
         `config` and `job_type`.
 
         `upload`: uploading is the only purpose. Nothing else waits, and W&B is offline only if the user chose it.
+        `pushed_by`: the process, in words, that brings this run to W&B's server, so that this one must not.
         """
         self.path, self.cfg, self.id, self.config, self.job_type, self.upload = path, cfg, id, config, job_type, upload
+        self.pushed_by = pushed_by
         self.module: Any = None
         self.run: Any = None
         self.mode: str | None = None  # W&B's mode; None before it has started, and after it was abandoned
         self.abandoned = False
-        self.steps_logged = self.epochs_logged = 0  # the last step and the last epoch that its server already has
+        self.next_place = 0  # rows before it were logged, by this process or by earlier ones
         self.calls: queue.SimpleQueue[tuple[str, Callable[[Any], object]] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.started = threading.Event()
 
-    def start(self, points: Rows, epochs: Rows) -> None:
-        """Start W&B, and log what the run's files hold from earlier starts."""
-        self.log_steps(points)
-        self.log_epochs(epochs)
+    @property
+    def failed(self) -> bool:
+        """Whether W&B did not start, or was abandoned."""
+        return self.abandoned or (self.started.is_set() and self.mode is None)
+
+    def start(self, figures: dict[str, Any], points: Rows, epochs: Rows) -> None:
+        """Start W&B, and log what the run's files hold from earlier starts. `figures`: of its summary."""
+        # Before rows, because what W&B is told first after a pause may travel alone. Of a row that would be its part in
+        # W&B's own summary: after a kill the server would take the row's place for that of its last one.
+        self.update_summary(figures)
+        self.log(points, epochs)
         self.thread.start()
         # The other ranks wait for this one: do not wait so long that they give up.
         self.started.wait(min(START_TIMEOUT, self.cfg.timeout / 4))
 
-    def log_steps(self, points: Rows) -> None:
-        """Log points of steps.jsonl."""
+    def log(self, points: Rows, epochs: Rows) -> None:
+        """Log those points of steps.jsonl and rows of metrics.jsonl that W&B does not have yet."""
         names = ("loss", "accuracy", "lr")
-        rows = [(point["step"], {"step": point["step"], **{f"step/{k}": point[k] for k in names}}) for point in points]
+        rows = [(_place(p["step"], POINT), {"step": p["step"], **{f"step/{k}": p[k] for k in names}}) for p in points]
+        rows += [(_place(row["step"], EPOCH), row) for row in epochs]
+        rows.sort(key=lambda row: row[0])
         if rows:
-            self._enqueue("log", lambda run: [run.log(row) for step, row in rows if step > self.steps_logged])
-
-    def log_epochs(self, rows: Rows) -> None:
-        """Log rows of metrics.jsonl."""
-        if rows:
-            self._enqueue("log", lambda run: [run.log(row) for row in rows if row["epoch"] > self.epochs_logged])
+            self._enqueue("log", lambda run: self._log(run, rows))
 
     def update_summary(self, figures: dict[str, Any]) -> None:
         flat = panels.single_values(figures)
@@ -106,10 +126,15 @@ class WandbMirror:
             self._enqueue("mark_preempting", lambda run: run.mark_preempting())
         self._enqueue("finish", lambda run: run.finish(exit_code=0 if error is None else 1))
         self.calls.put(None)
-        early = min(EARLY_FINISH_TIMEOUT, self.cfg.timeout / 4)  # other ranks may wait for this one
-        self.thread.join(UPLOAD_TIMEOUT if self.upload else FINISH_TIMEOUT if error is None and self.mode else early)
+        limit = min(EARLY_FINISH_TIMEOUT, self.cfg.timeout / 4)  # other ranks may wait for this one
+        if self.upload and not self.abandoned and not isinstance(error, Stopped):
+            limit = UPLOAD_TIMEOUT
+        elif error is None and self.mode:
+            limit = FINISH_TIMEOUT
+        self.thread.join(limit)
         if self.thread.is_alive():
-            self._abandon("did not finish in time, and is left; `wandb sync` uploads what it has")
+            what_now = "the same command goes on" if self.upload else "`wandb sync` uploads what it has"
+            self._abandon(f"did not finish in time, and is left; {what_now}")
             atexit.unregister(_WandbExitHook())  # it would hang, too
 
     def _enqueue(self, name: str, call: Callable[[Any], object]) -> None:
@@ -140,8 +165,8 @@ class WandbMirror:
 
     def _open(self) -> None:
         sys.argv = [redact(word) for word in sys.argv]  # W&B records them
-        older = list((self.path / "wandb").glob("offline-run-*"))
-        folder = str(self.path.resolve() / "wandb")
+        older = list((self.path / FOLDER).glob("offline-run-*"))
+        folder = str(self.path.resolve() / FOLDER)
         defaults = {
             "WANDB_DATA_DIR": folder,  # without it, files are staged in the home folder
             "WANDB_CACHE_DIR": folder,
@@ -170,8 +195,8 @@ class WandbMirror:
         if self.mode in ("online", "offline"):
             for fragment in older:  # the new fragment repeats all that they hold
                 with suppress(OSError):
-                    (self.path / "wandb" / "superseded").mkdir(exist_ok=True)
-                    fragment.rename(self.path / "wandb" / "superseded" / fragment.name)
+                    (self.path / FOLDER / "superseded").mkdir(exist_ok=True)
+                    fragment.rename(self.path / FOLDER / "superseded" / fragment.name)
 
     def _modes(self) -> list[Any]:
         """Return the modes to try in order: the user's choice, or online if there is a key, then offline."""
@@ -180,6 +205,8 @@ class WandbMirror:
             return ["disabled" if chosen == "disabled" else "offline"]
         if self.upload:
             return ["online"]
+        if self.pushed_by:
+            return ["offline"]
         try:
             logged_in = self.module.login(prompt=False, verify=False)
         except Exception:  # noqa: BLE001 - for example a malformed key
@@ -197,16 +224,22 @@ class WandbMirror:
             config=self.config,
             allow_val_change=True,  # a run may continue on another number of ranks
             settings=self.module.Settings(
-                silent=True, init_timeout=INIT_TIMEOUT, finish_timeout=UPLOAD_TIMEOUT - 30 if self.upload else 60
+                silent=True,
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=UPLOAD_TIMEOUT - 30 if self.upload else 60,
+                x_disable_stats=self.upload,  # they would be those of a machine that does not train
             ),
         )
         panels.define_axes(run)
+        # The place after the last row that its server has: a kill may have lost what was queued.
+        self.next_place = run.starting_step
         if mode == "online":
-            # Ask the server what it has from earlier starts: a kill may have lost what was queued.
-            self.steps_logged, self.epochs_logged = (int(run.summary.get(name) or 0) for name in ("step", "epoch"))
             say(f"W&B: online at {run.url}")
         elif mode == "offline":
-            say(f"W&B: offline, in {self.path}/wandb; `wandb sync {self.path}/wandb/offline-run-*` uploads it")
+            upload = f"`wandb sync {self.path}/{FOLDER}/offline-run-*` uploads it"
+            if self.pushed_by:
+                upload = f"{self.pushed_by} pushes the run meanwhile"
+            say(f"W&B: offline, in {self.path}/{FOLDER}; {upload}")
         if not self.abandoned:
             self.run, self.mode, self.id = run, mode, str(run.id)
 
@@ -224,10 +257,18 @@ class WandbMirror:
             defaults["job_type"] = self.job_type
         return defaults | flags
 
+    def _log(self, run: Any, rows: list[tuple[int, dict[str, Any]]]) -> None:
+        for place, row in rows:
+            if place >= self.next_place:
+                run.log(row, step=place, commit=True)
+                self.next_place = place + 1
+
     def _show_results(self, run: Any, images: "np.ndarray | None") -> None:
         try:
             trained = load_run(self.path)
-            panels.log_once(run, trained.summary["step"], lambda: panels.run_figures(self.module, trained, images))
+            step = trained.summary["step"]
+            figures = functools.partial(panels.run_figures, self.module, trained, images)
+            panels.log_once(run, step, figures, _place(step, TABLES))
             if self.cfg.wandb_weights:
                 run.log_artifact(panels.weights_artifact(self.module, trained))
         except Exception as error:  # noqa: BLE001 - W&B has all else of the run, which must still be finished
@@ -247,6 +288,11 @@ class _WandbExitHook:
         return str(getattr(other, "__module__", "")).startswith("wandb.")
 
     def __call__(self) -> None: ...
+
+
+def _place(step: int, kind: int) -> int:
+    """Return a row's place in W&B's history. `step` counts optimizer updates; `kind`: POINT, EPOCH or TABLES."""
+    return 3 * step + kind
 
 
 def _first_line(error: Exception) -> str:

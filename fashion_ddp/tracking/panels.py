@@ -45,10 +45,11 @@ def single_values(figures: dict[str, Any]) -> dict[str, Any]:
     return {k: to_jsonable(v) for k, v in figures.items() if isinstance(v, int | float | str | bool)}
 
 
-def log_once(run: Any, version: Any, figures: Callable[[], dict[str, Any]]) -> None:
-    """Log figures, unless W&B's server already has those of this version."""
+def log_once(run: Any, version: Any, figures: Callable[[], dict[str, Any]], place: int | None = None) -> None:
+    """Log figures, unless W&B's server already has those of this version. `place`: theirs in the history; else the
+    next."""
     if run.summary.get(TABLES_LOGGED) != version:
-        run.log(figures())
+        run.log(figures(), step=place, commit=True)
         run.summary.update({TABLES_LOGGED: version})
 
 

@@ -18,9 +18,10 @@ from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.distributed.world import World, explain
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError, pluralize
+from fashion_ddp.runs import lock
 from fashion_ddp.runs.folder import FORMAT, RunFolder
 from fashion_ddp.runs.reading import load_run
-from fashion_ddp.tracking.mirror import WandbMirror, panels
+from fashion_ddp.tracking.mirror import FOLDER, WandbMirror, panels
 from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.state import Recorded, Sums
 from fashion_ddp.training.sync import Trained
@@ -55,14 +56,16 @@ class Recorder(NullRecorder):
         self.known = {"format": FORMAT, **known, **(epochs[-1] if epochs else {})}
         self.known["test_evaluations"] = sum("test/accuracy" in row for row in epochs)
         self.wandb: WandbMirror | None = None
-        # The name that W&B knows the run by stands in the folder before W&B is told of it.
-        if cfg.tracker != "none" or "wandb_id" in old.summary:
-            self.known["wandb_id"] = old.summary.get("wandb_id") or secrets.token_hex(4)
+        # The name that W&B knows the run by stands in the folder before W&B is told of it, by this process or by push.
+        self.known["wandb_id"] = old.summary.get("wandb_id") or secrets.token_hex(4)
         self.summary("running")
         if cfg.tracker != "none":
             shown = panels.run_config(cfg, self.known, old.environment)
-            self.wandb = WandbMirror(folder.path, cfg, self.known["wandb_id"], shown)
-            self.wandb.start(points, epochs)
+            # After the summary, which says that this process will tell W&B: who pushes locks first and reads it then,
+            # so at least one of the two sees the other.
+            pushed_by = lock.holder(folder.path / FOLDER)
+            self.wandb = WandbMirror(folder.path, cfg, self.known["wandb_id"], shown, pushed_by=pushed_by)
+            self.wandb.start(self.known, points, epochs)
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         """Begin an epoch, or go on where its checkpoint was saved."""
@@ -88,7 +91,7 @@ class Recorder(NullRecorder):
                 so_far.bin = Sums()
         self.folder.append("steps.jsonl", points)
         if self.wandb:
-            self.wandb.log_steps(points)
+            self.wandb.log(points, [])
         self.bar.update(len(trained))
 
     def epoch(self, scores: Mapping[str, Scores], timings: Mapping[str, float]) -> None:
@@ -103,7 +106,7 @@ class Recorder(NullRecorder):
         row |= timings
         self.folder.append("metrics.jsonl", [row])
         if self.wandb:
-            self.wandb.log_epochs([row])
+            self.wandb.log([], [row])
         self.summary("running", row)
         shown = [f"epoch {self.now}/{self.epochs}"]
         for name in ("train", *scores):
@@ -146,6 +149,8 @@ class Recorder(NullRecorder):
         except TrainingFailed as another:
             if not isinstance(error, TrainingFailed):  # which tells of the same trouble
                 say(f"warning: {another}")
+        if self.wandb:
+            self.wandb.update_summary(self.known)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fashion_ddp.distributed import machine, world
+from fashion_ddp.distributed import failures, machine, world
 from fashion_ddp.distributed.world import World
 from fashion_ddp.errors import Stopped, TrainingFailed, UserError
 from fashion_ddp.redact import redact
@@ -140,7 +140,7 @@ class Watchdog(threading.Thread):
             last.cancel()
             self._note("it went on")
             return
-        message = f"nothing happened for {self.timeout:g} s (--timeout): {self._describe_late_ranks()}"
+        message = f"{failures.SILENCE} {self.timeout:g} s (--timeout): {self._describe_late_ranks()}"
         if self.world.graphs:
             message += "; its steps are one CUDA graph: --no-cuda-graph shows whether that is what hangs"
         self._note(message)

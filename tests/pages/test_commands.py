@@ -88,6 +88,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     # What a reader does with runs and data
     (r"(\w+=\S+ )?python -m fashion_ddp\.(data|compare|predict )\b.*", Here(instead=PICTURE)),
     (r"pip install wandb-workspaces|.* --saved-report", There("tests/tracking/test_push.py", "--saved-report")),
+    (r"python -m fashion_ddp\.push runs --watch", There("tests/tracking/test_watch.py", '("--watch", *words)')),
     (r"python -m fashion_ddp\.push .*", Here(env={"WANDB_MODE": "offline"})),
     (r"(accelerate launch|python) -m fashion_ddp\.check", Here()),
     (r"wandb leet inspect.*", There("tests/tracking/test_mirror.py", '"wandb", "leet", "inspect"')),

@@ -24,8 +24,11 @@ from launch.submission import common_wandb_group
 
 @pytest.fixture
 def runs(tmp_path: Path, uninterrupted: Path) -> Path:
-    """A folder with a finished run that W&B knows nothing of."""
-    shutil.copytree(uninterrupted / "run", tmp_path / "runs" / "one")
+    """A folder with a finished run that W&B knows nothing of, as versions made it that gave those no id for W&B."""
+    run = shutil.copytree(uninterrupted / "run", tmp_path / "runs" / "one")
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["wandb_id"]
+    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return tmp_path / "runs"
 
 
@@ -71,6 +74,24 @@ def test_a_push_may_be_repeated(runs: Path, tmp_path: Path) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_told_from_the_last_row_that_the_server_has(runs: Path, tmp_path: Path) -> None:
+    run = runs / "one"
+    whole = files(run)
+    whole["summary.json"] = json.dumps(json.loads(whole["summary.json"]) | {"wandb_id": "a"}).encode()
+    stopped = {"status": "stopped", "wandb_id": "a", "epoch": 1, "step": 8}  # of the last epoch, not of the last point
+    (run / "summary.json").write_text(json.dumps(stopped))
+    for name, rows in (("steps.jsonl", 13), ("metrics.jsonl", 1)):
+        (run / name).write_bytes(b"".join(whole[name].splitlines(keepends=True)[:rows]))
+    with WandbServer() as server:
+        push("runs", cwd=tmp_path, **server.env)
+        assert len(server.rows("a")) == 14
+        for name, content in whole.items():
+            (run / name).write_bytes(content)
+        push("runs", cwd=tmp_path, **server.env)
+        check_told(load_run(run), server.rows("a"))
 
 
 @pytest.mark.slow

@@ -128,6 +128,7 @@ def test_summary_while_running_and_at_the_end(folder: Path, capsys: pytest.Captu
     known = {"format": 1, "status": "running", "model": "cnn", "parameters": 29_460, "test_evaluations": 0}
     lock.acquire(folder)  # else it would read as interrupted
     with recorder(folder, model="cnn", parameters=29_460) as record:
+        known["wandb_id"] = load_run(folder).summary["wandb_id"]  # by which push knows it
         assert load_run(folder).summary == known
         record_an_epoch(record)
         row = load_run(folder).metrics[0]
