@@ -1,6 +1,7 @@
 """What is said on the terminal, and to whom it does not matter: a run goes on, and its exit code stays."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,12 @@ def test_a_failure_is_told_once(rank: str | None, local_rank: str | None, of: st
     place = {"RANK": rank, "LOCAL_RANK": local_rank}
     env = {name: value for name, value in place.items() if value is not None}
     assert shell('"$@"', code, **env) == (1, "error: the reason\n" if speaks else "")
+
+
+@pytest.mark.parametrize("module", ["fashion_ddp.train", "fashion_ddp.compare", "launch.local", "launch.submit"])
+def test_a_python_without_our_packages_is_told_in_one_line(module: str) -> None:
+    line = [sys.executable, "-S", "-m", module, "--help"]  # without site-packages
+    done = subprocess.run(line, cwd=CHECKOUT, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(
+        r"error: .* has no torch, .*source \.venv/bin/activate.*\n", done.stderr
+    )
