@@ -11,6 +11,7 @@ again() {
     said=$(timeout 20 scontrol show job "$job" 2>&1) || return 1
     [[ $said == *JobState=RUNNING* ]] && [[ $killed || $said == *PreemptTime=[0-9]* ]] || return 2
   fi
+  [ ! $killed ] || echo killed >"$FASHION_DDP_AGAIN" || true # for the next start to read
   said=$(timeout 20 scontrol requeue "$job" 2>&1) && return
   [[ $said != *[Dd]isabled* && $said != *denied* && $said != *Invalid\ job* ]] || return 3
   return 1 # the controller may be away for a moment
@@ -24,8 +25,7 @@ case $word in
   SIG*) code=75 word= ;; # it was told to stop
   *) word= ;;            # it failed by an error of its own, or did not begin
 esac
-# For the next start to read.
-if [ $killed ]; then echo killed >"$FASHION_DDP_AGAIN"; else rm -f "$FASHION_DDP_AGAIN"; fi || true
+rm -f "$FASHION_DDP_AGAIN"
 if [ "$word" ]; then
   [ $killed ] && echo "ranks of this job were killed, or ended without a word" || code=75
   trap '' TERM # which comes as soon as the job is queued again

@@ -1,6 +1,7 @@
 """One run from the command to its folder: what it leaves, and what it does with what is there already."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_a_function_of_figures_that_cannot_be_used_is_told(
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     with pytest.raises(UserError, match=re.escape(told)):
         metrics.build(f"mine:{name}", 10, torch.device("cpu"))
+
+
+@pytest.mark.quick
+def test_figures_of_logits_that_are_not_finite_are_none() -> None:
+    figures = metrics.build(None, 3, torch.device("cpu"))
+    logits, labels = torch.eye(3), torch.arange(3)
+    assert metrics.compute(figures, logits, labels)["macro_f1"] == 1
+    logits[0, 0] = math.inf
+    assert all(map(math.isnan, metrics.compute(figures, logits, labels).values()))
 
 
 def test_saved_weights_loaded_again_give_the_saved_predictions(finished: Path, data_dir: Path) -> None:

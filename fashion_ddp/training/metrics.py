@@ -3,6 +3,8 @@
 All ranks have the same logits [n, classes], so each computes the same figures, and none has to be summed over ranks.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -21,13 +23,13 @@ def build(name: str | None, classes: int, device: torch.device) -> MetricCollect
     """
     figures = MetricCollection(
         {
-            "macro_f1": MulticlassF1Score(classes, average="macro"),
+            "macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
             # As the report draws it: the mean distance of confidence and accuracy in 15 bins (Guo et al., ICML 2017).
-            "calibration_error": MulticlassCalibrationError(classes, n_bins=15, norm="l1"),
+            "calibration_error": MulticlassCalibrationError(classes, n_bins=15, norm="l1", validate_args=False),
         }
     )
     if classes >= TOP5_FROM:
-        figures.add_metrics({"top5": MulticlassAccuracy(classes, top_k=5, average="micro")})
+        figures.add_metrics({"top5": MulticlassAccuracy(classes, top_k=5, average="micro", validate_args=False)})
     if name is not None:
         figures.add_metrics(_of_the_user(name, classes, taken=[str(one) for one in figures]))
     for metric in figures.values(copy_state=False):
@@ -36,7 +38,9 @@ def build(name: str | None, classes: int, device: torch.device) -> MetricCollect
 
 
 def compute(figures: MetricCollection, logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return each figure of the logits [n, classes] beside the labels [n]."""
+    """Return each figure of the logits [n, classes] beside the labels [n]; NaN where not all logits are finite."""
+    if not logits.isfinite().all():  # torchmetrics would give numbers that look like a model's
+        return dict.fromkeys(map(str, figures), math.nan)
     figures.reset()
     figures.update(logits, labels)
     return {name: float(value) for name, value in figures.compute().items()}

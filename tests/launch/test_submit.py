@@ -854,3 +854,48 @@ def test_debug_trains_in_this_process_and_fresh_keeps_what_was_there(tmp_path: P
         assert "epoch 1/1" in done.stdout
     assert "kept what " in done.stdout
     assert [one["status"] for one in summaries(tmp_path)] == ["finished"] * 2
+
+
+RUNS, PREEMPTED = "JobState=RUNNING PreemptTime=None", "JobState=RUNNING PreemptTime=2026-12-01T07:00:00"
+ENDING = "JobState=COMPLETING PreemptTime=None"
+
+
+@quick
+@pytest.mark.parametrize(
+    ("word", "code", "job", "answer", "ends", "told"),
+    [
+        ("begun", 0, RUNS, "", 0, ""),  # finished
+        ("begun", 137, RUNS, "", 0, "is queued again"),
+        ("begun", 137, ENDING, "", 137, "killed"),  # SLURM did it, and knows what is next
+        ("", 1, RUNS, "", 1, ""),  # an error of its own
+        ("killed", 127, RUNS, "", 127, ""),  # of the start before: this one did not begin
+        ("SIGUSR2", 0, RUNS, "", 0, "is queued again"),
+        ("SIGTERM", 0, RUNS, "", 75, ""),
+        ("SIGTERM", 0, PREEMPTED, "", 0, "is queued again"),
+        ("SIGTERM", 143, RUNS, "", 0, "is queued again"),  # srun ended it, because another rank was killed
+        ("SIGTERM", 0, ENDING, "", 75, ""),
+        ("SIGINT", 0, RUNS, "", 75, ""),
+        ("SIGUSR1", 0, RUNS, "Requested operation is presently disabled", 75, "not queued again: Requested operation"),
+        ("SIGUSR1", 0, RUNS, "Unable to contact slurm controller", 75, "not queued again: Unable to contact"),
+    ],
+)
+@pytest.mark.parametrize("strict", ["", "set -euo pipefail; "])
+def test_the_batch_script_queues_a_job_again_where_that_is_right(
+    word: str, code: int, job: str, answer: str, ends: int, told: str, strict: str, tmp_path: Path
+) -> None:
+    """The decision alone, with a scontrol that only answers: tests/launch/test_slurm.py has the real one."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f'#!/bin/bash\nif [ "$1" = show ]; then echo "{job}"; else echo "{answer}"; exit {int(answer != "")}; fi\n'
+    )
+    scontrol.chmod(0o755)
+    if word:
+        (tmp_path / "again").write_text(word)
+    script = CHECKOUT / "launch" / "requeue.sh"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "0"}
+    env["FASHION_DDP_AGAIN"] = str(tmp_path / "again")
+    line = ["bash", "-c", f"{strict}code={code}; . '{script}'"]
+    done = subprocess.run(line, env=env, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (ends, "") and told in done.stdout and bool(told) == bool(done.stdout)
+    left = (tmp_path / "again").read_text().strip() if (tmp_path / "again").exists() else ""
+    assert left == ("killed" if code and "queued again" in told else "")
