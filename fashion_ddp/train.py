@@ -75,7 +75,7 @@ def train(command: Command) -> None:
         ddp = world.wrap(model, ddp=not cfg.reduction_shards)  # Accelerate: device, precision, DistributedDataParallel
         optimizer = optim.build(cfg, model, world.device)
         rates = optim.schedule(cfg, batches.steps)
-        figures = world.raise_together(lambda: metrics.build(cfg.metrics, classes, world.device))
+        figures = world.raise_together(lambda: metrics.build(cfg.metrics, classes))
         record = StepRecord(batches)
         step = Step(cfg, world, ddp, optimizer, batches, record)
         step.warm_up()

@@ -70,7 +70,7 @@ def make_run(
     saved = predictions(cfg.seed, skill, dead, cfg.model == "relu")
     accuracy = float((saved["predicted"] == saved["labels"]).mean())
     logits, labels = (torch.from_numpy(saved[name]) for name in ("logits", "labels"))
-    given = metrics.compute(metrics.build(None, len(CLASSES), logits.device), logits, labels)
+    given = metrics.compute(metrics.build(None, len(CLASSES)), logits, labels)
     figures = {f"test/{name}": value for name, value in given.items()}
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(cfg.to_yaml())

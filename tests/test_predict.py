@@ -16,11 +16,12 @@ from faults import Fault
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from fashion_ddp import data, load_run, predict, push
+from fashion_ddp import data, load_run, predict
 from fashion_ddp.config.config import field_types
 from fashion_ddp.data import photo, synthetic
 from fashion_ddp.errors import UserError
 from fashion_ddp.runs.reading import Run
+from fashion_ddp.tracking import upload
 
 SHAPE = 1, 28, 28
 
@@ -253,7 +254,7 @@ def test_a_run_does_not_decide_which_code_makes_its_data(
     (tmp_path / "its_data_7.py").write_text("raise RuntimeError('imported')")
     monkeypatch.chdir(tmp_path)
     assert "name it again, as --dataset its_data_7:make" in refused(path, "--verify", code=2, capsys=capsys)
-    assert push._test_images(load_run(path)) is None
+    assert upload._test_images(load_run(path)) is None
     call(path, "--verify", "--dataset", "synthetic")
     assert capsys.readouterr().out.endswith("exactly as recorded\n")
 

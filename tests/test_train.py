@@ -106,12 +106,12 @@ def test_a_function_of_figures_that_cannot_be_used_is_told(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     with pytest.raises(UserError, match=re.escape(told)):
-        metrics.build(f"mine:{name}", 10, torch.device("cpu"))
+        metrics.build(f"mine:{name}", 10)
 
 
 @pytest.mark.quick
 def test_figures_of_logits_that_are_not_finite_are_none() -> None:
-    figures = metrics.build(None, 3, torch.device("cpu"))
+    figures = metrics.build(None, 3)
     logits, labels = torch.eye(3), torch.arange(3)
     assert metrics.compute(figures, logits, labels)["macro_f1"] == 1
     logits[0, 0] = math.inf

@@ -105,6 +105,7 @@ def evaluate(
     augmented = [cfg.tta] if last_epoch and cfg.tta != "none" else []
     scores: dict[str, Scores] = {}
     for name, evaluation in due.items():
+        labels = torch.from_numpy(evaluation.part.labels)
         for suffix, one in zip(("", "_tta"), evaluation(model, "none", *augmented), strict=False):
-            scores[name + suffix] = replace(one, figures=metrics.compute(figures, one.logits, evaluation.labels))
+            scores[name + suffix] = replace(one, figures=metrics.compute(figures, one.logits, labels))
     return scores

@@ -1,6 +1,8 @@
 """Figures beside loss and accuracy: torchmetrics, computed once per evaluation from the logits of all ranks.
 
-All ranks have the same logits [n, classes], so each computes the same figures, and none has to be summed over ranks.
+All ranks have the same logits [n, classes], so each computes the same figures, and none has to be summed over ranks. It
+does so on the host and with one thread: sums of float32 in another order, on a card or by several threads, would make
+them differ between numbers of ranks.
 """
 
 import math
@@ -16,7 +18,7 @@ from fashion_ddp.errors import UserError
 TOP5_FROM = 6  # classes; of five, the five best are all
 
 
-def build(name: str | None, classes: int, device: torch.device) -> MetricCollection:
+def build(name: str | None, classes: int) -> MetricCollection:
     """Return the figures of a run: ours, and those of the user's function `name` (package.module:function), if any.
 
     Raises UserError where that function cannot be used, or its figures are no numbers.
@@ -33,17 +35,26 @@ def build(name: str | None, classes: int, device: torch.device) -> MetricCollect
     if name is not None:
         figures.add_metrics(_of_the_user(name, classes, taken=[str(one) for one in figures]))
     for metric in figures.values(copy_state=False):
-        metric.sync_on_compute = False
-    return figures.to(device)
+        metric.distributed_available_fn = _alone  # else it would gather what each rank has already, and count it again
+    return figures
 
 
 def compute(figures: MetricCollection, logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return each figure of the logits [n, classes] beside the labels [n]; NaN where not all logits are finite."""
     if not logits.isfinite().all():  # torchmetrics would give numbers that look like a model's
         return dict.fromkeys(map(str, figures), math.nan)
-    figures.reset()
-    figures.update(logits, labels)
-    return {name: float(value) for name, value in figures.compute().items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        figures.reset()
+        figures.update(logits.cpu(), labels.cpu())
+        return {name: float(value) for name, value in figures.compute().items()}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _alone() -> bool:
+    return False
 
 
 def _of_the_user(name: str, classes: int, taken: list[str]) -> dict[str, Metric | MetricCollection]:

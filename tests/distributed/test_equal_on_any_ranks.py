@@ -255,7 +255,7 @@ def scores_of(cfg: Config, d: data.Dataset) -> list[Scores]:
         model = architectures.build(cfg, d.image_shape, len(d.classes))
         parts = {str(n): Part(d.test_images[:n], d.test_labels[:n]) for n in COUNTS}
         sets = {name: Evaluation(cfg, world, part, 10) for name, part in parts.items()}
-        figures = metrics.build(None, 10, world.device)
+        figures = metrics.build(None, 10)
         return [*evaluate(cfg, model, sets, figures, last_epoch=True).values()]
 
 

@@ -105,7 +105,7 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
     """What of a row, or a summary, is the run's and not the machine's."""
-    machine = ("time/", "throughput/", "peak_memory", "starts", "timings_mixed")
+    machine = ("time/", "throughput/", "peak_memory", "starts", "timings_mixed", "wandb_id")
     return {name: value for name, value in row.items() if not name.startswith(machine)}
 
 
