@@ -40,6 +40,10 @@ def _prepared(
         atexit._run_exitfuncs()  # as a Python of its own would, and not one that multiprocessing started
 
 
+# W&B's service may take longer to begin on a busy machine than training grants it: then the run would be offline.
+PATIENT = {"INIT_TIMEOUT": 120.0}
+
+
 def start(
     folder: Path,
     words: Sequence[str] = (),
@@ -52,7 +56,7 @@ def start(
     """Start the tiny run, mirrored to W&B: the one of `packages` where that is given, with other limits of time."""
 
     def process(target: Callable[..., None], args: Any, kwargs: Any) -> Any:
-        return _server.Process(target=_prepared, args=(packages, limits or {}, target, args, kwargs))
+        return _server.Process(target=_prepared, args=(packages, PATIENT | (limits or {}), target, args, kwargs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faults, "_server", SimpleNamespace(Process=process))
