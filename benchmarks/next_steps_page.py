@@ -44,8 +44,8 @@ fastest of the seeds, as a multiple of the base's; two runs at a time, of one th
 {together}{recipes}
 ## Not measured
 
-Transfer learning: ImageNet's weights could not be had on a machine without a network. `--model resnet18 --init-from
-imagenet` does it ([models.md](models.md#weights-from-elsewhere)).{unmeasured}
+Transfer learning: ImageNet's weights could not be had on a machine without a network. `--init-from
+pretrained` does it ([models.md](models.md#weights-from-elsewhere)).{unmeasured}
 """
 
 TOGETHER = """

@@ -62,7 +62,7 @@ def train(command: Command) -> None:
         data = startup.load_data(cfg, world)
         classes = len(data.classes)
         model = architectures.build(cfg, data.image_shape, classes, world.rank, world.device.type)
-        prepared = world.raise_together(lambda: transfer.prepare(cfg, model))
+        prepared = world.raise_together(lambda: transfer.prepare(cfg, model, data.image_shape))
         parts = split(cfg, data)
         place = images.choose_place(cfg, world, parts.values())  # all on the device, or read ahead
         train_part = parts.pop("train")

@@ -28,7 +28,7 @@ from typing import Any
 from fashion_ddp import data
 from fashion_ddp.config import Config, flags, layers
 from fashion_ddp.config.cli import Command
-from fashion_ddp.config.names import is_code, is_path
+from fashion_ddp.config.names import is_path
 from fashion_ddp.console import entry_point, say
 from fashion_ddp.data.published import chosen_folder
 from fashion_ddp.errors import UserError, pluralize
@@ -170,7 +170,7 @@ def _absolute(cfg: Config) -> Config:
     absolute: dict[str, Any] = {name: path.absolute() for name, path in paths.items() if path is not None}
     if cfg.recipe not in layers.recipe_names():
         absolute["recipe"] = os.path.abspath(cfg.recipe)
-    if cfg.init_from not in (None, "imagenet"):
+    if cfg.init_from not in (None, "pretrained"):
         absolute["init_from"] = os.path.abspath(str(cfg.init_from))
     if is_path(cfg.dataset):
         absolute["dataset"] = os.path.abspath(cfg.dataset)
@@ -183,6 +183,11 @@ def _reads(configs: list[Config]) -> tuple[Path, ...]:
     for cfg in configs:
         found += [claim.folder_of(cfg).parent, cfg.data_dir, cfg.cache_dir]
         found += [Path(text) for text in (cfg.dataset, str(cfg.init_from)) if os.path.isabs(text)]
+    for model in {cfg.model for cfg in configs if cfg.init_from == "pretrained"}:
+        from fashion_ddp.models import library  # imports torch
+
+        if path := library.published(model).find():
+            found += [path.parent, path.resolve().parent]  # in the hub's cache it is a link
     return tuple(dict.fromkeys(path for path in found if path is not None))
 
 
@@ -209,11 +214,17 @@ def _check_data_and_models(configs: list[Config], dry_run: bool) -> Md5:
         loaded = data.load_for(cfg)
         md5[cfg.dataset, cfg.image_size] = loaded.md5
     snapshot.user_packages([name for cfg in configs for name in (cfg.model, cfg.dataset, cfg.metrics or "")])
-    kinds = {(cfg.model, cfg.model_args, cfg.init_from, cfg.freeze): cfg for cfg in configs}
-    for cfg in (cfg for cfg in kinds.values() if is_code(cfg.model) or cfg.init_from or cfg.freeze):
+
+    def doubtful(cfg: Config) -> tuple[Any, ...]:
+        """What may keep a model from being built; all of it is empty for our own as they are."""
+        whose = cfg.model if ":" in cfg.model else "", cfg.model_args, cfg.keep_batch_norm
+        return *whose, cfg.init_from, cfg.freeze, cfg.micro_batch, cfg.reduction_shards
+
+    for cfg in {(cfg.model, doubtful(cfg)): cfg for cfg in configs if any(doubtful(cfg))}.values():
         from fashion_ddp.models import architectures, transfer  # import torch
 
-        transfer.prepare(cfg, architectures.build(cfg, loaded.image_shape, len(loaded.classes)))
+        model = architectures.build(cfg, loaded.image_shape, len(loaded.classes))
+        transfer.prepare(cfg, model, loaded.image_shape)
     return md5
 
 

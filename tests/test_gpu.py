@@ -37,7 +37,7 @@ CASES: list[dict[str, Any]] = [
     CNN | {"hidden_units": 25},
     CNN | {"micro_batch": 40, "shift": 2, "flip": 0.5, "erase": 0.5, "clip_norm": 1.0},
     CNN | {"batch_norm": True},
-    CNN | {"model": "resnet18"},
+    CNN | {"model": "torchvision:resnet18"},
     {"model": "mlp", "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.1, "precision": "bf16"},
     {"model": "cnn", "optimizer": "momentum", "lr": 0.02, "precision": "fp16"},
 ]

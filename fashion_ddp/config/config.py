@@ -18,12 +18,10 @@ from fashion_ddp.config.names import (
     check_model,
     check_model_args,
     dataset_name,
+    in_library,
     weights_name,
 )
 from fashion_ddp.errors import UserError, nearest
-
-# Models of ours that have batch norm whatever the settings say.
-NORMALIZED = ("resnet18", "deep_mlp", "small_resnet", "airbench", "wide_resnet")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Config:
 
     # What is trained
     model: str = "cnn"
-    """Architecture: linear, relu, mlp, cnn, deep_mlp, small_resnet, airbench, wide_resnet, resnet18, or your own as
-    package.module:Name."""
+    """Architecture: linear, relu, mlp, cnn, deep_mlp, small_resnet, airbench, wide_resnet; a library's as
+    torchvision:NAME or timm:NAME; or your own as package.module:Name."""
     recipe: str = "blog"
     """Set of training settings: blog, lab, fast, five_minutes, small, best, or the path of a YAML file."""
     seed: int = 42
@@ -131,9 +129,12 @@ class Config:
     batch_norm: bool = False
     """cnn: batch normalisation after each convolution, over the global batch."""
     model_args: tuple[str, ...] = ()
-    """Arguments of a model of your own, as dropout=0.2 depth=3."""
+    """Arguments of a library's model or your own, as dropout=0.2 depth=3."""
+    keep_batch_norm: bool = False
+    """For a library's model: leave its batch norm as it is, over each rank's rows alone; the result then depends on
+    the number of ranks."""
     init_from: str | None = None
-    """Weights to start from: imagenet (resnet18), a file (.safetensors, .pth), or another run's folder."""
+    """Weights to start from: pretrained (a library's model), a file (.safetensors, .pth), or another run's folder."""
     freeze: tuple[str, ...] = ()
     """Parts of the model that are not trained, by the beginnings of their parameters' names, as conv1 layer1."""
 
@@ -237,7 +238,7 @@ class Config:
         check_model(self.model)
         check_dataset(self.dataset)
         check_metrics(self.metrics)
-        takes = architectures().get(self.model)
+        takes = () if in_library(self.model) else architectures().get(self.model)
         for name, value in self.model_settings().items():
             if takes is not None and name not in takes:
                 users = [m for m, arguments in architectures().items() if name in arguments]
@@ -258,8 +259,10 @@ class Config:
             raise UserError(f"adam_lr does nothing for optimizer {self.optimizer!r}, only for muon: give --lr")
         if self.precision == "fp16" and self.optimizer == "muon":
             raise UserError("precision fp16 scales gradients, which muon cannot undo: choose bf16, tf32 or fp32")
-        if self.normalize and self.model == "resnet18":
-            raise UserError("normalize: resnet18 normalizes its input itself, as its weights expect: leave it out")
+        if self.normalize and in_library(self.model):
+            raise UserError(f"normalize: {self.model} normalizes its input itself, as its weights expect: leave it out")
+        if self.keep_batch_norm and not in_library(self.model):
+            raise UserError(f"keep_batch_norm is for a model of torchvision or timm, not {self.model!r}: leave it out")
         if self.flip and self.alternating_flip:
             raise UserError("flip and alternating_flip both mirror images: leave one out")
         if self.class_weights and (self.mixup or self.cutmix):
@@ -272,11 +275,11 @@ class Config:
             raise UserError("precision fp64 is for proofs on CPU: add --device cpu, or choose fp32, tf32, fp16 or bf16")
         if self.precision in ("fp16", "tf32") and self.device == "cpu":
             raise UserError(f"precision {self.precision} needs an NVIDIA card: choose fp32 or bf16, or --device cuda")
-        if self.init_from == "imagenet" and self.model != "resnet18":
-            raise UserError(f"init_from imagenet is for resnet18, not {self.model!r}: name a file or a run's folder")
-        if (self.batch_norm or self.model in NORMALIZED) and (self.micro_batch or self.reduction_shards):
-            name = "micro_batch" if self.micro_batch else "reduction_shards"
-            raise UserError(f"{name} would change batch_norm's statistics, which need the whole batch: leave one out")
+        if self.init_from == "pretrained" and not in_library(self.model):
+            raise UserError(
+                f"init_from pretrained is for a model of torchvision or timm, not {self.model!r}: name a file or a "
+                "run's folder"
+            )
         if self.micro_batch and self.reduction_shards:
             raise UserError("micro_batch and reduction_shards both cut the batch: choose one")
         if self.precision == "fp16" and self.reduction_shards:

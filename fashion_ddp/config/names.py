@@ -9,6 +9,7 @@ from functools import cache
 from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.files import PACKAGE
 
+LIBRARIES = ("torchvision", "timm")
 DATASETS = ("fashion_mnist", "mnist", "kmnist", "synthetic")
 
 
@@ -30,7 +31,12 @@ def architectures() -> dict[str, tuple[str, ...]]:
 
 def is_code(name: str) -> bool:
     """Tell whether a name stands for a user's own code: package.module:Name."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None and not in_library(name)
+
+
+def in_library(model: str) -> bool:
+    """Tell whether a model is of torchvision or timm: torchvision:NAME or timm:NAME."""
+    return re.fullmatch(rf"({'|'.join(LIBRARIES)}):[\w.]+", model) is not None
 
 
 def is_path(dataset: str) -> bool:
@@ -39,10 +45,14 @@ def is_path(dataset: str) -> bool:
 
 
 def check_model(name: str) -> None:
-    """Raise UserError for a model that is neither ours nor a user's own."""
-    if name not in architectures() and not is_code(name):
+    """Raise UserError for a model that is neither ours nor a library's nor a user's own."""
+    library, _, path = name.partition(".")
+    if library in LIBRARIES and is_code(name):
+        raise UserError(f"model: {name} takes no image_shape: write {library}:{path.partition(':')[2]}")
+    if name not in architectures() and not is_code(name) and not in_library(name):
         raise UserError(
-            f"model: unknown {name!r}; {nearest(name, architectures())}, or your own as package.module:Name"
+            f"model: unknown {name!r}; {nearest(name, architectures())}, one of a library as torchvision:resnet18 or "
+            "timm:resnet18, or your own as package.module:Name"
         )
 
 
@@ -52,9 +62,9 @@ def check_model_args(model: str, texts: tuple[str, ...], besides: Container[str]
     Raises UserError for arguments of our own models, for text in another form, and for a name that is given twice.
     """
     given = [text.partition("=")[0] for text in texts]
-    if given and not is_code(model):
+    if given and model in architectures():
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in architectures()[model]) or "none"
-        raise UserError(f"model_args are for a model of your own; {model!r} has flags: {flags}")
+        raise UserError(f"model_args are for a library's model or your own; {model!r} has flags: {flags}")
     for text, name in zip(texts, given, strict=True):
         if not name.isidentifier() or "=" not in text:
             raise UserError(f"model_args: expected name=value, as dropout=0.2, got {text!r}")

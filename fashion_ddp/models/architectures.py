@@ -5,6 +5,7 @@ own, which must be fields of config.py, and returns a module that maps images [N
 [N, classes]. Its name becomes a choice of `--model`.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from fashion_ddp import user_code
 from fashion_ddp.config import Config
+from fashion_ddp.config.names import in_library, is_code
 from fashion_ddp.distributed.precision import channels_last
 from fashion_ddp.errors import UserError
-from fashion_ddp.models import transfer
-from fashion_ddp.models.batch_norm import GlobalBatchNorm1d, GlobalBatchNorm2d
+from fashion_ddp.models import library
+from fashion_ddp.models.batch_norm import GlobalBatchNorm, GlobalBatchNorm1d, GlobalBatchNorm2d
 from fashion_ddp.models.describe import Shape, apply_to_zeros
 from fashion_ddp.models.dropout import SampleDropout
 from fashion_ddp.models.normalize import normalize_input
@@ -175,12 +177,6 @@ class PreActivation(nn.Module):
         return self.rest(active) + (x if self.project is None else self.project(active))
 
 
-@architecture
-def resnet18(image_shape: Shape, classes: int) -> nn.Module:
-    """torchvision's ResNet-18 (He et al., arXiv 1512.03385), for these channels and classes."""
-    return transfer.resnet18(image_shape[0], classes)
-
-
 def build(
     cfg: Config,
     image_shape: Shape,
@@ -194,14 +190,19 @@ def build(
     `trained_on`: the type of the device that it will be trained on, which decides the memory format of convolutions.
     `function`: builds the model; without it, the function or class of the name `cfg.model` does.
 
-    Raises UserError for a model of the user's own that cannot be found, does not take the arguments, has nothing to
-    train, or does not return logits [N, classes].
+    Raises UserError for a model that cannot be found, does not take the arguments, has nothing to train, or does not
+    return logits [N, classes], and for settings that would cut the batch of one with batch norm.
     """
-    function = function or ARCHITECTURES.get(cfg.model) or user_code.load(cfg.model, "model")
+    function = function or ARCHITECTURES.get(cfg.model)
+    if function is None and in_library(cfg.model):
+        function = library.factory(cfg.model, cfg.keep_batch_norm)
+    function = function or user_code.load(cfg.model, "model")
     arguments = cfg.model_settings() | user_code.convert_arguments(function, cfg.model_args)
     torch.manual_seed(cfg.seed)
     images = [2, *image_shape]
     try:
+        if callable(function):  # torchvision's factories would take an image_shape for weights, and download these
+            inspect.signature(function).bind(image_shape, classes, **arguments)
         model = function(image_shape, classes, **arguments)
         output = apply_to_zeros(model, image_shape, rows=2) if isinstance(model, nn.Module) else None
     except UserError:
@@ -223,11 +224,14 @@ def build(
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"model {cfg.model} has no parameters to train")
+    cuts = "micro_batch" if cfg.micro_batch else "reduction_shards" if cfg.reduction_shards else None
+    if cuts and any(isinstance(module, GlobalBatchNorm) for module in model.modules()):
+        raise UserError(f"{cuts} would change batch norm's statistics, which need the whole batch: leave it out")
     if cfg.normalize:
         normalize_input(model, torch.zeros(image_shape[0]), torch.ones(image_shape[0]))  # until train.py knows the data
     if rank > 0:  # from here on each rank draws other numbers: a user's Dropout must not drop the same units on each
         torch.manual_seed(cfg.seed + rank)
-    if cfg.model in ARCHITECTURES and channels_last(cfg.precision, trained_on):
+    if not is_code(cfg.model) and channels_last(cfg.precision, trained_on):
         # A user's own model keeps its format: Dropout draws in memory order, and would drop other units than in the
         # user's own loop.
         model = model.to(memory_format=torch.channels_last)

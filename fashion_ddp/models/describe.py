@@ -1,5 +1,7 @@
 """Describe a model: its parameters, operations, layers, feature maps, and layers that depend on the ranks."""
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fashion_ddp.models.batch_norm import GlobalBatchNorm
+from fashion_ddp.models.dropout import SampleDropout
 
 Shape = tuple[int, int, int]  # channels, height, width
+MOST_ROWS = 40  # of the table of layers
 
 
 @torch.no_grad()
@@ -58,22 +62,44 @@ def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def layers_table(model: nn.Module, image_shape: Shape) -> str:
-    """Return the model's layers as a table of text: type, output shape for one image, parameters."""
+    """Return the model's layers as a table of text: type, output shape for one image, parameters.
+
+    A model of more than MOST_ROWS layers is shown by its blocks, whose names are shown, too.
+    """
     rows: list[tuple[str, str, int]] = []
+    blocks = _blocks(model)
+    named = any(any(module.children()) for module in blocks.values())
 
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        shape = "x".join(map(str, output.shape[1:])) if isinstance(output, Tensor) else "-"
-        rows.append((type(module).__name__, shape, sum(p.numel() for p in module.parameters(recurse=False))))
+    def note(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, inputs: Any, output: Any) -> None:
+            shape = "x".join(map(str, output.shape[1:])) if isinstance(output, Tensor) else "-"
+            text = f"{name} {type(module).__name__}" if named else type(module).__name__
+            rows.append((text, shape, count_parameters(module)))
 
-    leaves = [m for m in model.modules() if not any(m.children())]
-    hooks = [m.register_forward_hook(note) for m in leaves]
+        return add
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in blocks.items()]
     apply_to_zeros(model, image_shape)
     for hook in hooks:
         hook.remove()
-    lines = [
-        f"  {name:<20}{shape:>14}{count:>12,}" for name, shape, count in [*rows, ("total", "", count_parameters(model))]
-    ]
-    return "\n".join([f"  {'layer':<20}{'output':>14}{'parameters':>12}", *lines])
+    rows.append(("total", "", count_parameters(model)))
+    width = max(20, *(len(name) + 2 for name, _, _ in rows))
+    lines = [f"  {name:<{width}}{shape:>14}{count:>12,}" for name, shape, count in rows]
+    return "\n".join([f"  {'layer':<{width}}{'output':>14}{'parameters':>12}", *lines])
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's layers by name; of more than MOST_ROWS the blocks that they are in, as small as can be."""
+    level = {name: len(name.split(".")) if name else 0 for name, _ in model.named_modules()}
+    for deepest in range(max(level.values()), -1, -1):
+        shown = {
+            name: module
+            for name, module in model.named_modules()
+            if level[name] == deepest or (level[name] < deepest and not any(module.children()))
+        }
+        if len(shown) <= MOST_ROWS:
+            break
+    return shown
 
 
 def rank_dependent_layers(model: nn.Module) -> list[str]:
@@ -81,3 +107,28 @@ def rank_dependent_layers(model: nn.Module) -> list[str]:
     per_rank = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     layers = (m for m in model.modules() if isinstance(m, per_rank) and not isinstance(m, GlobalBatchNorm))
     return sorted({type(m).__name__ for m in layers})
+
+
+@torch.no_grad()
+def draws_random_numbers(model: nn.Module, image_shape: Shape) -> bool:
+    """Return whether a model that trains draws numbers other than by the image, as a call of F.dropout does.
+
+    A copy is tried, and what it draws is not missing afterwards. False also where the model cannot be copied.
+    """
+    try:
+        trial = copy.deepcopy(model).train()
+    except Exception:  # noqa: BLE001 - a user's model may hold anything
+        return False
+    parameter = next(model.parameters())
+    images = torch.linspace(0, 1, 2 * math.prod(image_shape), dtype=parameter.dtype, device=parameter.device)
+    for module in trial.modules():
+        if isinstance(module, GlobalBatchNorm):
+            module.whole_batch = True  # no other rank is asked
+        elif isinstance(module, SampleDropout):
+            module.row_keys = torch.arange(2, device=images.device)
+    outputs = []
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            outputs.append(trial(images.view(2, *image_shape)))
+    return not torch.equal(*outputs)

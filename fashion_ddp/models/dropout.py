@@ -33,15 +33,32 @@ class SampleDropout(nn.Module):
         keys = self.row_keys
         if keys is None:
             keys = torch.randint(2**62, (len(input),), device=input.device)
-        # Channels last, as convolutions mostly lie: a mask in another format would cost more than it takes to make.
-        shape = input.movedim(1, -1).shape
-        bits = random_bits(keys, self.number, shape[1:].numel())
+        bits = random_bits(keys, self.number, self.units(input, len(keys)))
         dropped = min(round(self.p * STEPS), STEPS - 1)
         mask = (bits >= dropped - STEPS // 2).to(input.dtype).mul_(1 / (1 - self.p))
-        return input * mask.view(shape).movedim(-1, 1)
+        return input * self.spread(mask, input)
+
+    def units(self, input: Tensor, images: int) -> int:
+        """Return how many values of an image are dropped or kept, each by itself."""
+        return input.numel() // images  # an image may be several rows, as windows of it are
+
+    def spread(self, mask: Tensor, input: Tensor) -> Tensor:
+        """Return a mask [N, units] in a shape that the input can be multiplied with."""
+        # Channels last, as convolutions mostly lie: a mask in another format would cost more than it takes to make.
+        return mask.view(input.movedim(1, -1).shape).movedim(-1, 1)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class SampleDropPath(SampleDropout):
+    """Stochastic depth (Huang et al., arXiv 1603.09382): drop all values of an image, whichever rank holds its row."""
+
+    def units(self, input: Tensor, images: int) -> int:
+        return 1
+
+    def spread(self, mask: Tensor, input: Tensor) -> Tensor:
+        return mask.view(-1, *[1] * (input.dim() - 1))
 
 
 def random_bits(keys: Tensor, layer: int, units: int) -> Tensor:

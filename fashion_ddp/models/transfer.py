@@ -1,4 +1,4 @@
-"""Transfer learning: build a well-known model, load weights to start from, and freeze parts."""
+"""Transfer learning: load weights to start from, and freeze parts."""
 
 from pathlib import Path
 
@@ -9,43 +9,33 @@ from torch import Tensor, nn
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError, nearest
 from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
-from fashion_ddp.models.normalize import BUFFERS, normalize_input
+from fashion_ddp.models.describe import Shape
+from fashion_ddp.models.library import published_weights
+from fashion_ddp.models.normalize import BUFFERS
 from fashion_ddp.models.weights import weights_file
 
-# Of ImageNet's red, green and blue in [0, 1]. torchvision's weights expect an input that is normalized with them.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
-def resnet18(channels: int, classes: int) -> nn.Module:
-    """Return torchvision's ResNet-18 for images [N, channels, H, W] in [0, 1], with batch norm over global batches."""
-    from torchvision.models import resnet18 as torchvision_resnet18  # not at the top: it takes seconds to import
-
-    model = torchvision_resnet18(num_classes=classes, norm_layer=GlobalBatchNorm2d)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    if channels != 3:
-        model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-        mean, std = mean.mean().expand(channels).clone(), std.mean().expand(channels).clone()
-    normalize_input(model, mean, std, saved=False)  # so that the weights have torchvision's names
-    return model
-
-
-def prepare(cfg: Config, model: nn.Module) -> list[str]:
+def prepare(cfg: Config, model: nn.Module, image_shape: Shape) -> list[str]:
     """Load the initial weights that the settings ask for into a new model, and freeze the parts that they name.
 
     Returns what was done, in words. Raises UserError where the weights do not fit, or no parameter has a name.
     """
     done = []
     if (path := weights_file(cfg)) is not None:
-        done.append(_load(model, path))
+        published = cfg.init_from == "pretrained"
+        given = published_weights(cfg, path, image_shape) if published else _read(path)
+        done.append(_load(model, given, path))
     if cfg.freeze:
         done.append(_freeze(model, cfg.freeze))
     return done
 
 
-def _load(model: nn.Module, path: Path) -> str:
-    """Load weights by name. The last layer may be new, for other classes; the first is adapted to other channels."""
-    given, ours = _read(path), model.state_dict()
+def _load(model: nn.Module, given: dict[str, Tensor], path: Path) -> str:
+    """Load weights by name. The last layer may be new, for other classes; the first is adapted to other channels.
+
+    `path`: where they are from, for messages.
+    """
+    ours = model.state_dict()
     if given.keys() & set(BUFFERS) and not ours.keys() & set(BUFFERS):
         raise UserError(f"init_from {path}: its model saw normalized images: add --normalize")
     first, last = _first_and_last(model)
@@ -93,11 +83,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _first_and_last(model: nn.Module) -> tuple[str, set[str]]:
-    """Return the name of the model's first parameter, and the names of its last layer's parameters."""
+    """Return the name of the first convolution's weight ("" without one), and those of the last layer's parameters."""
     layers = [(name, m) for name, m in model.named_modules() if [*m.parameters(recurse=False)]]
     name, layer = layers[-1]
     last = {f"{name}.{own}" if name else own for own, _ in layer.named_parameters(recurse=False)}
-    return next(name for name, _ in model.named_parameters()), last
+    return next((f"{name}.weight" for name, m in layers if isinstance(m, nn.Conv2d)), ""), last
 
 
 def _differ_in_channels_only(one: Tensor, two: Tensor) -> bool:

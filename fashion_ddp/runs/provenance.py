@@ -10,7 +10,7 @@ from typing import Any
 
 from fashion_ddp import user_code
 from fashion_ddp.config import Config
-from fashion_ddp.config.names import is_code
+from fashion_ddp.config.names import in_library, is_code
 from fashion_ddp.files import PACKAGE
 from fashion_ddp.models import weights
 
@@ -69,8 +69,9 @@ def made_by(cfg: Config, data_md5: dict[str, str]) -> dict[str, Any]:
     made = {"code": code_hash(), **versions()}
     if is_code(cfg.model):
         made["model source"] = user_code.source_hash(cfg.model) or "not found"
-    if cfg.model == "resnet18":
-        made["torchvision"] = importlib.metadata.version("torchvision")
+    if in_library(cfg.model):
+        library = cfg.model.partition(":")[0]
+        made[library] = importlib.metadata.version(library)
     if cfg.init_from is not None:
         made["initial weights"] = weights.weights_hash(cfg) or ""
     return made | {"data": data_md5}

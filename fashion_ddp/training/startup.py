@@ -122,6 +122,8 @@ def announce(
     model, mixed, at_once = state.model, False, env["side_by_side"]
     described = describe.layers_table(model, dataset.image_shape)
     dependent = describe.rank_dependent_layers(model)
+    if not dependent and ":" in cfg.model and describe.draws_random_numbers(model, dataset.image_shape):
+        dependent = ["dropout that is no layer"]
     if world.rank == 0:
         starts = load_run(folder.path).environment
         went_before = starts if state.done else []  # of others nothing is left

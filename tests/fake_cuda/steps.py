@@ -103,7 +103,7 @@ def main() -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     every = configurations()
     few = [*every[::5], every[-1]]  # each model, and each optimizer, once; and images that are read ahead
-    captured = every if sys.argv[1] == "every" else [*few, {"model": "resnet18"}]
+    captured = every if sys.argv[1] == "every" else [*few, {"model": "torchvision:resnet18"}]
     for graph, given in [*((True, one) for one in captured), *((False, one) for one in few)]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         print(json.dumps(observe(given, graph) | {"graph": graph}))

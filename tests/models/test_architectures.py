@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fashion_ddp.config import Config, config
+from fashion_ddp.config import Config
 from fashion_ddp.config.layers import make_config
 from fashion_ddp.errors import UserError
 from fashion_ddp.models import architectures, describe
-from fashion_ddp.models.batch_norm import GlobalBatchNorm, GlobalBatchNorm2d
+from fashion_ddp.models.batch_norm import GlobalBatchNorm2d
 from fashion_ddp.models.dropout import SampleDropout
 
 pytestmark = pytest.mark.quick
@@ -81,11 +81,12 @@ def test_models_fit_the_data(name: str, shape: architectures.Shape, classes: int
     assert model(torch.rand(5, *shape)).shape == (5, classes) and model.training
 
 
-def test_the_models_that_always_have_batch_norm_are_known() -> None:
-    found = [
-        m for m in architectures.ARCHITECTURES if any(isinstance(n, GlobalBatchNorm) for n in build(model=m).modules())
-    ]
-    assert set(found) == set(config.NORMALIZED)
+@pytest.mark.parametrize("cut", ["micro_batch", "reduction_shards"])
+def test_the_batch_of_a_model_with_batch_norm_is_not_cut(cut: str) -> None:
+    for settings in ({"model": "small_resnet"}, {"model": "cnn", "batch_norm": True}):
+        with pytest.raises(UserError, match=f"{cut} would change batch norm's statistics"):
+            build(**settings, **{cut: 2})
+    build(model="cnn", **{cut: 2})
 
 
 def test_the_parameters_that_the_docstrings_name() -> None:

@@ -47,7 +47,7 @@ CASES: list[dict[str, Any]] = [
     # adam_lr is lr / 4: a ratio that the host and the device multiply by to the same bits
     {"model": "cnn", "optimizer": "muon", "lr": 0.016, "weight_decay": 0.1, "schedule": "linear", "ema": 0.9},
 ]
-RESNET = {"model": "resnet18", "optimizer": "momentum", "lr": 0.02, "batch_size": 35}
+RESNET = {"model": "torchvision:resnet18", "optimizer": "momentum", "lr": 0.02, "batch_size": 35}
 SHARDS = {"model": "linear", "reduction_shards": 4, "label_smoothing": 0.1}
 
 
