@@ -29,6 +29,8 @@ class File:
 WHEN = {
     "validation": "with `--validation`",
     "finished": "finished runs",
+    "best": "finished runs that kept their best epoch",
+    "early": "runs that `--patience` ended",
     "metrics": "with `--metrics`",
     "tta": "with `--tta`, after the last epoch",
     "unfinished": "runs that were stopped or failed",
@@ -94,6 +96,9 @@ SUMMARY = (
     Key("wandb_id", "text", "the run's name to W&B, also where it is told only later"),
     Key("wandb_mode", "text", "online, offline or disabled; null where W&B was left", "W&B"),
     Key("test_evaluations", "count", "how often the test set was looked at"),
+    Key("kept_epoch", "count", "whose weights these are, and the figures train/*, val/* and test/*", "best"),
+    Key("chosen_by", "text", "val/accuracy; of equals, val/loss decides", "best"),
+    Key("stopped_early", "text", "after which epoch, and why", "early"),
     *(key for key in EPOCH if key.name != "throughput/images_per_s"),  # of the last epoch
     Key("throughput/images_per_s", "images/s", "of the last epoch; of a finished run, over all of its training"),
     Key("throughput/images_per_s_per_rank", "images/s", "the same by rank", "finished"),
@@ -178,12 +183,17 @@ def files() -> tuple[File, ...]:
     return (
         File("config.yaml", "The resolved settings; `--config` on it makes the same run.", settings()),
         File("summary.json", "One object: what a table needs.", SUMMARY),
-        File("metrics.jsonl", "One object per epoch.", EPOCH),
+        File(
+            "metrics.jsonl",
+            "One object per epoch. With --keep best or --patience it is known only later which is the last: what is "
+            "evaluated once then stands in summary.json alone.",
+            EPOCH,
+        ),
         File("steps.jsonl", "About 100 objects per epoch.", POINT),
         File("environment.json", "A list with one object per start: where, on what and from what.", ENVIRONMENT),
         File("predictions.safetensors", "Of a finished run: its answers on the test set.", PREDICTIONS),
         File("examples.safetensors", "Of a finished run: what a report draws.", EXAMPLES),
-        File("model.safetensors", "Of a finished run: the weights after the last epoch, under the model's own names."),
+        File("model.safetensors", "Of a finished run: the weights that it kept, under the model's own names."),
         File("model.txt", "The model's layers, as printed at the start. Beside it model.py: the source of your own."),
         File("checkpoints/", "What a run that was interrupted continues from; the newest two. For the trainer alone."),
         File("logs/", "One per rank: errors, the stack of a rank that hung; with --trace its trace of a few steps."),

@@ -117,10 +117,17 @@ def train(command: Command) -> None:
                     if sync.stop:
                         raise Stopped(state.position, sync.stop)
             with state.timings.measure("eval"), state.averaged():
-                scores = evaluate(cfg, model, sets, figures, last_epoch=epoch == cfg.epochs)
+                scores = evaluate(cfg, model, sets, figures, last=epoch == cfg.epochs and not cfg.chooses)
+                enough = state.choice.judge(epoch, scores)
             recorder.epoch(scores, state.timings.of_epoch(batches.count))
+            if enough:
+                break
 
-        with state.averaged():
+        with state.kept():
+            if cfg.chooses:  # only now it is known which weights are kept
+                with state.timings.measure("eval"):
+                    scores = evaluate(cfg, model, sets, figures, last=True)
+                recorder.chosen(state.choice.outcome(epoch), scores)
             world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores))
         recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)
 

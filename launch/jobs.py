@@ -177,7 +177,7 @@ def table(states: list[RunState]) -> Table:
         "job": lambda one: one.job,
         "state": lambda one: one.state,
         "epoch": lambda one: f"{_last_epoch(one).get('epoch', 0)}/{one.run.config.get('epochs', '?')}",
-        "accuracy %": lambda one: percent(accuracy) if (accuracy := _last_epoch(one).get("test/accuracy")) else "",
+        "accuracy %": lambda one: percent(accuracy) if (accuracy := _figures(one).get("test/accuracy")) else "",
         "images/s": lambda one: f"{_last_epoch(one)['throughput/images_per_s']:,.0f}" if _last_epoch(one) else "",
         "interrupted": lambda one: _ends(one)[0],
         "failed": lambda one: _ends(one)[1],
@@ -191,6 +191,12 @@ def table(states: list[RunState]) -> Table:
 
 def _last_epoch(state: RunState) -> dict[str, Any]:
     return (state.run.metrics or [{}])[-1]
+
+
+def _figures(state: RunState) -> dict[str, Any]:
+    """Return what the summary says, which of a run that kept an earlier epoch are that one's figures, and beside it the
+    last epoch's."""
+    return _last_epoch(state) | state.run.summary
 
 
 def _ends(state: RunState) -> tuple[str, str]:

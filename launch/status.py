@@ -47,6 +47,8 @@ def show(states: list[RunState]) -> int:
         elif not one.finished and (one.job_record or "error" in one.run.summary):
             why = one.given_up or one.run.summary.get("error") or "its folder does not say why"
             say(f"{one.folder.name}: {why}; log: {shlex.quote(jobs.log_that_tells(one.job_record))}")
+        elif "stopped_early" in one.run.summary:
+            say(f"{one.folder.name}: stopped early {one.run.summary['stopped_early']}")
     for one in states:
         if one.queued and "held" in one.queued.reason.lower():
             say(f"{one.folder.name}: SLURM holds its job: `scontrol release {one.job}` lets it go on")

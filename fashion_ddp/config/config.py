@@ -19,6 +19,7 @@ from fashion_ddp.config.names import (
     check_model_args,
     dataset_name,
     in_library,
+    may_have_validation,
     weights_name,
 )
 from fashion_ddp.errors import UserError, nearest
@@ -105,6 +106,12 @@ class Config:
     bf16 are mixed precision; fp64 is for proofs on CPU."""
     validation: int = 0
     """Hold out so many training images, drawn by seed, and report val/* on them."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights a run keeps: those after its last epoch, or after the one that was best on the validation set
+    (--validation, or the val/ of a folder of pictures)."""
+    patience: int | None = None
+    """Stop when so many epochs in a row were no better on the validation set than the best before; the schedule stays
+    that of --epochs. By default all epochs are trained."""
     test_at: Literal["auto", "epoch", "end"] = "auto"
     """When the test set is evaluated: after each epoch, or once, after the last: then nothing can be chosen by it.
     `auto` is epoch; for a folder of pictures with val/ and test/ it is end."""
@@ -174,7 +181,7 @@ class Config:
 
     # While it trains
     checkpoint_every: float = 30.0
-    """Seconds between checkpoints; a run that is stopped, or ends, leaves one in any case."""
+    """Seconds between checkpoints; a run that is stopped, or trains all its epochs, leaves one in any case."""
     timeout: float = 600.0
     """Seconds that ranks wait for one that hangs before they give up."""
     trace: bool = False
@@ -220,7 +227,7 @@ class Config:
         rules |= dict.fromkeys(("label_smoothing", "dropout", "ema"), below_one)
         rules["momentum"] = "greater than 0 and less than 1", lambda v: 0 < v < 1
         rules |= dict.fromkeys(("batch_size", "reference_batch", "lr", "adam_lr", "timeout"), positive)
-        rules |= dict.fromkeys(("hidden_units", "depth", "conv_blocks"), positive)
+        rules |= dict.fromkeys(("hidden_units", "depth", "conv_blocks", "patience"), positive)
         rules |= dict.fromkeys(("weight_decay", "clip_norm", "shift", "validation", "checkpoint_every"), not_negative)
         rules |= dict.fromkeys(("cutout", "mixup", "cutmix", "image_size"), not_negative)
         rules |= dict.fromkeys(("threads", "micro_batch", "reduction_shards"), not_negative)
@@ -282,8 +289,15 @@ class Config:
             )
         if self.micro_batch and self.reduction_shards:
             raise UserError("micro_batch and reduction_shards both cut the batch: choose one")
+        if self.chooses and not self.validation and not may_have_validation(self.dataset):
+            raise UserError(f"{self.chooses} needs a validation set: hold training images out, as by --validation 5000")
         if self.precision == "fp16" and self.reduction_shards:
             raise UserError("reduction_shards adds gradients itself and cannot scale them: choose bf16, fp32 or fp64")
+
+    @property
+    def chooses(self) -> str:
+        """Return the setting by which the validation set decides what is kept, or when training ends; "" for none."""
+        return "keep best" if self.keep == "best" else f"patience {self.patience}" if self.patience else ""
 
     def class_weight_list(self) -> list[float]:
         """Return the numbers of class_weights. Raises UserError where it holds anything else."""

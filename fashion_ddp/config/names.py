@@ -44,6 +44,11 @@ def is_path(dataset: str) -> bool:
     return not is_code(dataset) and ("/" in dataset or dataset in (".", "..") or dataset.endswith(".npz"))
 
 
+def may_have_validation(dataset: str) -> bool:
+    """Tell by its name alone whether a dataset may have images to choose by: a folder, which may be one of pictures."""
+    return is_path(dataset) and not dataset.endswith(".npz")
+
+
 def check_model(name: str) -> None:
     """Raise UserError for a model that is neither ours nor a library's nor a user's own."""
     library, _, path = name.partition(".")

@@ -84,8 +84,13 @@ class Result:
 
     @property
     def test_evaluations(self) -> int:
-        """Return how often the run evaluated the test set."""
-        return sum(row.get(ACCURACY) is not None for row in self.run.metrics)
+        """Return how often the run evaluated the test set, also where it ran under a version that did not record it."""
+        return self.record.get("test_evaluations", sum(row.get(ACCURACY) is not None for row in self.run.metrics))
+
+    @property
+    def kept_epoch(self) -> int | None:
+        """Return the epoch that validation chose, whose weights and figures these are; None for the last."""
+        return self.record.get("kept_epoch")
 
     @property
     def device(self) -> str:

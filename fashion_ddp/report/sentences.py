@@ -63,7 +63,7 @@ def verdict(section: Section) -> tuple[str, str]:
 
 def caveats(section: Section) -> list[str]:
     """Say what must be known before a section's times and accuracies are used."""
-    return [said for said in (_shared_times(section), _seen_while_choosing(section)) if said]
+    return [said for said in (_shared_times(section), _stopped_early(section), _seen_while_choosing(section)) if said]
 
 
 def _shared_times(section: Section) -> str:
@@ -78,6 +78,13 @@ def _shared_times(section: Section) -> str:
         f"Times shared by up to {most} runs at once: {which}. Their training time and images/s are no measure of speed "
         "or cost, and not to be compared with those of a run that had the machine to itself."
     )
+
+
+def _stopped_early(section: Section) -> str:
+    """Name the runs that --patience ended before their last epoch, and when; "" without any."""
+    results = [r for row in section.rows for r in row.results]
+    names = [f"{r.name} ({early})" for r in results if (early := r.record.get("stopped_early"))]
+    return f"Stopped early: {_join_names(names)}." if names else ""
 
 
 def _seen_while_choosing(section: Section) -> str:
@@ -146,7 +153,7 @@ def p_sentence(p: float) -> str:
 # --- Notes ------------------------------------------------------------------------------------------------------
 
 METHOD = [
-    "Accuracy and loss: the last epoch's weights on the whole test set, every image counted once.",
+    "Accuracy and loss: the weights that the run kept on the whole test set, every image counted once.",
     (
         "95 % interval of an accuracy. 1 seed: Wilson's score (1927), for other test images with these weights. "
         "From 3 seeds: Student's t (1908) over them, for other seeds on these images. 2 seeds: none."
@@ -185,6 +192,11 @@ def method(comparison: Comparison) -> list[str]:
         notes.append(
             "Published figures stand beside runs with the recipe's own settings only. The tutorials average the "
             "accuracies of batches, so that the last, smaller batch weighs too much; ours are exact."
+        )
+    if any(r.kept_epoch for r in comparison.finished):
+        notes.append(
+            "Epoch kept: the one of the highest accuracy on the validation set; of equals that of the lowest loss, and "
+            "then the first. The test set had no part in it. Other runs keep the last epoch."
         )
     if any(r.run.cost for r in comparison.results):
         notes.append(COST)

@@ -73,6 +73,11 @@ def _test_evaluations(row: Row) -> str:
     return " or ".join(f"{n:,} x" for n in times)
 
 
+def _kept(row: Row) -> str:
+    epochs = [str(r.kept_epoch) for r in row.results if r.kept_epoch is not None]
+    return ", ".join(epochs) or MISSING
+
+
 RUN_COLUMN = Column("run", False, lambda row: row.first.name)
 MODEL = Column("model", False, lambda row: row.first.model + (" SYNTHETIC" if row.first.synthetic else ""))
 RECIPE = Column(
@@ -85,6 +90,7 @@ QUALITY = [
 ]
 AUGMENTED = _figure("accuracy % with test-time augmentation", TTA, percent, spreads=True)
 EVALUATIONS = Column("test set seen", True, _test_evaluations)
+KEPT = Column("epoch kept, by validation", True, _kept)
 INTERVAL = Column("95 % interval", True, _interval)
 OVER_CLASSES = _figure("balanced accuracy %", BALANCED, percent, spreads=True)
 AMONG_FIVE = _figure("top-5 accuracy %", TOP5, percent)
@@ -100,7 +106,7 @@ SPEED = _figure("images/s", IMAGES_PER_S, "{:,.0f}".format)
 SHARED = Column("times shared by", False, _shared)
 SPACE = _figure("memory MB", MEMORY, lambda value: f"{value / 1e6:,.0f}")
 RANKS_AND_DEVICE = Column("ranks x device", False, lambda row: row.first.ranks_and_device)
-COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, EVALUATIONS, AUGMENTED, OVER_CLASSES, QUALITY[1], *MORE_QUALITY]
+COLUMNS = [RECIPE, QUALITY[0], INTERVAL, SEED, EVALUATIONS, KEPT, AUGMENTED, OVER_CLASSES, QUALITY[1], *MORE_QUALITY]
 COLUMNS += [PARAMETERS, FLOPS, TIME, SPEED, SHARED, SPACE, RANKS_AND_DEVICE]
 # A terminal has less room.
 TERMINAL_COLUMNS = [
@@ -108,6 +114,7 @@ TERMINAL_COLUMNS = [
     QUALITY[0],
     INTERVAL,
     SEED,
+    KEPT,
     AUGMENTED,
     QUALITY[1],
     PARAMETERS,
@@ -122,7 +129,7 @@ def _table(section: Section, columns: list[Column], rows: list[Row]) -> Table:
     """Make a table of rows, or runs, of a section. A column that need not have an entry is left out where none has."""
     shown: list[Column] = []
     for column in columns:
-        if column in (SHARED, AUGMENTED, AMONG_FIVE) and all(column.text(row) == MISSING for row in rows):
+        if column in (SHARED, KEPT, AUGMENTED, AMONG_FIVE) and all(column.text(row) == MISSING for row in rows):
             continue
         if (column is EVALUATIONS and not section.offers_choice) or (column is OVER_CLASSES and not section.unbalanced):
             continue

@@ -77,7 +77,9 @@ def _check(path: Path, cfg: Config, made_by_now: dict[str, Any], fresh: bool, re
             "or --fresh to keep it under another name"
         )
     # Compare with the epochs in the summary: a kill may have come when config.yaml already asked for more.
-    finished = old.summary.get("status") == "finished" and old.summary.get("epochs", before.epochs) >= cfg.epochs
+    # A run that stopped early would stop there with more of them, too.
+    enough = "stopped_early" in old.summary or old.summary.get("epochs", before.epochs) >= cfg.epochs
+    finished = old.summary.get("status") == "finished" and enough
     start = old.environment[-1] if old.environment else {}
     different = differences(start.get("made_by", {}), made_by_now)
     if different and not reuse and (finished or any((path / "checkpoints").glob("*.pt"))):

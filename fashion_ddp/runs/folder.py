@@ -8,7 +8,7 @@
     model.txt                 the model's layers, as printed at the start
     predictions.safetensors   logits [n, classes] float32, predicted [n] int64, labels [n] int64 of the test set
     examples.safetensors      what a report draws: training samples, test images, feature maps of one of them
-    model.safetensors         the weights after the last epoch
+    model.safetensors         the weights that the run kept
     checkpoints/              what a run that was stopped or killed continues from; the newest two
     logs/                     one file per rank: stacks and errors
 

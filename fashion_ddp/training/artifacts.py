@@ -23,7 +23,7 @@ PAIRS, EACH = 10, 4  # the most confused pairs (true, predicted), and test image
 
 
 def write(folder: RunFolder, model: nn.Module, data: Dataset, scored: Mapping[str, Scores]) -> None:
-    """Write predictions.safetensors, examples.safetensors and model.safetensors. `scored`: the last epoch's scores."""
+    """Write predictions.safetensors, examples.safetensors and model.safetensors. `scored`: the model's scores."""
     scores = scored["test"]
     files: dict[str, dict[str, Tensor]] = {
         "predictions.safetensors": {
@@ -43,7 +43,7 @@ def write(folder: RunFolder, model: nn.Module, data: Dataset, scored: Mapping[st
 
 def figures(world: World, model: nn.Module, data: Dataset, batches: Batches, state: State) -> dict[str, Any]:
     """Return the figures of the whole run: times, memory, operations. A collective."""
-    timings = state.timings.of_run(state.cfg.epochs * batches.count, world.size, state.clock)
+    timings = state.timings.of_run(state.epoch * batches.count, world.size, state.clock)
     peak = max(world.all_gather_object(peak_memory_bytes(world.device)))
     flops = describe.flops_per_image(model, data.image_shape)
     return timings | {"flops_per_image": flops, "peak_memory_bytes": peak}

@@ -76,7 +76,7 @@ class Rows:
 
 def split(cfg: Config, data: Dataset) -> dict[str, Part]:
     """Return the parts of a run's data: train, test, and val where the set has one or images are held out for it, drawn
-    by seed. Raises UserError where none is left to train on, or where both are given."""
+    by seed. Raises UserError where none is left to train on, where both are given, or where neither is that must be."""
     parts = {
         name: Part(images, labels, None, data.stored.get(name), data.sums.get(name))
         for name, images, labels in (
@@ -91,6 +91,11 @@ def split(cfg: Config, data: Dataset) -> dict[str, Part]:
         raise UserError(f"validation must leave images to train on: {cfg.validation} of {count} were asked for")
     if cfg.validation and "val" in parts:
         raise UserError(f"validation: dataset {data.name} has images to choose by, in val/: leave --validation out")
+    if cfg.chooses and not cfg.validation and "val" not in parts:
+        raise UserError(
+            f"{cfg.chooses} needs a validation set, and dataset {data.name} has none (a val/ without a test/ is what "
+            "it is tested on): hold training images out, as by --validation 500"
+        )
     if cfg.validation:
         order = torch.randperm(count, generator=generator(cfg.seed, "validation")).numpy()
         for name, rows in (("train", order[cfg.validation :]), ("val", order[: cfg.validation])):

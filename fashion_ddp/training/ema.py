@@ -38,16 +38,23 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the model has its averaged weights and statistics."""
-        current = list(itertools.chain(*self._current()))
-        before = [tensor.clone() for tensor in current]
-        torch._foreach_copy_(current, [*self.weights, *self.buffers])
-        try:
+        with lent(list(itertools.chain(*self._current())), [*self.weights, *self.buffers]):
             yield
-        finally:
-            torch._foreach_copy_(current, before)
 
     def _current(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the model's present weights, and its statistics: a running mean is linear in the weights before it, so
         that the averages of both fit together without another pass over the data. Counts are not averaged."""
         buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         return [parameter.detach() for parameter in self.trained], buffers
+
+
+@contextmanager
+def lent(places: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """Within, a model's tensors, `places`, have these values; then their own again. They stay where they are in memory,
+    where a CUDA graph knows them."""
+    before = [tensor.clone() for tensor in places]
+    torch._foreach_copy_(places, values)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(places, before)

@@ -95,14 +95,14 @@ def view(images: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
 
 
 def evaluate(
-    cfg: Config, model: nn.Module, sets: Mapping[str, Evaluation], figures: MetricCollection, last_epoch: bool
+    cfg: Config, model: nn.Module, sets: Mapping[str, Evaluation], figures: MetricCollection, last: bool
 ) -> dict[str, Scores]:
     """Score a model, after an epoch, on each set whose turn it is, with these figures. Where test-time augmentation was
-    asked for, its scores stand beside the last epoch's plain ones, as `test_tta`."""
+    asked for, its scores stand beside the plain ones of the run's `last` evaluation, as `test_tta`."""
     chosen_by_val = "val" in sets and not cfg.validation  # the set has images to choose by
     at_end = cfg.test_at == "end" or (cfg.test_at == "auto" and chosen_by_val)
-    due = {name: one for name, one in sets.items() if last_epoch or name != "test" or not at_end}
-    augmented = [cfg.tta] if last_epoch and cfg.tta != "none" else []
+    due = {name: one for name, one in sets.items() if last or name != "test" or not at_end}
+    augmented = [cfg.tta] if last and cfg.tta != "none" else []
     scores: dict[str, Scores] = {}
     for name, evaluation in due.items():
         labels = torch.from_numpy(evaluation.part.labels)

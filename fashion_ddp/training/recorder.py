@@ -38,6 +38,8 @@ class NullRecorder:
 
     def epoch(self, scores: Mapping[str, Scores], timings: Mapping[str, float]) -> None: ...
 
+    def chosen(self, outcome: Mapping[str, Any], scores: Mapping[str, Scores]) -> None: ...
+
     def finish(self, figures: Mapping[str, Any], test_images: np.ndarray) -> None: ...
 
 
@@ -99,21 +101,38 @@ class Recorder(NullRecorder):
         self.bar.close()
         row: dict[str, Any] = {"epoch": self.now, "step": self.recorded.step, "lr": self.recorded.lr}
         row |= {"train/loss": self.recorded.total.mean_loss, "train/accuracy": self.recorded.total.accuracy}
-        self.known["test_evaluations"] += "test" in scores
-        for name, score in scores.items():
-            row |= {f"{name}/loss": score.loss, f"{name}/accuracy": score.accuracy}
-            row |= {f"{name}/{figure}": value for figure, value in score.figures.items()}
+        row |= self._figures(scores)
         row |= timings
         self.folder.append("metrics.jsonl", [row])
         if self.wandb:
             self.wandb.log([], [row])
         self.summary("running", row)
-        shown = [f"epoch {self.now}/{self.epochs}"]
-        for name in ("train", *scores):
-            shown.append(f"{name} loss {row[f'{name}/loss']:.4f} accuracy {100 * row[f'{name}/accuracy']:.2f} %")
+        shown = [f"epoch {self.now}/{self.epochs}", *_shown(row, "train", *scores)]
         shown.append(f"{row['time/train_s']:.2f} s + {row['time/eval_s']:.2f} s evaluation")
         shown.append(f"{row['throughput/images_per_s']:,.0f} images/s")
         say(" | ".join(shown))
+
+    def chosen(self, outcome: Mapping[str, Any], scores: Mapping[str, Scores]) -> None:
+        """Write and show the figures of the weights that are kept, and what of the run validation decided."""
+        figures = dict(outcome) | self._figures(scores)
+        kept, early = outcome.get("kept_epoch"), outcome.get("stopped_early")
+        if kept:
+            row = load_run(self.folder.path).metrics[kept - 1]
+            figures |= {name: row[name] for name in ("train/loss", "train/accuracy")}
+        self.summary("running", figures)
+        if early:
+            say(f"stopped early {early}")
+        what = f"kept epoch {kept} of {self.now}, chosen by validation" if kept else f"kept the last epoch, {self.now}"
+        say(" | ".join([what, *_shown(figures, *scores)]))
+
+    def _figures(self, scores: Mapping[str, Scores]) -> dict[str, Any]:
+        """Return the figures of an evaluation by name, and count it where the test set was in it."""
+        self.known["test_evaluations"] += "test" in scores
+        figures: dict[str, Any] = {}
+        for name, score in scores.items():
+            figures |= {f"{name}/loss": score.loss, f"{name}/accuracy": score.accuracy}
+            figures |= {f"{name}/{figure}": value for figure, value in score.figures.items()}
+        return figures
 
     def finish(self, figures: Mapping[str, Any], test_images: np.ndarray) -> None:
         """Complete summary.json, and say where everything is."""
@@ -123,7 +142,7 @@ class Recorder(NullRecorder):
             self.wandb.show_results(test_images)
         trained = self.known["time/train_total_s"] + self.known["time/eval_total_s"]
         whole = self.known["time/total_s"]
-        epochs = pluralize(self.epochs, "epoch")
+        epochs = pluralize(self.now, "epoch")
         say(f"finished: {epochs} in {trained:.2f} s ({whole:.1f} s from start to end): {self.folder.path}")
 
     def summary(self, status: str, figures: Mapping[str, Any] | None = None) -> None:
@@ -151,6 +170,11 @@ class Recorder(NullRecorder):
                 say(f"warning: {another}")
         if self.wandb:
             self.wandb.update_summary(self.known)
+
+
+def _shown(row: Mapping[str, Any], *names: str) -> list[str]:
+    """Return loss and accuracy on each of these sets as the screen shows them."""
+    return [f"{name} loss {row[f'{name}/loss']:.4f} accuracy {100 * row[f'{name}/accuracy']:.2f} %" for name in names]
 
 
 @contextmanager

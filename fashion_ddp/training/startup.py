@@ -24,7 +24,7 @@ from fashion_ddp.redact import redact
 from fashion_ddp.runs import claim as claims
 from fashion_ddp.runs import provenance
 from fashion_ddp.runs.folder import RunFolder
-from fashion_ddp.runs.reading import load_run
+from fashion_ddp.runs.reading import load_run, read_summary
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.compiled import CompiledPass
 from fashion_ddp.training.state import State
@@ -66,7 +66,9 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder 
         return None
     folder = world.on_rank_zero(lambda: claims.claim(cfg, made_by, command.fresh, command.reuse))
     if folder.finished:
-        _say(world, f"{folder.path} is finished: nothing to do; --fresh keeps it under another name and trains anew")
+        early = world.on_rank_zero(lambda: read_summary(folder.path).get("stopped_early"))
+        finished = f"finished, stopped early {early}" if early else "finished"
+        _say(world, f"{folder.path} is {finished}: nothing to do; --fresh keeps it under another name and trains anew")
         return None
     return folder
 

@@ -14,6 +14,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.config.names import is_code
 from fashion_ddp.distributed.world import World
 from fashion_ddp.training import optim
+from fashion_ddp.training.choice import Choice
 from fashion_ddp.training.ema import Average
 from fashion_ddp.training.timing import StepClock, Timings
 
@@ -71,6 +72,7 @@ class State:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.steps, self.total_steps = steps_per_epoch, cfg.epochs * steps_per_epoch
         self.done = 0  # updates since the run began
+        self.choice = Choice(cfg, world, model)
         self.clock, self.timings = StepClock(world.device), Timings(started)
         self.recorded = Recorded()
 
@@ -104,8 +106,12 @@ class State:
         return min(max(self.done - (epoch - 1) * self.steps, 0), self.steps)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within, the model is what is evaluated and kept: its moving average, where the run has one."""
+        """Within, the model is what is evaluated after an epoch: its moving average, where the run has one."""
         return nullcontext() if self.average is None else self.average.in_place()
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Within, the model is what the run keeps: as it was evaluated after the best epoch, or else after the last."""
+        return self.choice.in_place() if self.cfg.keep == "best" else self.averaged()
 
     # --- What is saved ----------------------------------------------------------------------------------------------
 
@@ -125,6 +131,8 @@ class State:
         }
         if self.average is not None:
             step["average"] = {"updates": self.average.updates, "weights": self.average.weights}
+        if self.cfg.chooses:
+            step["choice"] = self.choice.state()
         parts = {"clock": self.clock.state(), "timings": self.timings.state(), "recorder": asdict(self.recorded)}
         return {"step": step, "ranks": ranks} | parts
 
@@ -158,6 +166,8 @@ class State:
         if self.average is not None:
             self.average.updates.copy_(step["average"]["updates"])
             torch._foreach_copy_(self.average.weights, step["average"]["weights"])
+        if self.cfg.chooses:
+            self.choice.restore(step["choice"])
         if self.scaler and step["scaler"]:
             self.scaler.load_state_dict(step["scaler"])
         if rank < len(saved["ranks"]):
@@ -176,8 +186,8 @@ class State:
             buffer.copy_(value)
 
     def _buffers(self) -> list[Tensor]:
-        """Return the model's buffers, and their averages."""
-        return [*self.model.buffers(), *(self.average.buffers if self.average else ())]
+        """Return the model's buffers, their averages, and those of the best epoch."""
+        return [*self.model.buffers(), *(self.average.buffers if self.average else ()), *self.choice.buffers]
 
 
 def _same_generators(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

@@ -186,6 +186,8 @@ BAD: dict[str, list[tuple[str, str]]] = {
     "depth": [("0", "greater than 0"), ("3", "does nothing for model 'cnn', only for deep_mlp, wide_resnet")],
     "precision": [("fp8", "choices: fp32, tf32, fp16, bf16, fp64"), ("float32", "fp32")],
     "validation": [("-1", "at least 0"), ("0.1", "whole number")],
+    "keep": [("first", "choices: last, best"), ("best", "hold training images out, as by --validation 5000")],
+    "patience": [("0", "greater than 0"), ("1.5", "whole number"), ("2", "patience 2 needs a validation set")],
     "hidden_units": [("0", "greater than 0"), ("wide", "whole number")],
     "dropout": [("1", "less than 1"), ("-0.1", "at least 0"), ("0.5", "does nothing for model 'cnn'")],
     "conv_blocks": [("0", "greater than 0"), ("x", "whole number")],

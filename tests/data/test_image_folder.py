@@ -350,3 +350,9 @@ def test_pictures_of_all_sizes_from_files_to_report_and_predictions(tmp_path: Pa
     assert any(np.array_equal(photo.pixels, image) for image in seen)
     both = forked(*TRAIN, *words, "--validation", "5", "--skip-broken", cwd=tmp_path)
     assert both.returncode == 2 and "leave --validation out" in both.stderr
+    # And nothing is chosen by what a run is tested on.
+    choosing = (*TRAIN, *words, "--skip-broken", "--keep", "best", "--patience", "1", "--check-only")
+    assert forked(*choosing, cwd=tmp_path).returncode == 0
+    shutil.rmtree(folder / "test")
+    alone = forked(*choosing, cwd=tmp_path)
+    assert alone.returncode == 2 and alone.stderr.startswith("error: keep best needs a validation set, and dataset set")

@@ -256,7 +256,7 @@ def scores_of(cfg: Config, d: data.Dataset) -> list[Scores]:
         parts = {str(n): Part(d.test_images[:n], d.test_labels[:n]) for n in COUNTS}
         sets = {name: Evaluation(cfg, world, part, 10) for name, part in parts.items()}
         figures = metrics.build(None, 10)
-        return [*evaluate(cfg, model, sets, figures, last_epoch=True).values()]
+        return [*evaluate(cfg, model, sets, figures, last=True).values()]
 
 
 def test_evaluation_is_exact_on_any_number_of_ranks(small: data.Dataset) -> None:

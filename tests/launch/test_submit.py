@@ -416,7 +416,13 @@ def test_a_run_whose_job_cannot_be_asked_for_is_not_submitted_twice(here: Path, 
 
 @quick
 def test_status_tells_what_the_folders_know(here: Path, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run(here, "linear", "finished", executor="slurm")
+    linear = make_run(here, "linear", "finished", executor="slurm")
+    early = {
+        "status": "finished",
+        "test/accuracy": 0.75,
+        "stopped_early": "after epoch 1, no better",
+    }  # of that it kept
+    (linear / "summary.json").write_text(json.dumps(early))
     failed = make_run(here, "relu", "failed", executor="local", job="999999")
     (failed / "summary.json").write_text(json.dumps({"status": "failed", "error": "it broke"}))
     (failed / "starts.jsonl").write_text("{}\n{}\n{}\n")
@@ -429,10 +435,11 @@ def test_status_tells_what_the_folders_know(here: Path, said: Said, monkeypatch:
     settings = "-blog-seed42-epochs1-datasetsynthetic"
     assert [" ".join(line.split()) for line in out.splitlines()[1:5]] == [
         f"cnn{settings} - damaged 0/? - - - - - -",
-        f"linear{settings} 12_3 finished 1/1 50.00 1,234 0 0 node7, node8 -",
+        f"linear{settings} 12_3 finished 1/1 75.00 1,234 0 0 node7, node8 -",
         f"mlp{settings} 12_3 not begun 0/1 - - 0 0 - -",
         f"relu{settings} 999999 failed 1/1 50.00 1,234 2 1 node7, node8 -",
     ]
+    assert f"linear{settings}: stopped early after epoch 1, no better\n" in out
     assert f"relu{settings}: it broke; log: /logs/1" in out and "python -m launch.status resubmit" in out
 
 

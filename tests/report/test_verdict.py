@@ -160,6 +160,23 @@ def test_who_may_have_chosen_by_the_test_set_is_named(tmp_path: Path) -> None:
     assert all(said in text for text in (r.text, html.unescape(r.markdown), r.printed)), r.printed
 
 
+def test_what_validation_chose_is_shown(tmp_path: Path) -> None:
+    runs, title = tmp_path / "runs", "epoch kept, by validation"
+    r = report(runs, mlp=range(40))
+    assert title not in r.page.tables[0][0] and "Stopped early" not in r.text and "Epoch kept" not in r.text
+    for seed, kept in ((1, 4), (2, 3)):
+        summary = {"kept_epoch": kept, "test_evaluations": 1, "stopped_early": f"after epoch {kept + 2}, no better"}
+        path, settings = runs / f"cnn {seed}", {"keep": "best", "patience": 2, "validation": 50, "seed": seed}
+        make_run(path, model="cnn", skill=4.0, summary=summary, **settings)
+    run(runs / "last", range(60), "cnn")
+    r = make_report([runs], tmp_path / "second")
+    by_row = dict(zip(r.column("test set seen"), r.column(title), strict=True))
+    assert by_row == {"1 x": "4, 3", "3 x": "-"} and title in r.printed and f"| {title} |" in r.markdown
+    said = "Stopped early: cnn 1 (after epoch 6, no better) and cnn 2 (after epoch 5, no better)."
+    assert all(said in text for text in (r.text, html.unescape(r.markdown), r.printed)), r.printed
+    assert "Epoch kept: the one of the highest accuracy on the validation set" in r.text
+
+
 def test_test_time_augmentation_is_shown_beside_the_plain_accuracy(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     title = "accuracy % with test-time augmentation"

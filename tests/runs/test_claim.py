@@ -96,7 +96,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 def test_runs_with_other_results_have_other_names(tmp_path: Path) -> None:
     changes_nothing = set(MAY_CHANGE) | {"run_dir"}
-    not_alone = {"model_args", "depth", "dropout", "momentum", "nesterov", "adam_lr"}
+    not_alone = {"model_args", "depth", "dropout", "momentum", "nesterov", "adam_lr", "keep", "patience"}
     assert {*OTHER_VALUES, *not_alone} == {field.name for field in dataclasses.fields(Config)} - changes_nothing
     settings: list[dict[str, Any]] = [{}, {"lr": 0.3}, {"model": "my.net:Net"}, {"model": "my.net:Net2"}]
     settings += [{"model": "my.net:Net", "model_args": args} for args in (["a=1"], ["a=2"], ["b=1"], ["a=1", "b=1"])]
@@ -105,6 +105,7 @@ def test_runs_with_other_results_have_other_names(tmp_path: Path) -> None:
     settings += [{"model": "my.net:Net", "model_args": ["depth=2"]}, {"optimizer": "momentum", "lr": 0.1}]
     settings += [{"optimizer": "momentum", "lr": 0.1} | more for more in ({"momentum": 0.8}, {"nesterov": True})]
     settings += [{"optimizer": "muon", "lr": 0.1} | more for more in ({}, {"adam_lr": 0.01}, {"momentum": 0.8})]
+    settings += [{"validation": 9} | more for more in ({}, {"keep": "best"}, {"patience": 1}, {"patience": 2})]
     settings += [{"dataset": name} for name in ("./mine", "other/yours", "mine:f", "./synthetic", "mnist")]
     for count in (1, 2):
         for names in itertools.combinations(OTHER_VALUES, count):
@@ -276,6 +277,17 @@ def test_only_epochs_may_be_added_where_the_rate_does_not_depend_on_their_number
     with pytest.raises(UserError) as told:
         claim(new, MADE_BY)
     assert f"belongs to another run ({refused})" in str(told.value)
+
+
+def test_more_epochs_do_not_continue_a_run_that_stopped_early(tmp_path: Path) -> None:
+    cfg = make_config({"run_dir": tmp_path / "run", "validation": 9, "patience": 2})
+    path = leave(cfg, FINISHED, CHECKPOINT)
+    longer = dataclasses.replace(cfg, epochs=30)
+    assert check(longer, MADE_BY) == "continue"
+    for status, means in ((FINISHED, "finished"), (UNFINISHED, "continue")):
+        early = {"format": 1, "status": status, "epochs": cfg.epochs, "stopped_early": "after epoch 2"}
+        RunFolder(path).write_json("summary.json", early)
+        assert check(longer, MADE_BY) == means
 
 
 CHANGES = [

@@ -32,7 +32,7 @@ contents = runpy.run_path(str(CHECKOUT / "docs" / "results.py"))
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with all that a run may have."""
     folder = tmp_path_factory.mktemp("finished")
-    ranks = faults.start_tiny(1, folder, ["--validation", "100", "--tracker", "auto"])
+    ranks = faults.start_tiny(1, folder, ["--validation", "100", "--keep", "best", "--tracker", "auto"])
     assert ranks.wait() == [0], ranks.printed()
     return folder / "run"
 
@@ -146,7 +146,8 @@ def held(run: Run) -> dict[str, list[set[str]]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "its"), [("finished", {"", "validation", "finished", "W&B"}), ("stopped", {"", "unfinished", "stopped"})]
+    ("kind", "its"),
+    [("finished", {"", "validation", "best", "finished", "W&B"}), ("stopped", {"", "unfinished", "stopped"})],
 )
 def test_a_real_run_holds_exactly_these_keys(kind: str, its: set[str], request: pytest.FixtureRequest) -> None:
     run = load_run(request.getfixturevalue(kind))

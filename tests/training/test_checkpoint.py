@@ -32,6 +32,7 @@ from fashion_ddp.models import architectures
 from fashion_ddp.runs.folder import RunFolder
 from fashion_ddp.training.batches import Batches
 from fashion_ddp.training.checkpoint import Checkpoints
+from fashion_ddp.training.evaluate import Scores
 from fashion_ddp.training.images import Part
 from fashion_ddp.training.recorder import Recorder
 
@@ -44,6 +45,7 @@ LABELS = np.random.default_rng(1).integers(0, 10, 40)
 STEPS = 5  # of an epoch
 BASE: dict[str, Any] = {"model": "cnn", "hidden_units": 2, "conv_blocks": 1, "batch_norm": True, "optimizer": "adam"}
 BASE |= {"lr": 0.01, "device": "cpu", "batch_size": 8, "epochs": 2, "tracker": "none", "checkpoint_every": 0.0}
+CHOOSING = {"validation": 8, "keep": "best", "patience": 1}
 
 
 class Training:
@@ -86,7 +88,7 @@ class Training:
                     return self
             phase.__exit__(None, None, None)
             with timings.measure("eval"):
-                pass
+                self.state.choice.judge(epoch, {"val": Scores(0.5, 0.5, torch.zeros(1, 10), torch.zeros(1))})
         return self
 
     def everything(self) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def of_steps(state: dict[str, Any]) -> dict[str, Any]:
     return {name: state[name] for name in ("step", "ranks", "recorder")}
 
 
-@pytest.mark.parametrize("given", [{}, {"ema": 0.9}, {"decay_biases": False}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"ema": 0.9}, {"decay_biases": False}, CHOOSING], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw", "muon"])
 def test_what_is_saved_comes_back(optimizer: str, given: dict[str, Any], tmp_path: Path) -> None:
     first = Training(tmp_path / "run", optimizer=optimizer, **given).until(7)
@@ -153,6 +155,7 @@ def test_what_is_saved_comes_back(optimizer: str, given: dict[str, Any], tmp_pat
     second = Training(tmp_path / "run", optimizer=optimizer, **given)
     assert same(second.everything(), first.everything())
     assert second.state.epochs() == range(2, 3) and second.state.steps_of(2) == 2
+    assert ("choice" in first.everything()["step"]) == (given == CHOOSING)
     assert first.trainer.step.norms[0].running_mean is not None and first.trainer.step.norms[0].running_mean.any()
 
 
