@@ -4,15 +4,22 @@
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's own id would mean all its members
 job=${job:-$SLURM_JOB_ID}
 code=${code:-0} killed=
+ask() { # scontrol, for 20 s at most. Not by `timeout`, which the SIGTERM ends that comes as soon as the job is queued again.
+  scontrol "$@" 2>&1 &
+  local pid=$! how=0
+  (sleep 20 && kill -9 $pid) >/dev/null 2>&1 &
+  wait $pid || how=$?
+  kill -9 $! && wait $! || return $how
+} 2>/dev/null
 word=$(cat "$FASHION_DDP_AGAIN" 2>/dev/null) || word=
 again() {
   if [[ $word != SIGUSR? ]]; then
     # Ranks were killed, or it is preempted with time to save. Else it is cancelled, or SLURM itself queues it again.
-    said=$(timeout 20 scontrol show job "$job" 2>&1) || return 1
+    said=$(ask show job "$job") || return 1
     [[ $said == *JobState=RUNNING* ]] && [[ $killed || $said == *PreemptTime=[0-9]* ]] || return 2
   fi
   [ ! $killed ] || echo killed >"$FASHION_DDP_AGAIN" || true # for the next start to read
-  said=$(timeout 20 scontrol requeue "$job" 2>&1) && return
+  said=$(ask requeue "$job") && return
   [[ $said != *[Dd]isabled* && $said != *denied* && $said != *Invalid\ job* ]] || return 3
   return 1 # the controller may be away for a moment
 }
@@ -28,7 +35,7 @@ esac
 rm -f "$FASHION_DDP_AGAIN"
 if [ "$word" ]; then
   [ $killed ] && echo "ranks of this job were killed, or ended without a word" || code=75
-  trap '' TERM # which comes as soon as the job is queued again
+  trap '' TERM USR1 USR2 # TERM comes as soon as the job is queued again
   last_try=$((${SLURM_JOB_END_TIME:-$(date +%s) + 60} - 10)) told=
   while true; do
     again && echo "job $job is queued again, and continues there" && exit 0

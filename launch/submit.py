@@ -87,8 +87,9 @@ def _submit(submission: Submission, others: list[str]) -> int:
         todo = _choose(runs, site, md5)
         with _nothing_left_unless_started(plan, todo):
             _claim(todo, site, md5)
-            report = _prepare(plan, _folders(todo), folders)
-        return submitit_local.run_all(plan, _folders(todo), report)
+            of_jobs = _folders(todo)  # once: their names go by a recipe that may be edited from here on
+            report = _prepare(plan, of_jobs, folders)
+        return submitit_local.run_all(plan, of_jobs, report)
     with _alone(own_folder.parent):
         todo = _choose(runs, site, md5)
         if not todo:
