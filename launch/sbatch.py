@@ -15,10 +15,11 @@ from typing import Any
 
 import submitit
 from submitit.core import utils
-from submitit.slurm.slurm import _make_sbatch_string
+from submitit.slurm import slurm as submitit_slurm
 
 from fashion_ddp.distributed import signals
 from fashion_ddp.errors import UserError
+from fashion_ddp.private import private, untested
 from launch import jobs, slurm
 from launch.job import AGAIN, Rank, Report
 from launch.site import SbatchOptions, Site, parse_options
@@ -170,7 +171,11 @@ class SubmissionPlan:
 
     def _script(self, parameters: dict[str, Any]) -> str:
         command = f"{self.python} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
-        return _make_sbatch_string(command=command, folder=self.folder, **parameters)
+        make = private(submitit_slurm, "_make_sbatch_string")
+        try:
+            return make(command=command, folder=self.folder, **parameters)
+        except TypeError as error:
+            raise UserError(untested("submitit", f"makes the text for sbatch otherwise ({error})")) from None
 
     def executor(self, **parameters: Any) -> submitit.SlurmExecutor:
         # Submitit takes every signal in a job of up to ten minutes for a time-out: allow any number of them.

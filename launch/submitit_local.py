@@ -21,6 +21,7 @@ from submitit.local import local
 
 from fashion_ddp.console import say
 from fashion_ddp.distributed import signals
+from fashion_ddp.private import private
 from launch import slurm
 from launch.processes import FailTogether
 
@@ -100,6 +101,7 @@ class _LocalExecutor(submitit.LocalExecutor):
         other = plan.site.python or plan.site.container
         launcher = "unset FASHION_DDP_LAUNCHER" if other else "export FASHION_DDP_LAUNCHER=$PPID"
         script.write_text("\n".join(["#!/bin/bash", *plan.setup(), launcher, f'exec {plan.python} "$@"', ""]))
+        private(submitit.LocalExecutor, "_submit_command")  # for which ours stands
         super().__init__(plan.folder, max_num_timeout=10**6, python=shlex.join(["bash", str(script)]))
         self.plan = plan
         self.update_parameters(tasks_per_node=plan.submission.ranks, timeout_min=plan.submission.minutes)
@@ -145,6 +147,7 @@ class Controller(local.Controller):
         super().__init__(folder)
         self.parent = os.getppid()
         self.stopped = self.timed_out = False
+        self.forward = private(local.Controller, "_forward_signal")
         for one in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(one, self._stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)  # signals that came before arrive here
@@ -155,7 +158,7 @@ class Controller(local.Controller):
 
     def _stop(self, number: int, frame: object = None) -> None:
         self.stopped = True
-        self._forward_signal(signal.SIGTERM)
+        self.forward(self, signal.SIGTERM)
 
     def run(self, max_retry: int = 0) -> None:
         """Start the job until it ends by itself. How often it may start is decided by its first rank."""

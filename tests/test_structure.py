@@ -1,6 +1,10 @@
-"""The shape of the house: which folder may import from which. (Further arrows are ruff's, in pyproject.toml.)"""
+"""The shape of the house: which folder may import from which, and what others keep private is used with a guard.
+
+(Further arrows are ruff's, in pyproject.toml.)
+"""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +33,24 @@ def test_imports_point_down(path: Path) -> None:
     own = room(path)
     below = set().union(*ORDER[: next((n for n, rooms in enumerate(ORDER) if own in rooms), None)])
     assert path == PACKAGE / "__init__.py" or imported <= (below | {own}) - NEVER.get(own, set())
+
+
+# Private by their names alone, as their documentation shows; Python's own; and what compiled.py tries.
+USABLE = {"_asdict", "_replace", "_exit", "_shutdown", "_run_exitfuncs", "_finalizer", "_inductor"}
+
+
+def test_what_other_libraries_keep_private_is_used_with_a_guard() -> None:
+    trees = [ast.parse(path.read_text()) for top in (PACKAGE, CHECKOUT / "launch") for path in top.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    ours = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    ours |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    used = {name for node in nodes for name in private_names(node) if not name.startswith("_foreach_")}
+    assert used - ours - USABLE == set(), "read them through fashion_ddp.private"
+
+
+def private_names(node: ast.AST) -> Iterator[str]:
+    """The names with one underscore that a node reads from something else, or imports."""
+    names = [node.attr] if isinstance(node, ast.Attribute) else []
+    if isinstance(node, ast.ImportFrom):
+        names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+    yield from (name for name in names if name.startswith("_") and not name.startswith("__"))

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fashion_ddp.config import Config
 from fashion_ddp.distributed import failures, machine, precision, rendezvous, signals, tuning
 from fashion_ddp.errors import CommandFailed, Stopped, TrainingFailed, UserError
+from fashion_ddp.private import private
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class World:
         group = dist.group.WORLD
         if group is None:
             return None
-        name = type(group._get_backend(self.device)).__name__
+        name = type(private(group, "_get_backend")(self.device)).__name__
         return f"{name}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if self.device.type == "cuda" else name
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class World:
                 model = DistributedDataParallel(model, device_ids=devices, **keywords)
         if isinstance(model, DistributedDataParallel) and self.device.type == "cuda":
             # For statistics of its own DDP waits for the card in its first ten passes, and then in every hundredth.
-            model._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+            private(model, "_set_ddp_runtime_logging_sample_rate")(2**31 - 1)
         return model
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -240,8 +241,8 @@ def explain(error: BaseException) -> str | None:
 def _is_first_to_say_it() -> bool:
     """Return whether no other rank failed before: several may find the same error, and one message is enough."""
     try:
-        return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store is gone, with rank 0 or the launcher that kept it
+        return not dist.is_initialized() or private(dist.distributed_c10d, "_get_default_store")().add("failed", 1) == 1
+    except (RuntimeError, UserError):  # it is gone, with rank 0 or the launcher that kept it; or torch has no such name
         return False
 
 

@@ -24,12 +24,22 @@ def differentiable_all_reduce(tensor: Tensor) -> Tensor:
     return _Sum.apply(tensor)
 
 
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's batch norm over the global batch, whichever ranks hold its rows.
+class GlobalBatchNorm(nn.Module):
+    """What makes a batch norm of torch's one over the global batch, whichever ranks hold its rows.
 
     Sums, squares and the count are added up over the ranks in one differentiable all-reduce. Rows of weight 0 do not
     count. (torch's SyncBatchNorm does not work on the CPU.)
     """
+
+    # As torch's batch norms have them. (What these have in common torch keeps private.)
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    num_features: int
+    eps: float
+    momentum: float | None
 
     row_weights: Tensor | None = None  # [N], 1 or 0; the step sets it before each forward pass
     whole_batch: bool = False  # the rows are the global batch, and none has weight 0; the step sets it, too

@@ -13,6 +13,9 @@ from fashion_ddp.models.dropout import SampleDropout
 
 Shape = tuple[int, int, int]  # channels, height, width
 MOST_ROWS = 40  # of the table of layers
+# Layers with statistics of one rank's rows, and layers for which each rank draws.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @torch.no_grad()
@@ -104,7 +107,7 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def rank_dependent_layers(model: nn.Module) -> list[str]:
     """Return the types of layers that make the result depend on the number of ranks; none in our own models."""
-    per_rank = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    per_rank = (*BATCH_NORMS, *DROPOUTS)
     layers = (m for m in model.modules() if isinstance(m, per_rank) and not isinstance(m, GlobalBatchNorm))
     return sorted({type(m).__name__ for m in layers})
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 from fashion_ddp.config import Config
 from fashion_ddp.console import say
 from fashion_ddp.errors import Stopped
+from fashion_ddp.private import untested
 from fashion_ddp.redact import redact
 from fashion_ddp.runs.reading import load_run
 from fashion_ddp.tracking import panels
@@ -135,7 +136,10 @@ class WandbMirror:
         if self.thread.is_alive():
             what_now = "the same command goes on" if self.upload else "`wandb sync` uploads what it has"
             self._abandon(f"did not finish in time, and is left; {what_now}")
-            atexit.unregister(_WandbExitHook())  # it would hang, too
+            hook = _WandbExitHook()
+            atexit.unregister(hook)  # it would hang, too
+            if self.module is not None and not hook.met:
+                say(f"W&B: {untested('wandb', 'may wait for ever when this process ends')}")
 
     def _enqueue(self, name: str, call: Callable[[Any], object]) -> None:
         """Queue a call for the thread; `name` stands in messages."""
@@ -284,8 +288,12 @@ class WandbMirror:
 class _WandbExitHook:
     """Equals every function that wandb registered with atexit, so that `atexit.unregister` removes them."""
 
+    met = False  # whether there was one
+
     def __eq__(self, other: object) -> bool:
-        return str(getattr(other, "__module__", "")).startswith("wandb.")
+        found = str(getattr(other, "__module__", "")).startswith("wandb.")
+        self.met = self.met or found
+        return found
 
     def __call__(self) -> None: ...
 

@@ -16,6 +16,7 @@ from fashion_ddp.config import Config
 from fashion_ddp.distributed.world import World, entering_collective
 from fashion_ddp.models.batch_norm import GlobalBatchNorm
 from fashion_ddp.models.dropout import SampleDropout
+from fashion_ddp.private import private
 from fashion_ddp.training.batches import Batches, Piece, Position
 from fashion_ddp.training.ema import Average
 from fashion_ddp.training.sync import StepRecord
@@ -132,9 +133,9 @@ class Step:
         """
         drop_gradient(self.trained)
         if self.scaler is not None:
-            self.scaler._per_optimizer_states.clear()
+            private(self.scaler, "_per_optimizer_states").clear()
         if isinstance(self.ddp, DistributedDataParallel):
-            self.ddp.reducer._reset_state()  # torch's own way; it groups the buckets anew
+            private(self.ddp.reducer, "_reset_state")()  # torch's own way; it groups the buckets anew
         self.warm_up()
 
 

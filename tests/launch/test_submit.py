@@ -25,6 +25,7 @@ from fashion_ddp import data
 from fashion_ddp.config import cli
 from fashion_ddp.distributed import failures
 from fashion_ddp.errors import UserError
+from fashion_ddp.private import TESTED
 from fashion_ddp.runs import claim, provenance
 from launch import job, sbatch, site, slurm, snapshot, starts, status, submission, submit, sweep
 
@@ -123,6 +124,24 @@ def test_a_dry_run_needs_no_cluster_where_its_commands_are_installed(tmp_path: P
     words = ("python", "-m", "launch.submit", *LINEAR, "--gpus-per-node", "4", "--dry-run")
     done = command(*words, cwd=tmp_path, SLURM_CONF="/dev/null")
     assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", []) and "--- sbatch, for" in done.stdout
+
+
+@quick
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [(None, "has no _make_sbatch_string,"), (lambda command: "", "makes the text for sbatch otherwise")],
+)
+def test_a_submitit_with_other_private_names_is_told_with_the_version_that_was_tested(
+    other: Callable[..., str] | None, told: str, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if other:
+        monkeypatch.setattr(sbatch.submitit_slurm, "_make_sbatch_string", other)
+    else:
+        monkeypatch.delattr(sbatch.submitit_slurm, "_make_sbatch_string")
+    code, _, err = said(submit.main, *LINEAR, "--dry-run")
+    [tested] = TESTED["submitit"]
+    assert code == 2 and err.count("\n") == 1 and re.match(rf"error: submitit \S+ {told}", err)
+    assert err.endswith(f". Tested with submitit {tested}: pip install 'submitit=={tested}'\n")
 
 
 @quick

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT
 
+from fashion_ddp.private import TESTED
+
 quick, slow = pytest.mark.quick, pytest.mark.slow
 INSTALL = CHECKOUT / "requirements" / "install.py"
 LOCKS = ["newest", "cuda12"]
@@ -151,6 +153,12 @@ def test_the_locks_differ_in_torch_and_cuda_only() -> None:
     assert all(re.match(r"torch$|torchvision$|triton$|nvidia-|cuda-", name) for name in different), different
     assert versions(cuda12["torch"]) == ["2.10.0"]
     assert versions(newest["uv"]) == versions(lock("uv")["uv"])
+
+
+@quick
+def test_versions_that_messages_call_tested_are_those_of_the_locks() -> None:
+    for package, tested in TESTED.items():
+        assert {*tested} == {version for name in LOCKS for version in versions(lock(name)[package])}
 
 
 @quick

@@ -21,6 +21,7 @@ from conftest import _server, command, on_a_terminal
 from faults import Fault, Ranks, eventually
 from wandb_server import WandbServer
 
+from fashion_ddp.private import TESTED
 from fashion_ddp.runs.reading import Run, load_run
 from fashion_ddp.tracking import mirror
 
@@ -293,7 +294,7 @@ def test_a_server_that_falls_silent_holds_nothing_up(tmp_path: Path, untracked: 
 
 
 SCRIBE = """
-import json, os, time, types
+import atexit, json, os, time, types
 def never(*args, **settings):
     while True: time.sleep(3600)
 def fail(*args, **settings): raise ConnectionResetError('the service is gone')
@@ -319,10 +320,13 @@ class Run:
 def Settings(**settings): return settings
 def login(prompt, verify): return os.environ["ACCOUNT"] == "yes"
 def teardown(): pass
+def at_exit(): pass
+at_exit.__module__ = "wandb.service"  # as that with which W&B waits for its service when Python ends
 def setup():
     known = types.SimpleNamespace(project=os.environ.get("WANDB_PROJECT"), run_job_type=None)
     return types.SimpleNamespace(settings=known)
 def init(**settings):
+    atexit.register(at_exit)
     told("init", settings)
     Run.id = settings["id"]
     if settings["mode"] == "online" and os.path.exists("server.json"):  # what the server has
@@ -424,6 +428,7 @@ WORST = {
     "log never ends": SCRIBE + "Run.log = never",
     "finish never ends": SCRIBE + "Run.finish = never",
     "its teardown never ends": SCRIBE + "teardown = never",
+    "it will wait at the end": SCRIBE + "Run.finish = never\nat_exit.__module__ = 'unknown'",
 }
 FIRST = ("missing", "every call raises", "log never ends", "init never ends")  # the others are slow tests
 SOON = {"START_TIMEOUT": 1.0, "FINISH_TIMEOUT": 1.0, "EARLY_FINISH_TIMEOUT": 1.0, "INIT_TIMEOUT": 1.0}
@@ -435,6 +440,8 @@ def test_a_wandb_that_fails_or_hangs_changes_nothing(worst: str, tmp_path: Path,
     assert ranks.wait() == [0] and "Traceback" not in ranks.printed(), ranks.printed()
     finished(tmp_path, untracked)
     lines = wandb_lines(ranks.printed())
+    if worst == "it will wait at the end":
+        assert f"Tested with wandb {' and '.join(TESTED['wandb'])}: pip install" in lines.pop()
     assert 1 <= len(lines) <= 2, lines
 
 
