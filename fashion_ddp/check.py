@@ -121,7 +121,8 @@ def accelerate() -> Iterator[CheckResult]:
 
     path = Path(default_config_file)
     if path.is_file():
-        text = f"`accelerate launch` reads {path}; `--config_file accelerate_config.yaml` uses ours instead"
+        text = f"`accelerate launch` reads {path}; `--config_file accelerate_config.yaml` uses ours instead, "
+        text += "which `python -m launch.templates` writes"
     else:
         text = f"`accelerate launch` finds no file at {path}, and uses all cards"
     yield CheckResult("accelerate", text)

@@ -1,4 +1,4 @@
-"""Read the site file: YAML with what all jobs of a group have in common. slurm/site.yaml explains every key."""
+"""Read the site file: YAML with what all jobs of a group have in common. site.yaml explains every key."""
 
 import os
 import re

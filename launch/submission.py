@@ -60,7 +60,7 @@ class Submission:
     slurm: tuple[str, ...] = ()
     """Any other option of sbatch, as key=value, or a key alone: qos=long constraint=a100 exclusive."""
     site: Path | None = None
-    """YAML file with what a group's jobs share (see slurm/site.yaml); $FASHION_DDP_SITE."""
+    """YAML file with what a group's jobs share (launch.templates writes one); $FASHION_DDP_SITE."""
     at_once: int = 4
     """How many runs may be trained at the same time."""
     max_restarts: int = 100

@@ -133,7 +133,8 @@ def refuse_launcher_settings(cfg: Config, env: Mapping[str, str] = os.environ) -
             raise UserError(
                 f"{variable}={env[variable]}: the launcher, its config file or the environment asks for {what}. "
                 "Start with `accelerate launch --config_file accelerate_config.yaml -m fashion_ddp.train ...`, "
-                f"which leaves the run to its own settings, and unset {variable} if you exported it"
+                "which leaves the run to its own settings (`python -m launch.templates` writes that file), and unset "
+                f"{variable} if you exported it"
             )
 
 

@@ -54,6 +54,7 @@ def git_commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", ".")  # it fails where an environment lies in someone else's repository
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -24,7 +24,7 @@ def trained(stand_in: StandIn, ranks: int, captures: int = 1) -> None:
 
 
 def test_accelerate_launch_with_our_file_trains_on_four_cards(stand_in: StandIn) -> None:
-    launcher = ["accelerate", "launch", "--config_file", str(CHECKOUT / "accelerate_config.yaml")]
+    launcher = ["accelerate", "launch", "--config_file", str(CHECKOUT / "launch" / "accelerate_config.yaml")]
     ends, printed = finish([stand_in.start(4, *launcher, *TRAIN)])
     assert ends == [0], printed
     trained(stand_in, ranks=4)

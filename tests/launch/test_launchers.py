@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 TRAIN = ("-m", "fashion_ddp.train", "--model", "mlp", "--dataset", "synthetic", "--epochs", "1", "--run-dir", "run")
 TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node")
-FOUR_CARDS = str(CHECKOUT / "accelerate_config.yaml")
+FOUR_CARDS = str(CHECKOUT / "launch" / "accelerate_config.yaml")
 
 
 def summary(folder: Path) -> dict[str, Any]:

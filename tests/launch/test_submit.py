@@ -317,7 +317,7 @@ def test_the_ranks_and_the_comparison_run_in_a_container(here: Path, said: Said,
 
 @quick
 def test_the_site_file_that_is_shown_is_valid(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = CHECKOUT / "slurm" / "site.yaml"
+    example = CHECKOUT / "launch" / "site.yaml"
     assert said(submit.main, *LINEAR, "--site", str(example), "--dry-run")[0] == 0
     # And so it is with every line in use.
     text = re.sub(r"^# (\w+: )", r"\1", example.read_text(), flags=re.MULTILINE)

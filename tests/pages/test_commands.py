@@ -100,6 +100,8 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"make setup.*", There(SETUP, "test_make_setup_on_a_fresh_machine")),
     (r"source \.venv/bin/activate", Here("&& python -c 'import fashion_ddp'")),
     (r"pip install -e \.", There(SETUP, "test_make_setup_on_a_fresh_machine")),  # its last step
+    (r"pip install \.", There(SETUP, "test_a_wheel_trains")),
+    (r"python -m launch\.templates", There(SETUP, '"launch.templates"')),
     (r"export FASHION_DDP_DATA_DIR=\.\./shared/data", Here("&& python -m fashion_ddp.data")),
     (r"apt-get install python3-venv", There(".ci/run", "python3-venv")),
     (r"apt-get install slurmctld .*", There(".ci/run", "slurmctld slurmd slurm-client slurmdbd munge mariadb-server")),

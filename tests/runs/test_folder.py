@@ -261,3 +261,7 @@ def test_the_commit_tells_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert commit is not None and len(commit) == 40
     (tmp_path / "file").write_text("2")
     assert provenance.git_commit() == f"{commit}+changes"
+    (installed := tmp_path / "environment").mkdir()
+    (installed / "file").touch()
+    monkeypatch.setattr(provenance, "PACKAGE", installed)
+    assert provenance.git_commit() is None  # that of the repository around it says nothing of it

@@ -1,6 +1,7 @@
 """`make setup`: which lock, what the locks hold, and an environment made, repaired and left alone, for real."""
 
 import ast
+import json
 import os
 import pwd
 import re
@@ -8,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from conftest import CHECKOUT
 from fashion_ddp.private import TESTED
 
 quick, slow = pytest.mark.quick, pytest.mark.slow
+SMALL = ("--dataset", "synthetic", "--epochs", "1", "--tracker", "none")
 INSTALL = CHECKOUT / "requirements" / "install.py"
 LOCKS = ["newest", "cuda12"]
 installer = runpy.run_path(str(INSTALL))
@@ -391,3 +394,38 @@ def test_make_setup_on_a_fresh_machine_with_the_older_torch_which_passes_the_tes
 def torch_of(tree: Path, env: dict[str, str]) -> str:
     python = tree / ".venv" / "bin" / "python"
     return run(python, "-c", "import torch; print(torch.__version__)", env=env, cwd=tree).stdout.strip().split("+")[0]
+
+
+@slow
+def test_a_wheel_trains_compares_and_submits_where_no_checkout_is(tree: Path, tmp_path: Path) -> None:
+    """In an environment that has the packages of this one, and of this project the wheel alone."""
+    env, folder, python = bare(tmp_path), tmp_path / "elsewhere", tmp_path / "venv" / "bin" / "python"
+
+    def done(*words: str | Path) -> str:
+        result = run(*words, env=env, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    folder.mkdir()
+    done(sys.executable, "-m", "venv", "--without-pip", python.parent.parent)
+    done(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", tree)
+    [wheel] = folder.glob("*.whl")
+    done(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    [packages] = python.parent.parent.glob("lib/python*/site-packages")
+    # Python reads no .pth files in a folder that is named in one, so the checkout of the other environment stays away.
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    found = done(python, "-c", "import fashion_ddp, launch, torch; print(fashion_ddp.__path__, launch.__path__)")
+    assert found == f"['{packages}/fashion_ddp'] ['{packages}/launch']\n"
+
+    done(python, "-m", "launch.local", "--models", "linear", *SMALL)
+    assert (folder / "report" / "report.html").exists()
+    [run_folder] = (folder / "runs").glob("*/summary.json")
+    assert json.loads(run_folder.read_text())["status"] == "finished"
+
+    assert "--site site.yaml" in done(python, "-m", "launch.templates")
+    assert (folder / "accelerate_config.yaml").read_bytes() == (tree / "launch" / "accelerate_config.yaml").read_bytes()
+    site = (folder / "site.yaml").read_text().replace("# python: ", "python: ")
+    (folder / "site.yaml").write_text(site)
+    assert "site.yaml is there already" in done(python, "-m", "launch.templates")
+    shown = done(python, "-m", "launch.submit", "--models", "cnn", *SMALL, "--site", "site.yaml", "--dry-run")
+    assert "\nsrun " in shown and " /path/to/venv/bin/python -u -m " in shown  # the file is as it was changed
