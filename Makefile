@@ -9,13 +9,14 @@
 ## make bench         how much faster than the tutorials' loop, and where a step's time goes (hours; ARGS=, PARTS= shorten)
 ## make bench-scaling what 2 and 4 ranks bring on this machine
 ## make lint          ruff check, ruff format --check, mypy
-## make lock          resolve the two locks anew (docs/design.md says when)
+## make lock          resolve the locks anew (docs/design.md says when)
 ## make clean         remove caches; never runs, data or the environment
 ##
 ## Variables, as in `make compare MODELS=cnn SEEDS="1 2 3"`:
 ##   VENV=.venv       folder of the environment
 ##   PYTHON=python3   makes it, 3.11 or newer
 ##   LOCK=            newest or cuda12; by itself it is chosen by the NVIDIA driver
+##   DEV=             1: with the development tools, which tests, soak and lint add by themselves
 ##   MODELS="linear relu mlp cnn"  RECIPE=blog  SEEDS=42      what compare trains
 ##   GPUS=            which cards, as 1,2 (all)               RANKS=  processes of each run (one per card, or one)
 ##   JOBS=1           how many runs at once, which share the cards or the cores, and whose times are marked so
@@ -28,6 +29,7 @@ VENV ?= .venv
 # An existing environment answers for its own Python, whatever python3 is today.
 PYTHON ?= $(or $(realpath $(VENV)/bin/python),python3)
 LOCK ?=
+DEV ?= $(filter test% soak% lint,$(MAKECMDGOALS))
 MODELS ?= linear relu mlp cnn
 RECIPE ?= blog
 SEEDS ?= 42
@@ -60,7 +62,7 @@ help:
 # The other targets need setup, and silence from it when there is nothing to do.
 compare test test-quick test-all test-slurm soak soak-slurm bench bench-scaling lint lock: quiet = --quiet
 setup:
-	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(quiet)
+	@$(PYTHON) requirements/install.py --venv "$(VENV)" --lock "$(LOCK)" $(if $(DEV),--dev) $(quiet)
 
 # Cards that are named are meant: without one a run would quietly take the CPU.
 FLAGS = $(if $(GPUS),--device cuda) $(if $(JOBS),--jobs $(JOBS)) $(if $(RANKS),--ranks $(RANKS)) $(if $(FRESH),--fresh) \
@@ -105,8 +107,9 @@ lint: setup
 
 COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --upgrade
 lock: setup
-	$(COMPILE) pyproject.toml requirements/newest.in --extra dev --output-file requirements/newest.txt
-	$(COMPILE) pyproject.toml requirements/cuda12.in --extra dev --output-file requirements/cuda12.txt
+	$(COMPILE) pyproject.toml requirements/newest.in --output-file requirements/newest.txt
+	$(COMPILE) pyproject.toml requirements/cuda12.in --output-file requirements/cuda12.txt
+	$(COMPILE) --group dev --constraint requirements/newest.txt --output-file requirements/dev.txt
 	echo uv | $(COMPILE) - --output-file requirements/uv.txt
 
 clean:

@@ -104,7 +104,10 @@ def smoke(options: argparse.Namespace) -> None:
 
 def tests(options: argparse.Namespace) -> None:
     """The tests that need a card."""
-    import pytest
+    try:
+        import pytest
+    except ModuleNotFoundError:
+        sys.exit("pytest is not installed here: make setup DEV=1")
 
     class Each:
         def pytest_runtest_logreport(self, report: Any) -> None:

@@ -52,7 +52,7 @@ Before it is used it must repeat two ordinary steps of the run; where it cannot 
 is not proven (a model that draws random numbers, as dropout does), steps are launched kernel by kernel, and the run's
 first lines say why. `--no-cuda-graph` asks for that. Where there is a card, `python -m pytest tests/test_gpu.py` proves
 all this. `python benchmarks/card.py --minutes 8` does that and measures: what tells most comes first, and each finding
-is written down as soon as it is there.
+is written down as soon as it is there. The proofs need pytest: `make setup DEV=1`.
 
 {on_card}
 

@@ -1,9 +1,10 @@
 """Make the virtual environment or bring it up to date: what `make setup` runs.
 
-    python3 requirements/install.py [--venv .venv] [--lock newest|cuda12] [--print-lock]
+    python3 requirements/install.py [--venv .venv] [--lock newest|cuda12] [--dev] [--print-lock]
 
-It gets one of two locks (pinned versions with hashes), chosen by the NVIDIA driver, and this project, editable. An
-environment made here is kept equal to its lock. One that the user made gets the lock's packages and loses none.
+It gets one of two locks (pinned versions with hashes), chosen by the NVIDIA driver, and this project, editable; with
+--dev also the development tools, of which dev.txt is the lock, and which it then keeps. An environment made here is
+kept equal to its locks. One that the user made gets the locks' packages and loses none.
 Standard library only, in syntax that Python 3.6 parses, so that an old Python gets a message and no traceback.
 """
 
@@ -32,7 +33,8 @@ ROOT = HERE.parent
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 STAMP = ".fashion_ddp.json"  # in the environment: what was installed, with an empty key while that is going on
 # Per lock: the CUDA of its torch, GB to download, GB on disk (Linux on x86-64 with Python 3.11; less elsewhere).
-LOCKS = {"newest": ("13", 3.1, 6.0), "cuda12": ("12.8", 4.3, 7.8)}
+LOCKS = {"newest": ("13", 3.1, 5.8), "cuda12": ("12.8", 4.3, 7.5)}
+DEV = "0.04 GB to download, 0.1 GB on disk"  # more, for the development tools
 FAILED = """the installation failed, its own message is above. It needs a network (behind a proxy HTTPS_PROXY, for a \
 mirror UV_DEFAULT_INDEX or pip's index-url) and room on disk (VENV, UV_CACHE_DIR). `make setup` goes on from here"""
 
@@ -87,7 +89,7 @@ def read_stamp(folder: Path) -> dict[str, Any]:
     theirs = (folder / "pyvenv.cfg").is_file()
     if not theirs and os.path.lexists(folder) and not (folder.is_dir() and set(os.listdir(folder)) <= {STAMP}):
         raise UserError(f"{folder} exists and is no virtual environment: name another folder, make setup VENV=...")
-    return {"ours": not theirs, "folder": str(folder), "lock": "", "key": "", "packages": []}
+    return {"ours": not theirs, "folder": str(folder), "lock": "", "dev": False, "key": "", "packages": []}
 
 
 def python_version(folder: Path) -> str:
@@ -105,9 +107,14 @@ def packages(folder: Path) -> list[str]:
     return sorted(file.name for file in files if file.name != "__pycache__")
 
 
-def key_of(lock: str) -> str:
+def files_of(lock: str, dev: bool) -> list[Path]:
+    """The files of pinned versions that an environment is made from."""
+    return [HERE / f"{name}.txt" for name in (lock, *["dev"] * dev)]
+
+
+def key_of(lock: str, dev: bool) -> str:
     """Changes whenever something is to be installed."""
-    parts = [str(ROOT), (HERE / f"{lock}.txt").read_text(), (ROOT / "pyproject.toml").read_text()]
+    parts = [str(ROOT), *(file.read_text() for file in (*files_of(lock, dev), ROOT / "pyproject.toml"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -167,8 +174,8 @@ def pip_registry(python: str) -> dict[str, str]:
     return settings | {"UV_INDEX_STRATEGY": "unsafe-best-match"} if settings else {}
 
 
-def install(folder: Path, lock: str, ours: bool, repair: bool) -> None:
-    """Bring an environment to the lock and this project into it, with uv, which is fetched where it is absent."""
+def install(folder: Path, locks: list[Path], ours: bool, repair: bool) -> None:
+    """Bring an environment to the locks and this project into it, with uv, which is fetched where it is absent."""
     python = str(folder / "bin" / "python")
     uv = shutil.which("uv", path=folder / "bin") or shutil.which("uv")
     if uv is None:
@@ -178,40 +185,48 @@ def install(folder: Path, lock: str, ours: bool, repair: bool) -> None:
         uv = str(folder / "bin" / "uv")
     environment = pip_registry(python) | os.environ
     environment.pop("UV_TORCH_BACKEND", None)  # would look for other builds of torch than the lock's
-    # Of a user's own environment, sync would remove what the lock does not have.
-    how = ["sync"] if ours else ["install", *(["--reinstall"] if repair else []), "--requirements"]
-    to_lock = [*how, f"{HERE / lock}.txt", "--require-hashes"]
+    # Of a user's own environment, sync would remove what the locks do not have.
+    if ours:
+        to_lock = ["sync", "--require-hashes", *map(str, locks)]
+    else:
+        to_lock = ["install", "--require-hashes", *(["--reinstall"] if repair else [])]
+        to_lock += [word for file in locks for word in ("--requirements", str(file))]
     for what in (to_lock, ["install", "--no-deps", "--no-build-isolation", "--quiet", "--editable", str(ROOT)]):
         subprocess.run([uv, "pip", *what, "--python", python], check=True, env=environment)
 
 
-def setup(folder: Path, asked: str, driver_file: str) -> bool:
+def setup(folder: Path, asked: str, dev: bool, driver_file: str) -> bool:
     """Make the environment or bring it up to date; False where nothing was to do. Raises UserError."""
     stamp = read_stamp(folder)
     check_python(folder, stamp["ours"])
     # An environment keeps its lock, because on a cluster machines with and without a driver share it.
     lock = asked or stamp["lock"]
     lock, why = (lock, "as asked for" if asked else "as before") if lock else choose(installed_driver(driver_file))
-    if is_whole(folder, stamp) and stamp["key"] == key_of(lock):
+    dev = dev or stamp.get("dev", False)
+    if is_whole(folder, stamp) and stamp["key"] == key_of(lock, dev):
         return False
-    announce(folder, lock, why, stamp["lock"])
+    if is_whole(folder, stamp) and stamp["key"] == key_of(lock, dev=False):
+        print(f"Development tools for {folder}: up to {DEV}.", flush=True)
+    else:
+        announce(folder, lock, why, stamp["lock"])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / STAMP, "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         stamp = read_stamp(folder)  # again: another process may have been at work until now
-        whole = is_whole(folder, stamp)
-        if not whole or stamp["key"] != key_of(lock):
-            before, new = packages(folder), stamp | {"folder": str(folder), "lock": lock, "key": ""}
+        dev = dev or stamp.get("dev", False)
+        whole, key = is_whole(folder, stamp), key_of(lock, dev)
+        if not whole or stamp["key"] != key:
+            before, new = packages(folder), stamp | {"folder": str(folder), "lock": lock, "dev": dev, "key": ""}
             (folder / STAMP).write_text(json.dumps(new))
             try:
                 if stamp["ours"] and not whole:
                     create(folder)
-                install(folder, lock, stamp["ours"], repair=bool(stamp["lock"]) and not whole)
+                install(folder, files_of(lock, dev), stamp["ours"], repair=bool(stamp["lock"]) and not whole)
             except subprocess.CalledProcessError:
                 if packages(folder) == before:  # it touched nothing, as without a network: what was whole still is
                     (folder / STAMP).write_text(json.dumps(stamp))
                 raise
-            (folder / STAMP).write_text(json.dumps(new | {"key": key_of(lock), "packages": packages(folder)}))
+            (folder / STAMP).write_text(json.dumps(new | {"key": key, "packages": packages(folder)}))
     return True
 
 
@@ -219,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the virtual environment or bring it up to date.")
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="its folder (default: .venv)")
     parser.add_argument("--lock", default="", help="newest or cuda12 (default: by the NVIDIA driver)")
+    parser.add_argument("--dev", action="store_true", help="with the development tools, which it then keeps")
     parser.add_argument("--quiet", action="store_true", help="say nothing when there is nothing to do")
     parser.add_argument("--print-lock", action="store_true", help="say which lock this machine gets, and stop")
     parser.add_argument("--driver-file", default="/proc/driver/nvidia/version", help=argparse.SUPPRESS)
@@ -230,7 +246,7 @@ def main() -> None:
         if args.print_lock:
             print(": ".join(choose(installed_driver(args.driver_file))))
             return
-        changed = setup(args.venv.resolve(), args.lock, args.driver_file)
+        changed = setup(args.venv.resolve(), args.lock, args.dev, args.driver_file)
     except subprocess.CalledProcessError:
         message = FAILED
     except (UserError, OSError) as error:

@@ -131,7 +131,7 @@ def test_what_pip_was_told_of_the_registry_uv_is_told(tmp_path: Path, monkeypatc
 
 
 @quick
-@pytest.mark.parametrize("name", [*LOCKS, "uv"])
+@pytest.mark.parametrize("name", [*LOCKS, "dev", "uv"])
 def test_a_lock_names_no_address_and_pins_everything_by_hash(name: str) -> None:
     assert not re.search(r"://|@ |index|find-links", "".join(lock(name).values()))
     for entry in lock(name).values():
@@ -143,10 +143,13 @@ def test_a_lock_names_no_address_and_pins_everything_by_hash(name: str) -> None:
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_covers_pyproject_and_what_installs_it(name: str) -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["dev"]]
-    wanted += [*project["build-system"]["requires"], "pip", "uv"]
-    names = {re.split(r"[<>=!~\[; ]", requirement)[0].lower() for requirement in wanted}
-    assert names <= set(lock(name))
+    wanted, tools = [*project["project"]["dependencies"], "pip", "uv"], project["dependency-groups"]["dev"]
+    wanted += project["build-system"]["requires"]
+    needed, development = (
+        {re.split(r"[<>=!~\[; ]", requirement)[0].lower() for requirement in some} for some in (wanted, tools)
+    )
+    assert needed <= set(lock(name)) and development <= set(lock("dev"))
+    assert not development & set(lock(name))
 
 
 @quick
@@ -156,6 +159,7 @@ def test_the_locks_differ_in_torch_and_cuda_only() -> None:
     assert all(re.match(r"torch$|torchvision$|triton$|nvidia-|cuda-", name) for name in different), different
     assert versions(cuda12["torch"]) == ["2.10.0"]
     assert versions(newest["uv"]) == versions(lock("uv")["uv"])
+    assert all(versions(newest[name]) == versions(entry) for name, entry in lock("dev").items() if name in newest)
 
 
 @quick
@@ -179,6 +183,15 @@ def test_make_names_an_unknown_target_and_means_the_cards_that_it_is_given() -> 
     words = "--no-print-directory", "--dry-run", "-o", "setup", "compare", "GPUS=1,2"
     planned = run("make", *words, env=dict(os.environ), cwd=CHECKOUT).stdout
     assert planned.startswith("CUDA_VISIBLE_DEVICES=1,2 ") and " --device cuda" in planned
+
+
+@quick
+@pytest.mark.parametrize(
+    ("goals", "tools"), [("compare", False), ("setup", False), ("setup DEV=1", True), ("compare test", True)]
+)
+def test_make_installs_the_development_tools_where_they_are_needed(goals: str, tools: bool) -> None:
+    planned = run("make", "--dry-run", *goals.split(), env=dict(os.environ), cwd=CHECKOUT).stdout
+    assert (" --dev " in planned.splitlines()[0]) == tools
 
 
 @quick
@@ -240,13 +253,15 @@ class Small:
             shutil.copy(INSTALL.with_name(name), self.root / "requirements")
         self.write_lock("newest", "iniconfig")
         self.write_lock("cuda12", "pluggy")
+        self.write_lock("dev", "execnet")
         build = 'build-system = { requires = ["setuptools"], build-backend = "setuptools.build_meta" }\n'
         (self.root / "pyproject.toml").write_text(build + '[project]\nname = "small"\nversion = "1"\n')
         # Copies, because a hard link into uv's cache would carry what a test breaks into every other environment.
         self.env = bare(root) | {"UV_LINK_MODE": "copy"}
 
     def write_lock(self, name: str, *packages: str) -> None:
-        entries = [lock(name)[package] for package in ("pip", "setuptools", "uv", *packages)]
+        real = lock("newest") | lock("dev")
+        entries = [real[package] for package in ("pip", "setuptools", "uv", *packages)]
         (self.root / "requirements" / f"{name}.txt").write_text("".join(entries))
 
     def setup(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -304,11 +319,13 @@ def test_an_environment_is_made_kept_and_repaired(small: Small) -> None:
 
 
 @slow
-def test_a_lock_stays_until_another_is_asked_for(small: Small) -> None:
+def test_a_lock_stays_until_another_is_asked_for_and_development_tools_stay_with_either(small: Small) -> None:
     small.ready("--lock", "cuda12")
-    assert small.has("pluggy") and small.ready().startswith("Nothing to do.")
+    assert small.has("pluggy") and not small.has("execnet")
+    assert small.ready("--dev").startswith("Development tools for ") and small.has("pluggy", "execnet")
+    assert small.ready().startswith("Nothing to do.")
     assert "Lock newest" in small.ready("--lock", "newest")
-    assert small.has("iniconfig") and not small.has("pluggy")
+    assert small.has("iniconfig", "execnet") and not small.has("pluggy")
 
 
 @slow
@@ -321,9 +338,9 @@ def test_an_environment_of_the_users_loses_nothing(small: Small) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
     (info / "RECORD").write_text("mine/__init__.py,,\nmine-1.dist-info/METADATA,,\n")
     (mine / "__init__.py").touch()
-    small.ready()
+    small.ready("--dev")
     small.ready("--lock", "cuda12")
-    assert small.has("iniconfig", "pluggy", "mine")
+    assert small.has("iniconfig", "pluggy", "execnet", "mine")
     shutil.rmtree(small.module("pluggy").parent)
     small.ready()
     assert small.has("iniconfig", "pluggy", "mine")
@@ -381,14 +398,16 @@ def test_make_setup_on_a_fresh_machine_with_the_older_torch_which_passes_the_tes
     assert made.stdout.splitlines()[-1] == "source .venv/bin/activate"
     again = run("make", "setup", env=env, cwd=tree)
     assert again.stdout.splitlines() == ["Nothing to do. Activate it:", "source .venv/bin/activate"]
-    helped = run(tree / ".venv" / "bin" / "python", "-m", "fashion_ddp.train", "--help", env=env, cwd=tree)
-    assert helped.returncode == 0, helped.stderr
     assert versions(lock("cuda12")["torch"])[0] == torch_of(tree, env)
+    compared = run("make", "compare", "MODELS=linear", f"ARGS={' '.join(SMALL)}", env=env, cwd=tree)
+    assert compared.returncode == 0 and (tree / "report" / "report.html").exists(), compared.stderr
+    tools = [tree / ".venv" / "bin" / name for name in ("pytest", "mypy", "ruff", "pre-commit")]
+    assert not any(tool.exists() for tool in tools)
 
     env |= {"PATH": os.environ["PATH"], "FASHION_DDP_DATA_DIR": str(data_dir)}
     tested = run("make", "test-quick", f"TESTS={' '.join(OF_TORCH)}", env=env, cwd=tree)
     assert tested.returncode == 0, tested.stdout[-4000:] + tested.stderr[-4000:]
-    assert re.search(r" \d{2,} passed", tested.stdout)
+    assert re.search(r" \d{2,} passed", tested.stdout) and all(tool.exists() for tool in tools)
 
 
 def torch_of(tree: Path, env: dict[str, str]) -> str:
