@@ -107,8 +107,8 @@ lint: setup
 
 COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --upgrade
 lock: setup
-	$(COMPILE) pyproject.toml requirements/newest.in --output-file requirements/newest.txt
-	$(COMPILE) pyproject.toml requirements/cuda12.in --output-file requirements/cuda12.txt
+	$(COMPILE) pyproject.toml requirements/newest.in --extra timm --output-file requirements/newest.txt
+	$(COMPILE) pyproject.toml requirements/cuda12.in --extra timm --output-file requirements/cuda12.txt
 	$(COMPILE) --group dev --constraint requirements/newest.txt --output-file requirements/dev.txt
 	echo uv | $(COMPILE) - --output-file requirements/uv.txt
 

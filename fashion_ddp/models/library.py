@@ -78,7 +78,9 @@ class Timm:
             raise UserError(f"model timm:{name}: timm is not installed in this environment: pip install timm") from None
         _check_name(f"timm:{name}", [*timm.list_models(), *timm.list_pretrained()])
         self.name, self.library = name, timm
-        self.settings = timm.get_pretrained_cfg(name).to_dict()
+        settings = timm.get_pretrained_cfg(name)
+        assert settings is not None
+        self.settings = settings.to_dict()
 
     def new(self, image_shape: Shape, classes: int, arguments: dict[str, Any]) -> nn.Module:
         given = self._size(image_shape) | {"num_classes": classes, "in_chans": image_shape[0]} | arguments
