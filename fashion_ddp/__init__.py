@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fashion_ddp.runs.reading import load_run as load_run
+    from fashion_ddp.train import fit as fit
 
 __version__ = "0.1.0"
 
@@ -23,9 +24,13 @@ if getattr(sys, "argv", [])[:1] == ["-m"]:  # so it is while Python looks for th
 
 
 def __getattr__(name: str) -> Any:
-    """Import `fashion_ddp.load_run` when it is used: help and error messages do not need it."""
+    """Import `fashion_ddp.load_run` and `fit` when they are used: help and error messages do not need them."""
     if name == "load_run":
         from fashion_ddp.runs.reading import load_run
 
         return load_run
+    if name == "fit":
+        from fashion_ddp.train import fit
+
+        return fit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

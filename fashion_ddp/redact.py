@@ -44,6 +44,11 @@ def refuse_secrets(settings: Mapping[str, Any]) -> None:
                 )
 
 
-def restrict_umask() -> None:
-    """Let only the user, and the group if the umask allows it, change the files that this process makes from now on."""
-    os.umask(os.umask(0o022) | 0o002)
+def restrict_umask() -> int:
+    """Let only the user, and the group if the umask allows it, change the files that this process makes from now on.
+
+    Returns the umask before.
+    """
+    before = os.umask(0o022)
+    os.umask(before | 0o002)
+    return before

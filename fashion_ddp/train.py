@@ -4,6 +4,8 @@
     accelerate launch -m fashion_ddp.train --model cnn                all cards of this machine
     torchrun --standalone --nproc-per-node 2 -m fashion_ddp.train     two ranks; CPU too
 
+In a program or a notebook: from fashion_ddp import fit; run = fit(model="linear").
+
 Exit code 0: finished. 1: failed. 2: nothing was started, because something must be corrected first. 75: stopped, and
 the same command continues.
 """
@@ -12,18 +14,20 @@ import math
 import sys
 import time
 from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from fashion_ddp.distributed import signals
 
 if __name__ == "__main__":
     signals.listen()  # before all that takes a while: a signal that comes meanwhile is remembered
 
-from fashion_ddp.config.cli import Command, parse
+from fashion_ddp.config.cli import Command, from_keywords, parse
 from fashion_ddp.console import entry_point
-from fashion_ddp.distributed import machine, tuning
+from fashion_ddp.distributed import machine, process, tuning
 from fashion_ddp.errors import Stopped
 
-STARTED = time.time()
+if TYPE_CHECKING:
+    from fashion_ddp.runs.reading import Run
 
 
 @entry_point
@@ -34,18 +38,44 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str] | None = None) -> None:
     """Train as a command line (None: that of this process) says. Raises UserError, TrainingFailed or Stopped."""
+    started = time.time()
     command = parse(argv)
     machine.refuse_launcher_settings(command.run)
-    train(command)
+    train(command, started)
 
 
-def train(command: Command) -> None:
-    """Build, loop, close. Mistakes are found, by all ranks, before anything is trained."""
+def fit(**settings: Any) -> "Run":
+    """Train as these settings say, and return the finished run, on every rank, as `load_run` does.
+
+    The settings are the flags of `python -m fashion_ddp.train`, with underscores: fit(model="cnn", epochs=10, lr=0.05).
+    A run that is finished already is returned as it is. Afterwards the process is as before, and may call again.
+
+    Raises UserError for a mistake, TrainingFailed, and Stopped after Ctrl-C or another signal, when all is saved: the
+    same call continues. A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+    from fashion_ddp.runs import provenance
+
+    started = time.time()
+    command = from_keywords(settings)
+    machine.refuse_launcher_settings(command.run)
+    provenance.refuse_changed_code()
+    with process.as_found():
+        run = train(command, started)
+    assert run is not None  # that is a check's
+    return run
+
+
+def train(command: Command, started: float) -> "Run | None":
+    """Build, loop, close. Mistakes are found, by all ranks, before anything is trained.
+
+    `started`: time.time() when the command began. Returns the finished run on every rank; None for a check.
+    """
     # Not at the top: these import torch, and a mistake in the command is answered before that.
     with tuning.gc_paused():
         from fashion_ddp.distributed.world import open_world
         from fashion_ddp.models import architectures, transfer
         from fashion_ddp.models.normalize import set_statistics
+        from fashion_ddp.runs.reading import load_run
         from fashion_ddp.training import artifacts, compiled, cuda_graph, images, metrics, optim, startup
         from fashion_ddp.training.batches import Batches, split
         from fashion_ddp.training.checkpoint import Checkpoints
@@ -84,8 +114,10 @@ def train(command: Command) -> None:
         environment = startup.environment(cfg, world, data, batches)
         folder = startup.claim(command, world, environment["made_by"])
         if folder is None:
-            return
-        state = State(cfg, world, model, optimizer, batches.steps, STARTED, step.average)
+            return None
+        if folder.finished:
+            return world.on_rank_zero(lambda: load_run(folder.path))
+        state = State(cfg, world, model, optimizer, batches.steps, started, step.average)
         checkpoints = Checkpoints(cfg, world, folder, state)  # the newest is loaded into the state
         known = startup.announce(cfg, world, folder, environment, data, batches, state, prepared)
         sync = SyncPoint(cfg, world, record, state, rates)
@@ -130,6 +162,7 @@ def train(command: Command) -> None:
                 recorder.chosen(state.choice.outcome(epoch), scores)
             world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores))
         recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)
+        return world.on_rank_zero(lambda: load_run(folder.path))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import traceback
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import yaml
 
@@ -20,6 +22,7 @@ from fashion_ddp.errors import UserError, nearest
 INSTALLED = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
 # Beginnings of file names that are not the user's own: this package, Python, installed packages, and `<string>` etc.
 NOT_USER_CODE = (*(f"{folder}{os.sep}" for folder in (Path(__file__).parent, *INSTALLED)), "<")
+_sources: WeakKeyDictionary[ModuleType, str | None] = WeakKeyDictionary()  # the hash of each module's file, as loaded
 
 
 def add_current_folder_to_path() -> None:
@@ -29,7 +32,7 @@ def add_current_folder_to_path() -> None:
 
 
 def load(name: str, what: str) -> Any:
-    """Import a module and return the object that `package.module:Name` names in it.
+    """Import a module, anew where its file has changed, and return the object that `package.module:Name` names in it.
 
     `what` says in messages what the object is for: "model" or "dataset". Raises UserError where there is no such module
     or name, or where the import fails.
@@ -37,7 +40,11 @@ def load(name: str, what: str) -> Any:
     module, _, attribute = name.partition(":")
     add_current_folder_to_path()
     try:
+        source = source_hash(name)
         imported = importlib.import_module(module)
+        if _sources.setdefault(imported, source) != source:  # edited between two runs of this process
+            importlib.reload(imported)
+            _sources[imported] = source
     except ModuleNotFoundError as error:
         raise UserError(
             f"{what} {name}: there is no module {error.name!r}{_at_line(error)}: run where it can be imported"

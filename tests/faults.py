@@ -227,7 +227,6 @@ def _rank(folder: Path, argv: list[str], env: dict[str, str], faults: Sequence[F
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell shuts off for tests in its background
     signals.listen()
-    train.STARTED = time.time()
     synthetic.arrays.__defaults__ = (images, images // 6)
     if how["every_step"]:  # sync points; they are a second apart otherwise
         sync.SyncPoint.__init__.__defaults__ = (0.0,)

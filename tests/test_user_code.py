@@ -77,6 +77,16 @@ def test_a_wrong_argument_is_named(text: str, said: str) -> None:
 
 
 @quick
+def test_a_file_that_was_edited_between_two_runs_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = []
+    for value in ("1", "1", "22"):
+        (tmp_path / "edited.py").write_text(f"kept = [{value}]")
+        kept.append(user_code.load("edited:kept", "model"))
+    assert kept == [[1], [1], [22]] and kept[0] is kept[1]
+
+
+@quick
 def test_a_function_may_take_any_argument_or_none() -> None:
     assert user_code.convert_arguments(lambda shape, classes, **more: None, ["a=1", "b=x"]) == {"a": 1, "b": "x"}
     with pytest.raises(UserError, match="unknown 'a'; it takes none"):

@@ -211,9 +211,14 @@ def refuse_unknown_flags(words: Iterable[str], known: list[str]) -> None:
     """Raise UserError for a flag among the words that is not known. No value is shown: it may be a secret."""
     for flag in (word.partition("=")[0] for word in words if re.match(r"-(?!\.?\d)", word)):  # -1 is a number
         if flag not in known:
-            near = difflib.get_close_matches(flag.strip("-"), [name.strip("-") for name in known], n=1)
-            hint = f"did you mean --{near[0]}? " if near else ""
+            hint = suggest(flag.strip("-"), [name.strip("-") for name in known], "--")
             raise UserError(f"unknown flag {flag}; {hint}see --help")
+
+
+def suggest(name: str, known: Iterable[str], before: str = "") -> str:
+    """Return "did you mean ...? " with the known name that is nearest, and what stands `before` it; "" for none."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {before}{near[0]}? " if near else ""
 
 
 def refuse_words(words: list[str], cls: type) -> None:

@@ -59,6 +59,11 @@ def check_model(name: str) -> None:
             f"model: unknown {name!r}; {nearest(name, architectures())}, one of a library as torchvision:resnet18 or "
             "timm:resnet18, or your own as package.module:Name"
         )
+    if name.startswith("__main__:"):
+        raise UserError(
+            f"model {name}: a run keeps the file of its model, and this one is in none that can be imported: write it "
+            f"to one, as mine.py (in a notebook: %%writefile mine.py), and name it mine:{name.partition(':')[2]}"
+        )
 
 
 def check_model_args(model: str, texts: tuple[str, ...], besides: Container[str]) -> None:

@@ -30,6 +30,7 @@ _leave: Callable[[str], int] | None = None  # what ends this process at once whi
 _leaving = threading.Lock()
 _training_since = 0.0
 _met = False  # whether ranks exchanged requests to stop since then
+_interrupted = 0.0  # time.monotonic() of the first SIGINT of a process that is not ours to end
 _launcher = 0  # process id of the launcher; 0 where the parent is none and may end before us
 
 
@@ -38,25 +39,58 @@ def listen() -> None:
 
     Raises ValueError outside of the main thread, because Python runs handlers only there.
     """
-    global _listening_pid, _launcher
+    global _listening_pid
     if _listening_pid == os.getpid():
         return
-    _received.clear()
-    # RANK does not show a launcher: people also set it by hand, in a shell that ends long before its ranks.
-    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
-    _launcher = int(os.environ.get("FASHION_DDP_LAUNCHER", os.getppid() if launched else 0))
+    _begin()
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     with blocked():  # for this thread, too: a handler that runs in it while Python shuts down crashes
         threading.Thread(target=_watch, args=(readable,), daemon=True).start()
-    for one in SIGNALS:
-        # nohup, and a shell for its background jobs, ignore these two: keep it so.
-        if not (one in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(one) == signal.SIG_IGN):
-            signal.signal(one, _record)
+    for one in _handled():
+        signal.signal(one, _record)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # signals that came while `blocked` are delivered now
     atexit.register(_ignore_signals)
     _listening_pid = os.getpid()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Record SIGNALS within, in a process that is not ours to end: a second SIGINT raises KeyboardInterrupt.
+
+    Does nothing in a process that listens as a whole. Outside of the main thread no signal is recorded.
+    """
+    if _listening_pid == os.getpid():
+        yield
+        return
+    _begin()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # One that is not Python's (faulthandler.register) could not be put back: it stays.
+        replaced = [one for one in _handled() if signal.getsignal(one) is not None]
+        before = {one: signal.signal(one, _record_or_interrupt) for one in replaced}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _begin() -> None:
+    """Forget what came before, and find out whether a launcher started this process."""
+    global _interrupted, _launcher
+    _received.clear()
+    _interrupted = 0.0
+    # RANK does not show a launcher: people also set it by hand, in a shell that ends long before its ranks.
+    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    _launcher = int(os.environ.get("FASHION_DDP_LAUNCHER", os.getppid() if launched else 0))
+
+
+def _handled() -> list[signal.Signals]:
+    """Return SIGNALS without those that are to be ignored: nohup, and a shell for its background jobs, ignore two."""
+    ignored = [one for one in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_IGN]
+    return [one for one in SIGNALS if one not in ignored]
 
 
 def leave_while_starting(leave: Callable[[str], int]) -> None:
@@ -109,6 +143,16 @@ def _leave_now(name: str) -> None:
 
 def _record(number: int, frame: object) -> None:
     _received.add(signal.Signals(number).name)
+
+
+def _record_or_interrupt(number: int, frame: object) -> None:
+    global _interrupted
+    now = time.monotonic()
+    if number == signal.SIGINT and _interrupted and now - _interrupted >= SECOND_INTERRUPT:
+        raise KeyboardInterrupt
+    if number == signal.SIGINT and not _interrupted:
+        _interrupted = now
+    _record(number, frame)
 
 
 def _ignore_signals() -> None:

@@ -33,6 +33,18 @@ def schedule_as_batch() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def end_threads() -> None:
+    """End the threads that share this one's CPU work; the next operation starts others.
+
+    A process forked from here has none of them, and would wait for them for ever.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # torch is not loaded, or shares work in another way
+        ctypes.CDLL(None).omp_pause_resource_all(1)  # OpenMP's own function for this; 1 keeps its settings
+
+
+os.register_at_fork(before=end_threads)  # as notebook_launcher forks its ranks
+
+
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
     """Pause garbage collection while modules are imported, and keep their objects out of it afterwards.

@@ -247,7 +247,7 @@ def _is_first_to_say_it() -> bool:
 
 
 # Kept until the process ends, so that DDP's reducer never holds a group's last reference: torch 2.10 would then join
-# gloo's threads without letting go of the interpreter's lock, which they may be waiting for.
+# gloo's threads without letting go of the interpreter's lock, which they may be waiting for. One for each run so far.
 _groups: list[Any] = []
 
 
@@ -278,6 +278,7 @@ def open_world(cfg: Config) -> Iterator[World]:
 
 @contextmanager
 def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
+    global _entered
     device = machine.choose_device(cfg, here)
     threads = machine.threads_per_rank(cfg, here.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # else Accelerate warns, and sets a number of its own
@@ -285,6 +286,9 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
     if device == "cpu" and here.world_size > 1:
         tuning.schedule_as_batch()
     rendezvous.wait_for_rank_zero(here)
+    if _groups:
+        _meet_again(cfg, device)
+    _entered = 0
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision.mixed_precision(cfg.precision),
@@ -295,14 +299,6 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
         ],
     )
     torch.set_num_threads(threads)
-    if device == "cuda":
-        precision.set_products(cfg.precision)
-        # Accelerate hands this number to DDP as the card's, which is another where a rank sees its own card only.
-        if accelerator.device.index is not None:
-            accelerator.state.local_process_index = accelerator.device.index
-        if (runs := machine.runs_per_card()) > 1:  # one that takes more than its share fails alone
-            torch.cuda.set_per_process_memory_fraction(1 / runs)
-        torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be recorded as a graph
     if dist.is_initialized():
         _groups.append(dist.group.WORLD)
     if accelerator.num_processes != here.world_size:
@@ -311,13 +307,40 @@ def _join(cfg: Config, here: machine.RankPlacement) -> Iterator[World]:
             f"start them with {machine.TORCHRUN}"
         )
     world = World(accelerator, here)
-    with failures.time_limit(here.rank, "the first exchange", min(max(cfg.timeout, CONNECTING[0]), CONNECTING[1])):
-        float(all_reduce(torch.zeros((), device=world.device)))  # here ranks connect: what prevents it is told at once
-    try:
-        yield world
-    except (UserError, TrainingFailed, Stopped):
-        world.leave()  # not behind any other error: other ranks may sit in a collective, and it would wait for them
-        raise
-    finally:
-        world.release_graphs()
-    world.leave()
+    with _card(cfg, accelerator) if device == "cuda" else nullcontext():
+        with failures.time_limit(here.rank, "the first exchange", min(max(cfg.timeout, CONNECTING[0]), CONNECTING[1])):
+            float(all_reduce(torch.zeros((), device=world.device)))  # ranks connect: what prevents it is told at once
+        try:
+            yield world
+        except (UserError, TrainingFailed, Stopped):
+            world.leave()  # not behind any other error: other ranks may sit in a collective, and it would wait for them
+            raise
+        finally:
+            world.release_graphs()
+        world.leave()
+
+
+def _meet_again(cfg: Config, device: str) -> None:
+    """Make the process group of a further run of this process, where Accelerate makes that of the first.
+
+    The ranks meet at the same place, where the addresses of the group before are still read by their names.
+    """
+    limit = datetime.timedelta(seconds=cfg.timeout + LATER)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    store = dist.PrefixStore(f"run{len(_groups)}", store)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+
+
+@contextmanager
+def _card(cfg: Config, accelerator: Accelerator) -> Iterator[None]:
+    """Use a card as the run asks for, within."""
+    # Accelerate hands this number to DDP as the card's, which is another where a rank sees its own card only.
+    if accelerator.device.index is not None:
+        accelerator.state.local_process_index = accelerator.device.index
+    if (runs := machine.runs_per_card()) > 1:  # one that takes more than its share fails alone
+        torch.cuda.set_per_process_memory_fraction(1 / runs)
+    torch.cuda.reset_peak_memory_stats(accelerator.device)  # of an earlier run of this process
+    # On the default stream nothing can be recorded as a graph.
+    with precision.products(cfg.precision), torch.cuda.stream(torch.cuda.Stream()):
+        yield

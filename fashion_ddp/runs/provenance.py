@@ -11,6 +11,7 @@ from typing import Any
 from fashion_ddp import user_code
 from fashion_ddp.config import Config
 from fashion_ddp.config.names import in_library, is_code
+from fashion_ddp.errors import UserError
 from fashion_ddp.files import PACKAGE
 from fashion_ddp.models import weights
 
@@ -23,6 +24,20 @@ def code_hash() -> str:
     found = (path for top in (PACKAGE / name for name in COMPUTES) for path in (top, *top.rglob("*")))
     ours = sorted(path for path in found if path.suffix in (".py", ".yaml"))
     return _hash(tuple((path, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in ours))
+
+
+def refuse_changed_code() -> None:
+    """Raise UserError where that source has changed since this process first asked: it computes with the old one."""
+    if code_hash() != _first_code_hash():
+        raise UserError(
+            "the source of fashion_ddp has changed since this process loaded it: start the process again (of a "
+            "notebook, its kernel)"
+        )
+
+
+@cache
+def _first_code_hash() -> str:
+    return code_hash()
 
 
 @lru_cache(maxsize=1)  # of files as they are: a submission asks once for each of its runs

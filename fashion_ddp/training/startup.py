@@ -52,7 +52,7 @@ def load_data(cfg: Config, world: World) -> data.Dataset:
 
 
 def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder | None:
-    """Claim the run's folder, on rank 0. Returns None where there is nothing to train: a check, or a finished run."""
+    """Claim the run's folder, on rank 0: its run may be finished. Returns None for a check."""
     cfg = command.run
     if command.check_only:
         state = world.on_rank_zero(lambda: claims.check(cfg, made_by, command.fresh, command.reuse))
@@ -69,7 +69,6 @@ def claim(command: Command, world: World, made_by: dict[str, Any]) -> RunFolder 
         early = world.on_rank_zero(lambda: read_summary(folder.path).get("stopped_early"))
         finished = f"finished, stopped early {early}" if early else "finished"
         _say(world, f"{folder.path} is {finished}: nothing to do; --fresh keeps it under another name and trains anew")
-        return None
     return folder
 
 

@@ -66,7 +66,7 @@ class State:
         started: float,
         average: Average | None = None,
     ):
-        """`model`: the module itself, without DDP's wrapper. `started`: time.time() when the process began. `average`:
+        """`model`: the module itself, without DDP's wrapper. `started`: time.time() when the command began. `average`:
         what the steps update."""
         self.cfg, self.device, self.scaler = cfg, world.device, world.accelerator.scaler
         self.model, self.optimizer, self.average = model, optimizer, average

@@ -70,7 +70,7 @@ class Timings:
     as their work was saved."""
 
     def __init__(self, started: float):
-        self.started = started  # time.time() when the process began
+        self.started = started  # time.time() when the command began
         self.startup: float | None = None
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.since = 0.0  # perf_counter() when the current phase began

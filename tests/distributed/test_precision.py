@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fashion_ddp.distributed.precision import mixed_precision, set_products
+from fashion_ddp.distributed.precision import mixed_precision, products
 
 pytestmark = pytest.mark.quick
 
@@ -23,17 +23,16 @@ def torchs_own() -> Iterator[None]:
 def test_products_of_float32_are_in_full_but_for_tf32(precision: str, before: bool) -> None:
     # Some containers start with TF32 everywhere (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE).
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = before
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        set_products(precision)
     as_tf32 = precision == "tf32"
     parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    assert [part.fp32_precision == "tf32" for part in parts] == [as_tf32] * 2
-    # What others of torch read, which it refuses where its old and new settings do not agree.
-    assert torch.backends.cuda.matmul.allow_tf32 is as_tf32 and torch.backends.cudnn.allow_tf32 is as_tf32
-    assert torch.get_float32_matmul_precision() == ("high" if as_tf32 else "highest")
-    with torch.backends.cudnn.flags(enabled=False):
-        pass
+    with warnings.catch_warnings(action="error"), products(precision):
+        assert [part.fp32_precision == "tf32" for part in parts] == [as_tf32] * 2
+        # What others of torch read, which it refuses where its old and new settings do not agree.
+        assert torch.backends.cuda.matmul.allow_tf32 is as_tf32 and torch.backends.cudnn.allow_tf32 is as_tf32
+        assert torch.get_float32_matmul_precision() == ("high" if as_tf32 else "highest")
+        with torch.backends.cudnn.flags(enabled=False):
+            pass
+    assert torch.backends.cuda.matmul.allow_tf32 is before and torch.backends.cudnn.allow_tf32 is before
 
 
 def test_accelerate_knows_mixed_precision_only() -> None:
