@@ -1,9 +1,14 @@
 """torchrun and accelerate launch, started as people start them: what works, and what is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from conftest import CHECKOUT, command
 
@@ -28,6 +33,27 @@ def test_every_launcher_makes_the_same_run(tmp_path: Path) -> None:
         weights.add((tmp_path / name / "run" / "model.safetensors").read_bytes())
         threads.add(summary(tmp_path / name)["threads"])
     assert len(threads) == len(weights) == 1
+
+
+def test_torchrun_starts_a_killed_rank_again_and_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    words = [*faults.SMALL, "--epochs", "8"]
+    line = [*TORCHRUN, "2", "--max-restarts", "2", "-m", "fashion_ddp.train", *words]
+    for name in ("struck", "whole"):
+        (tmp_path / name).mkdir()
+    run = tmp_path / "struck" / "run"
+    with subprocess.Popen([str(Path(sys.executable).parent / line[0]), *line[1:]], cwd=run.parent) as launcher:
+        faults.eventually(lambda: any(run.glob("checkpoints/step-*.pt")))
+        os.kill(child(launcher.pid, b"RANK=1"), signal.SIGKILL)
+        assert launcher.wait(300) == 0
+    assert summary(run.parent)["starts"] == 2
+    assert faults.start(2, tmp_path / "whole", words, every_step=False).wait() == [0, 0]
+    assert faults.wrong(run.parent, tmp_path / "whole") == []
+
+
+def child(parent: int, variable: bytes) -> int:
+    """The process id of the child whose environment has a variable, as NAME=value."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return next(int(pid) for pid in children if variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
 
 
 def test_the_file_for_four_cards_trains_four_ranks_on_a_cpu_and_one_of_them_records(tmp_path: Path) -> None:

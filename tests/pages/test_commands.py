@@ -76,6 +76,7 @@ COMMANDS: list[tuple[str, Here | There | Never]] = [
     (r"python -m fashion_ddp\.train .*--init-from pretrained .*", Here(TRAIN, instead={"pretrained": "theirs.pth"})),
     (r"python -m fashion_ddp\.weights( .*)?", There("tests/models/test_library.py", '"fashion_ddp.weights", model')),
     (r"python -m fashion_ddp\.train .*", Here(TRAIN)),
+    (r"torchrun .* --max-restarts 2 .*", There(LAUNCHERS, '"--max-restarts", "2"')),
     (r"torchrun .* --model cnn .*", Here(TRAIN)),
     (r"torchrun .* --model linear .*", There(LAUNCHERS, 'TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node")')),
     (r"accelerate launch -m fashion_ddp\.train .*", Here(TRAIN)),

@@ -86,6 +86,16 @@ def test_a_users_model_is_named_again(finished: Path, tmp_path: Path, monkeypatc
         run.model("cnn")
 
 
+def test_a_model_is_exported_as_the_page_says(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cnn-blog-seed42").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    exec(block, {})  # noqa: S102 - our own page
+    images = torch.rand(5, 1, 28, 28)
+    assert torch.equal(torch.export.load("cnn.pt2").module()(images), load_run(finished).model()(images))
+
+
 def test_what_an_unfinished_run_lacks_is_said(stopped: Path) -> None:
     run = load_run(stopped)
     assert run.status == "stopped" and len(run.metrics) == 1 and run.steps
