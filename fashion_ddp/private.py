@@ -6,7 +6,7 @@ from typing import Any
 from fashion_ddp.errors import UserError
 
 # Of the libraries whose private names are used: the versions in requirements/, which a test compares.
-TESTED = {"submitit": ("1.5.4",), "torch": ("2.10.0", "2.15.0"), "wandb": ("0.31.0",)}
+TESTED = {"accelerate": ("1.15.0",), "submitit": ("1.5.4",), "torch": ("2.10.0", "2.15.0"), "wandb": ("0.31.0",)}
 
 
 def private(owner: Any, name: str) -> Any:

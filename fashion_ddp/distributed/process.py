@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fashion_ddp.distributed import signals, tuning
+from fashion_ddp.private import private
 from fashion_ddp.redact import restrict_umask
 
 
@@ -25,7 +26,7 @@ def as_found() -> Iterator[None]:
         with signals.listening(), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        private(AcceleratorState, "_reset_state")(reset_partial_state=True)
         torch.set_num_threads(threads)
         os.umask(umask)
         for name in os.environ.keys() - environment.keys():
