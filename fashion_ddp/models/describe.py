@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def layers_table(model: nn.Module, image_shape: Shape) -> str:
     """
     rows: list[tuple[str, str, int]] = []
     blocks = _blocks(model)
-    named = any(any(module.children()) for module in blocks.values())
+    named = any(any(module.children()) for module in blocks)
 
     def note(name: str) -> Callable[..., None]:
         def add(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -81,7 +81,7 @@ def layers_table(model: nn.Module, image_shape: Shape) -> str:
 
         return add
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in blocks.items()]
+    hooks = [module.register_forward_hook(note(name)) for module, name in blocks.items()]
     apply_to_zeros(model, image_shape)
     for hook in hooks:
         hook.remove()
@@ -91,18 +91,27 @@ def layers_table(model: nn.Module, image_shape: Shape) -> str:
     return "\n".join([f"  {'layer':<{width}}{'output':>14}{'parameters':>12}", *lines])
 
 
-def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's layers by name; of more than MOST_ROWS the blocks that they are in, as small as can be."""
-    level = {name: len(name.split(".")) if name else 0 for name, _ in model.named_modules()}
-    for deepest in range(max(level.values()), -1, -1):
-        shown = {
-            name: module
-            for name, module in model.named_modules()
-            if level[name] == deepest or (level[name] < deepest and not any(module.children()))
-        }
+def _blocks(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the model's layers with their names; of more than MOST_ROWS the blocks that they are in, as small as can
+    be. A layer that is used at several places has its first name."""
+    shown: dict[nn.Module, str] = {}
+    for depth in range(max(name.count(".") for name, _ in model.named_modules()) + 1, -1, -1):
+        shown = {}
+        for name, module in _parts(model, depth):
+            shown.setdefault(module, name)
         if len(shown) <= MOST_ROWS:
             break
     return shown
+
+
+def _parts(module: nn.Module, depth: int, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers in a module with their names; where they are more than `depth` levels below it, their blocks."""
+    own = name and any(True for _ in module.parameters(recurse=False))  # as a batch norm with an activation in it has
+    if depth == 0 or own or not any(module.children()):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _parts(child, depth - 1, f"{name}.{child_name}" if name else child_name)
 
 
 def rank_dependent_layers(model: nn.Module) -> list[str]:

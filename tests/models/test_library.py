@@ -206,6 +206,17 @@ def test_numbers_that_a_model_draws_by_itself_are_noticed(model: str, arguments:
 
 
 @quick
+def test_large_models_are_listed_by_their_blocks() -> None:
+    for model in MODELS:
+        net = architectures.build(config(model, init_from=None), SHAPE, 10)
+        rows = [line.split() for line in describe.layers_table(net, SHAPE).splitlines()[1:]]
+        assert len(rows) <= describe.MOST_ROWS + 1 and rows[-1] == ["total", f"{describe.count_parameters(net):,}"]
+        outside = sum(p.numel() for p in net.parameters(recurse=False))  # as a transformer's places
+        counted = [int(row[-1].replace(",", "")) for row in rows]
+        assert sum(counted[:-1]) + outside == counted[-1], model
+
+
+@quick
 def test_stochastic_depth_drops_whole_images_by_their_key() -> None:
     layer = SampleDropPath(0.25)
     layer.row_keys = torch.arange(4000)
