@@ -97,10 +97,12 @@ OTHER_VALUES: dict[str, Any] = {
 def test_runs_with_other_results_have_other_names(tmp_path: Path) -> None:
     changes_nothing = set(MAY_CHANGE) | {"run_dir"}
     not_alone = {"model_args", "depth", "dropout", "momentum", "nesterov", "adam_lr", "keep", "patience"}
+    not_alone |= {"keep_batch_norm"}
     assert {*OTHER_VALUES, *not_alone} == {field.name for field in dataclasses.fields(Config)} - changes_nothing
     settings: list[dict[str, Any]] = [{}, {"lr": 0.3}, {"model": "my.net:Net"}, {"model": "my.net:Net2"}]
     settings += [{"model": "my.net:Net", "model_args": args} for args in (["a=1"], ["a=2"], ["b=1"], ["a=1", "b=1"])]
     settings += [{"model": "my.net:Net", "lr": 0.3}, {"model": "my.net:Net", "model_args": ["lr=0.3"]}]
+    settings += [{"model": "timm:resnet18"} | more for more in ({}, {"keep_batch_norm": True}, {"model_args": ["a=1"]})]
     settings += [{"model": "deep_mlp"} | more for more in ({}, {"depth": 2}, {"dropout": 0.2})]
     settings += [{"model": "my.net:Net", "model_args": ["depth=2"]}, {"optimizer": "momentum", "lr": 0.1}]
     settings += [{"optimizer": "momentum", "lr": 0.1} | more for more in ({"momentum": 0.8}, {"nesterov": True})]
