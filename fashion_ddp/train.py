@@ -60,15 +60,16 @@ def fit(**settings: Any) -> "Run":
     machine.refuse_launcher_settings(command.run)
     provenance.refuse_changed_code()
     with process.as_found():
-        run = train(command, started)
-    assert run is not None  # that is a check's
+        run = train(command, started, wait_for_run=True)
+    assert run is not None
     return run
 
 
-def train(command: Command, started: float) -> "Run | None":
+def train(command: Command, started: float, wait_for_run: bool = False) -> "Run | None":
     """Build, loop, close. Mistakes are found, by all ranks, before anything is trained.
 
-    `started`: time.time() when the command began. Returns the finished run on every rank; None for a check.
+    `started`: time.time() when the command began. `wait_for_run`: return the finished run on every rank; otherwise they
+    return None, and the others do not wait until rank 0 has written all.
     """
     # Not at the top: these import torch, and a mistake in the command is answered before that.
     with tuning.gc_paused():
@@ -116,7 +117,7 @@ def train(command: Command, started: float) -> "Run | None":
         if folder is None:
             return None
         if folder.finished:
-            return world.on_rank_zero(lambda: load_run(folder.path))
+            return world.on_rank_zero(lambda: load_run(folder.path)) if wait_for_run else None
         state = State(cfg, world, model, optimizer, batches.steps, started, step.average)
         checkpoints = Checkpoints(cfg, world, folder, state)  # the newest is loaded into the state
         known = startup.announce(cfg, world, folder, environment, data, batches, state, prepared)
@@ -162,7 +163,7 @@ def train(command: Command, started: float) -> "Run | None":
                 recorder.chosen(state.choice.outcome(epoch), scores)
             world.on_rank_zero(lambda: artifacts.write(folder, model, data, scores))
         recorder.finish(artifacts.figures(world, model, data, batches, state), data.test_images)
-        return world.on_rank_zero(lambda: load_run(folder.path))
+        return world.on_rank_zero(lambda: load_run(folder.path)) if wait_for_run else None
 
 
 if __name__ == "__main__":
