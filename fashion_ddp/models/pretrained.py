@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -94,10 +95,21 @@ def fetch(file: TorchFile | HubFile) -> Path:
         ) from error
 
 
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, which is read once as long as it stays as it is. Raises OSError."""
+    stat = path.stat()
+    return _sha256(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _sha256(path: Path, modified: int, size: int) -> str:
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def check_digest(file: TorchFile | HubFile, path: Path) -> str:
     """Return the sha256 of a file of weights. Raises UserError where it is not the one that it must have."""
-    with open(path, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    found = sha256(path)
     if not found.startswith(must := file.digest(path) or ""):
         raise UserError(
             f"{path} is damaged: its sha256 starts {found[:8]}, not {must[:8]}: delete it and fetch it again "

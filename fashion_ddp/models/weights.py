@@ -1,10 +1,10 @@
 """Find the file of weights that a run starts from, and its hash. transfer.py reads it; this module needs no torch."""
 
-import hashlib
 from pathlib import Path
 
 from fashion_ddp.config import Config
 from fashion_ddp.errors import UserError
+from fashion_ddp.models import pretrained
 
 
 def weights_file(cfg: Config) -> Path | None:
@@ -29,20 +29,15 @@ def weights_file(cfg: Config) -> Path | None:
 def weights_hash(cfg: Config) -> str | None:
     """Return the sha256 of the file of the run's initial weights; None where they are random."""
     path = weights_file(cfg)
-    return None if path is None else _sha256(path)
-
-
-def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return None if path is None else pretrained.sha256(path)
     except OSError as error:
         raise UserError(f"init_from {path}: cannot be read ({error.strerror}): fix that, or name another") from None
 
 
 def _published(model: str) -> Path:
     """Return the file of a library's model in the cache of torch, or of the Hugging Face hub."""
-    from fashion_ddp.models import library, pretrained  # import torch
+    from fashion_ddp.models import library  # imports torch
 
     file = library.published(model)
     path = file.find()
