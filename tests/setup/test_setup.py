@@ -190,7 +190,8 @@ def test_make_names_an_unknown_target_and_means_the_cards_that_it_is_given() -> 
     ("goals", "tools"), [("compare", False), ("setup", False), ("setup DEV=1", True), ("compare test", True)]
 )
 def test_make_installs_the_development_tools_where_they_are_needed(goals: str, tools: bool) -> None:
-    planned = run("make", "--dry-run", *goals.split(), env=dict(os.environ), cwd=CHECKOUT).stdout
+    words = "--no-print-directory", "--dry-run", *goals.split()
+    planned = run("make", *words, env=dict(os.environ), cwd=CHECKOUT).stdout
     assert (" --dev " in planned.splitlines()[0]) == tools
 
 
