@@ -15,8 +15,9 @@ word=$(cat "$FASHION_DDP_AGAIN" 2>/dev/null) || word=
 again() {
   if [[ $word != SIGUSR? ]]; then
     # Ranks were killed, or it is preempted with time to save. Else it is cancelled, or SLURM itself queues it again.
+    # It shows as SIGNALING, not RUNNING, from a signal (the preemption's own) until the node's slurmd has answered.
     said=$(ask show job "$job") || return 1
-    [[ $said == *JobState=RUNNING* ]] && [[ $killed || $said == *PreemptTime=[0-9]* ]] || return 2
+    [[ $said =~ JobState=(RUNNING|SIGNALING) ]] && [[ $killed || $said == *PreemptTime=[0-9]* ]] || return 2
   fi
   [ ! $killed ] || echo killed >"$FASHION_DDP_AGAIN" || true # for the next start to read
   said=$(ask requeue "$job") && return

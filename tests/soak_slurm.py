@@ -66,6 +66,7 @@ class Net(nn.Sequential):
         return super().forward(images)
 """
 TRAIN = ("--batch-size", "1000", "--epochs", str(EPOCHS), *FREE)
+CONTROLLERS_TIME = "%Y-%m-%dT%H:%M:%S"  # as the log of slurmctld has it
 SETTINGS = (
     ("--shuffle",),
     ("--shuffle", "--optimizer", "adam", "--lr", "0.01"),
@@ -77,19 +78,21 @@ SHAPES = ((1, 1), (1, 2), (2, 1), (2, 1))  # nodes, ranks on each
 class Disturbed(Submitted):
     """A run that is struck."""
 
+    submitted: str = ""  # when it was last
+
     @property
     def folder(self) -> Path:
         made = (path for path in self.cwd.glob("runs/[!.]*") if path.is_dir())
         return next(made, self.cwd / "runs" / "none")
 
-    def in_queue(self) -> str:
-        """The job's state in the queue, "" where it is not there any more. Waits for a controller that is away."""
+    def in_queue(self, job: str = "") -> str:
+        """The state in the queue of the run's job, or of another of its jobs; "" where it is not there any more. Waits
+        for a controller that is away. One that was killed may have forgotten a job, and give its number to another."""
+        line = ["squeue", "-h", "-o", "%T %o", "-j", job or self.job]
         while True:
-            done = subprocess.run(
-                ["squeue", "-h", "-o", "%T", "-j", self.job], capture_output=True, text=True, timeout=120, check=False
-            )
+            done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode == 0 or "Invalid job id" in done.stderr:
-                return done.stdout.strip()
+                return done.stdout.split()[0] if f"{self.cwd}/" in done.stdout else ""
             time.sleep(1)
 
     def finished(self) -> bool:
@@ -130,7 +133,7 @@ def time_is_over(_: "Campaign", run: Disturbed, __: random.Random) -> str | None
 
 def time_limit(_: "Campaign", run: Disturbed, __: random.Random) -> str | None:
     """By SLURM's own clock, which says so within a minute."""
-    shown = slurm("squeue", "-h", "-t", "R", "-o", "%M", "-j", run.job).strip()
+    shown = _ask("squeue", "-h", "-t", "R", "-o", "%M", "-j", run.job).strip()
     if not shown:
         return ""
     minutes = int(shown.split(":")[-2])
@@ -257,7 +260,8 @@ ABRUPT = (kill_ranks, kill_batch_script, full_disk, damaged_checkpoint, kill_slu
 
 
 def _tell(*words: str) -> bool:
-    return subprocess.run(words, check=False, capture_output=True, timeout=60).returncode == 0
+    """Give a command, and return whether it was obeyed. While a job is being queued again scancel tries for minutes."""
+    return subprocess.run(words, check=False, capture_output=True, timeout=600).returncode == 0
 
 
 def _ask(*words: str) -> str:
@@ -284,6 +288,7 @@ class Record:
     starts: int = 0
     by_a_person: int = 0  # how often it was submitted again
     released: int = 0  # how often SLURM held its job, and an operator let it go on
+    forgotten: int = 0  # how often a controller that was killed did not know its job any more
     steps_repeated: int = 0
     seconds: float = 0.0
     history: list[str] = field(default_factory=list)
@@ -339,8 +344,10 @@ class Campaign:
         record.starts, record.seconds = len(run.starts()), time.monotonic() - since
         if record.failures:
             record.history += [json.dumps(start) for start in run.starts()] + run.log().splitlines()[-60:]
-        _tell("scancel", "--signal=KILL", "--full", run.job)
-        _tell("scancel", run.job, run.report)
+        for job in (run.job, run.report):
+            if job and run.in_queue(job):
+                _tell("scancel", "--signal=KILL", "--full", job)
+                _tell("scancel", job)
         _tell("umount", "-l", str(cwd / "runs"))
         return record
 
@@ -360,6 +367,7 @@ class Campaign:
         shape = ("--nodes", str(nodes), "--ranks-per-node", str(ranks), "--cpus-per-rank", "1")
         line = ("python", "-m", "launch.submit", "--models", "soaked:Net", *shape, "--partition", partition)
         with self.of_cluster:
+            run.submitted = time.strftime(CONTROLLERS_TIME)
             run._read(command(*line, *TRAIN, *words, cwd=run.cwd, timeout=300))
 
     def _strike_until_finished(self, run: Disturbed, record: Record, draw: random.Random) -> None:
@@ -424,13 +432,22 @@ class Campaign:
             shown = run.status().stdout
             mine = [start for start in run.starts() if start.get("job") == run.job]
             too_early = record.struck_by((kill_ranks,)) > 0 and (not mine or "given_up" in mine[-1])
-            if not too_early:
+            if self._forgotten(run):
+                record.forgotten += 1
+            elif not too_early:
                 record.by_a_person += 1
                 assert record.by_a_person <= record.struck_by(BY_A_PERSON), f"it ended, and nobody said so:\n{shown}"
+            run.submitted = time.strftime(CONTROLLERS_TIME)
             done = run.status("resubmit")
             assert done.returncode == 0, f"{shown}{done.stdout}{done.stderr}"
             run._read(done)
             record.history.append(f"submitted again: {' / '.join(shown.splitlines()[1:4])}")
+
+    def _forgotten(self, run: Disturbed) -> bool:
+        """Whether a controller that was killed had not written down that the run was submitted, as its log says."""
+        lines = (self.cluster.dir / "slurmctld.log").read_text(errors="replace").splitlines()
+        purged = [line for line in lines if line.endswith(f"Purged files for defunct batch JobId={run.job}")]
+        return bool(purged) and purged[-1][1:] >= run.submitted
 
     def _check(self, run: Disturbed, record: Record, reference: Path, every: float) -> None:
         (run.cwd / "run").symlink_to(run.folder)
@@ -475,8 +492,8 @@ def _line(run: Record) -> str:
 
 def totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
     struck = sum((Counter(run["struck"]) for run in runs), Counter())
-    names = ("starts", "by_a_person", "released", "steps_repeated")
-    sums = {name: sum(run[name] for run in runs if not run["failures"]) for name in names}
+    names = ("starts", "by_a_person", "released", "forgotten", "steps_repeated")
+    sums = {name: sum(run.get(name, 0) for run in runs if not run["failures"]) for name in names}
     failures = sum(bool(run["failures"]) for run in runs)
     return {
         "faults": struck.total(),

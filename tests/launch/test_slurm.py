@@ -174,11 +174,22 @@ def test_a_run_whose_time_is_over_while_the_controller_is_away_is_queued_again(
     run.whole()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_run_whose_rank_is_killed_comes_back_by_itself(rank: int, run: Submitted) -> None:
+@pytest.mark.parametrize(("rank", "meanwhile"), [(0, "runs"), (1, "is being signalled")])
+def test_a_run_whose_rank_is_killed_comes_back_by_itself(
+    rank: int, meanwhile: str, cluster: Cluster, run: Submitted
+) -> None:
     run.submit()
     run.trained()
-    os.kill(ranks_of(run.cwd, "SLURM_PROCID")[rank], signal.SIGKILL)
+    slurmd = int((cluster.dir / "slurmd-fashion-n1.pid").read_text())
+    try:
+        if meanwhile == "is being signalled":  # which it stays until the node's slurmd has answered
+            os.kill(slurmd, signal.SIGSTOP)
+            slurm("scancel", "--batch", "--signal=CONT", run.job)
+            assert "JobState=SIGNALING" in slurm("scontrol", "show", "job", run.job)
+        os.kill(ranks_of(run.cwd, "SLURM_PROCID")[rank], signal.SIGKILL)
+        run.until(lambda: f"job {run.job} is queued again" in run.log())
+    finally:
+        os.kill(slurmd, signal.SIGCONT)
     run.started(2)
     assert run.reported()
     run.whole()

@@ -883,6 +883,7 @@ def test_debug_trains_in_this_process_and_fresh_keeps_what_was_there(tmp_path: P
 
 
 RUNS, PREEMPTED = "JobState=RUNNING PreemptTime=None", "JobState=RUNNING PreemptTime=2026-12-01T07:00:00"
+SIGNALLED = [state.replace("RUNNING", "SIGNALING") for state in (RUNS, PREEMPTED)]  # which a slow slurmd prolongs
 ENDING = "JobState=COMPLETING PreemptTime=None"
 
 
@@ -892,12 +893,15 @@ ENDING = "JobState=COMPLETING PreemptTime=None"
     [
         ("begun", 0, RUNS, "", 0, ""),  # finished
         ("begun", 137, RUNS, "", 0, "is queued again"),
+        ("begun", 137, SIGNALLED[0], "", 0, "is queued again"),
         ("begun", 137, ENDING, "", 137, "killed"),  # SLURM did it, and knows what is next
         ("", 1, RUNS, "", 1, ""),  # an error of its own
         ("killed", 127, RUNS, "", 127, ""),  # of the start before: this one did not begin
         ("SIGUSR2", 0, RUNS, "", 0, "is queued again"),
         ("SIGTERM", 0, RUNS, "", 75, ""),
         ("SIGTERM", 0, PREEMPTED, "", 0, "is queued again"),
+        ("SIGTERM", 0, SIGNALLED[1], "", 0, "is queued again"),
+        ("SIGTERM", 0, SIGNALLED[0], "", 75, ""),
         ("SIGTERM", 143, RUNS, "", 0, "is queued again"),  # srun ended it, because another rank was killed
         ("SIGTERM", 0, ENDING, "", 75, ""),
         ("SIGINT", 0, RUNS, "", 75, ""),
