@@ -126,12 +126,14 @@ def preempt(_: Submitted) -> None:
 
 
 def set_down(run: Submitted) -> None:
-    update = ["scontrol", "update", "nodename=fashion-n2"]
-    slurm(*update, "state=down", "reason=test")
+    slurm("scontrol", "update", "nodename=fashion-n2", "state=down", "reason=test")
+    run.until(lambda: resumed("fashion-n2"))
 
-    def up_again() -> bool:
-        # It is refused while the job is not yet gone from the node, and when the node has come back by itself.
-        subprocess.run([*update, "state=resume"], check=False, capture_output=True)
-        return "State=DOWN" not in slurm("scontrol", "show", "node", "fashion-n2")
 
-    run.until(up_again)
+def resumed(node: str) -> bool:
+    """Take a node back into service, and return whether it is. That is refused while a job is not yet gone from it, and
+    when it is back already."""
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+    shown = subprocess.run(["scontrol", "show", "node", node], check=False, capture_output=True, text=True).stdout
+    state = re.search(r"State=(\S+)", shown)
+    return state is not None and not re.search("DOWN|DRAIN", state[1])

@@ -33,7 +33,7 @@ from typing import Any
 
 from conftest import CHECKOUT, command
 from faults import lacking, ranks_of, wrong
-from on_slurm import FREE, Submitted, on_this_machine, preempt, set_down, slurm
+from on_slurm import FREE, Submitted, on_this_machine, preempt, resumed, set_down, slurm
 from soak import damage
 
 from fashion_ddp.distributed import machine
@@ -243,7 +243,7 @@ def drain(campaign: "Campaign", run: Disturbed, draw: random.Random) -> str | No
     node = draw.choice(NODES)
     _tell("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     time.sleep(draw.uniform(1, 5))
-    run.until(lambda: _tell("scontrol", "update", f"nodename={node}", "state=resume"))
+    run.until(lambda: resumed(node))
     return None
 
 
@@ -418,7 +418,7 @@ class Campaign:
         node and holds the job."""
         if "Duplicate jobid" in _ask("sinfo", "-h", "-R", "-o", "%E"):
             for node in NODES:
-                _tell("scontrol", "update", f"nodename={node}", "state=resume")
+                resumed(node)
         if "held" in _ask("squeue", "-h", "-t", "PD", "-o", "%r", "-j", run.job):
             shown = run.status().stdout
             assert f"`scontrol release {run.job}`" in shown, shown
