@@ -24,6 +24,7 @@ again() {
   [[ $said != *[Dd]isabled* && $said != *denied* && $said != *Invalid\ job* ]] || return 3
   return 1 # the controller may be away for a moment
 }
+case $code in 138 | 140) word=SIGUSR2 ;; esac # it met a rank that did not listen yet
 case $word in
   SIGUSR?) ;; # the time is nearly over
   SIGTERM | begun)
@@ -31,11 +32,12 @@ case $word in
     [ "$word" = SIGTERM ] || [ $killed ] || word= # finished
     ;;
   SIG*) code=75 word= ;; # it was told to stop
-  *) word= ;;            # it failed by an error of its own, or did not begin
+  # It failed by an error of its own, or did not begin; or SIGTERM met it before it listened, as where it is preempted.
+  *) [ "$code" = 143 ] && word=SIGTERM || word= ;;
 esac
 rm -f "$FASHION_DDP_AGAIN"
 if [ "$word" ]; then
-  [ $killed ] && echo "ranks of this job were killed, or ended without a word" || code=75
+  [ $killed ] && echo "ranks of this job were killed, or ended without a word" || [ "$code" = 143 ] || code=75
   trap '' TERM USR1 USR2 # TERM comes as soon as the job is queued again
   last_try=$((${SLURM_JOB_END_TIME:-$(date +%s) + 60} - 10)) told=
   while true; do

@@ -39,6 +39,14 @@ BREAKS = """
         return super().train(mode)
 """
 
+# As sitecustomize.py: a rank waits before its first import, and does not listen to signals.
+DEAF = """
+import os, time
+while os.path.exists("deaf") and "SLURM_PROCID" in os.environ:
+    open(f"waiting{os.getpid()}", "w").close()
+    time.sleep(0.1)
+"""
+
 
 def make_cluster(accounting: bool) -> Iterator[Cluster]:
     if why := why_impossible(accounting):
@@ -140,8 +148,15 @@ def is_alive(waiting: Path) -> bool:
 def test_ended_in_its_start_again_and_again_it_leaves_at_once_and_is_never_given_up(run: Submitted) -> None:
     run.submit("--slurm", "hold")
     (run.cwd / "wait").touch()  # the model is not built
+    (run.cwd / "deaf").touch()
+    (run.cwd / "sitecustomize.py").write_text(DEAF)
     assert f"`scontrol release {run.job}` lets it go on" in run.status().stdout
     slurm("scontrol", "release", run.job, run.report)
+    run.until(lambda: sum(map(is_alive, run.cwd.glob("waiting*"))) == 2)
+    slurm("scancel", "--signal=USR2", run.job)
+    run.until(lambda: f"job {run.job} is queued again" in run.log())
+    assert not run.starts()
+    (run.cwd / "deaf").unlink()
     ways = [("scontrol", "requeue"), ("scancel", "--signal=USR2")] * 3  # by SLURM, and by the script
     for times, way in enumerate(ways, start=1):
         run.until(lambda n=times: len(run.starts()) == n and sum(map(is_alive, run.cwd.glob("waiting*"))) == 2)

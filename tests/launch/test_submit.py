@@ -898,6 +898,11 @@ ENDING = "JobState=COMPLETING PreemptTime=None"
         ("", 1, RUNS, "", 1, ""),  # an error of its own
         ("killed", 127, RUNS, "", 127, ""),  # of the start before: this one did not begin
         ("SIGUSR2", 0, RUNS, "", 0, "is queued again"),
+        ("", 140, RUNS, "", 0, "is queued again"),  # of the signal that says so: no rank listened yet
+        ("begun", 138, RUNS, "", 0, "is queued again"),  # another rank did not
+        ("SIGTERM", 140, RUNS, "", 0, "is queued again"),  # so srun ended this one
+        ("", 143, PREEMPTED, "", 0, "is queued again"),
+        ("", 143, RUNS, "", 143, ""),  # srun ended it, because of another's error
         ("SIGTERM", 0, RUNS, "", 75, ""),
         ("SIGTERM", 0, PREEMPTED, "", 0, "is queued again"),
         ("SIGTERM", 0, SIGNALLED[1], "", 0, "is queued again"),
@@ -930,4 +935,5 @@ def test_the_batch_script_queues_a_job_again_where_that_is_right(
     done = subprocess.run(line, env=env, check=False, capture_output=True, text=True, start_new_session=True)
     assert (done.returncode, done.stderr) == (ends, "") and told in done.stdout and bool(told) == bool(done.stdout)
     left = (tmp_path / "again").read_text().strip() if (tmp_path / "again").exists() else ""
-    assert left == ("killed" if code and "queued again" in told else "")
+    assert left == ("killed" if "killed" in done.stdout and "queued again" in told else "")
+    assert ("killed" in done.stdout) == (word in ("begun", "SIGTERM") and code in (137, 143))
