@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import submitit
 from submitit.core import utils
 from submitit.slurm import slurm as submitit_slurm
 
+from fashion_ddp.console import say
 from fashion_ddp.distributed import signals
 from fashion_ddp.errors import UserError
 from fashion_ddp.private import private, untested
@@ -31,6 +32,7 @@ TEARDOWN = ["code=$?", *Path(__file__).with_name("requeue.sh").read_text().split
 NOT_FOR_REPORT = ("dependency", "exclusive", "nodelist", "gres", "gpu", "cpus-per-gpu", "mem-per-gpu")
 # Folders on these are most often visible on one machine only.
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "apfs"}
+NOT_BEFORE = "not before"  # so SLURM's answer begins that is no, and may be yes when nodes come back
 
 
 class PartlyQueued(UserError):
@@ -191,7 +193,10 @@ def _with_memory(given: SbatchOptions, memory: str | None) -> SbatchOptions:
 
 
 def check(plan: SubmissionPlan, count: int) -> str:
-    """Ask SLURM whether it would accept `count` runs. Returns its answer; raises UserError where it would not."""
+    """Ask SLURM whether it would accept `count` runs. Returns its answer; raises UserError where it would not.
+
+    Where it says no because nodes are out of service, as in a maintenance, it queues the jobs: that is a warning.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(
             "sbatch is not here: submit on a machine of the cluster, or see what would be submitted with --dry-run, "
@@ -199,11 +204,26 @@ def check(plan: SubmissionPlan, count: int) -> str:
         )
     count = min(count, slurm.max_array_size())
     report = plan.report_script().replace("#SBATCH --dependency=afterany:JOB\n", "")
-    answers = [_test_only(script) for script in (plan.run_script(count), report)]
-    return answers[0]
+    runs = _test_only(plan.run_script(count), _awaited(plan))
+    if runs.startswith(NOT_BEFORE):
+        say(f"warning: SLURM would start these jobs {runs}")
+    else:
+        _test_only(report)
+    return runs
 
 
-def _test_only(script: str) -> str:
+def _awaited(plan: SubmissionPlan) -> list[str]:
+    """Return the nodes out of service without which too few have the cores and cards of a job; none where enough have
+    them, or too few at any time."""
+    asked, partition = plan.submission, str(plan.options().get("partition", ""))
+    cores = asked.ranks * asked.cpus_per_rank
+    fit = [one for one in slurm.nodes(partition) if one.cores >= cores and one.cards >= asked.gpus_per_node]
+    away = [one.name for one in fit if not one.in_service]
+    return away if len(fit) - len(away) < asked.nodes <= len(fit) else []
+
+
+def _test_only(script: str, awaited: Sequence[str] = ()) -> str:
+    """Return SLURM's answer. Raises UserError for a no, but where that may be because of the nodes `awaited`."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, slurm.hide_own_job():
         file.write(script)
         file.flush()
@@ -211,11 +231,18 @@ def _test_only(script: str) -> str:
     said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
     if done.returncode == 0:
         return said
-    what = f"SLURM would not take these jobs: {said.replace('allocation failure: ', '')}"
-    if re.search("partition|configuration", said):
+    said = said.replace("allocation failure: ", "")
+    if awaited and "configuration is not available" in said:
+        return f"{NOT_BEFORE} nodes are back that are out of service (`sinfo -R` says why): {', '.join(awaited)}"
+    raise UserError(f"SLURM would not take these jobs: {said}{_what_there_is(said)}")
+
+
+def _what_there_is(refusal: str) -> str:
+    """Return what a refusal is to be followed by: what the partitions have, where it is about these."""
+    if re.search("partition|configuration", refusal):
         with contextlib.suppress(UserError):
-            what += f". What there is: {slurm.describe_partitions()}"
-    raise UserError(what)
+            return f". What there is: {slurm.describe_partitions()}"
+    return ""
 
 
 def submit(plan: SubmissionPlan, todo: list[Path], report: Report) -> tuple[list[str], str]:
@@ -243,7 +270,7 @@ def submit(plan: SubmissionPlan, todo: list[Path], report: Report) -> tuple[list
             last = plan.executor(**plan.report_parameters(":".join(arrays))).submit(report)
         except (utils.FailedJobError, utils.FailedSubmissionError, OSError) as error:
             if not arrays:
-                raise UserError(f"SLURM did not take the jobs: {error}") from None
+                raise UserError(f"SLURM did not take the jobs: {error}{_what_there_is(str(error))}") from None
             try:
                 slurm.run_checked("scancel", *arrays)
                 others = "the others are cancelled"

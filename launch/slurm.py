@@ -25,6 +25,16 @@ class QueuedJob:
     script: str  # the file that sbatch was given
 
 
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, as sinfo shows it."""
+
+    name: str
+    in_service: bool  # neither down nor drained, as for a maintenance
+    cores: int
+    cards: int
+
+
 def run(*words: str, patience: float = PATIENCE, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a SLURM command, with these variables in its environment, and return its output and exit code.
 
@@ -85,6 +95,17 @@ def describe_partitions() -> str:
     """Return one line that says what each partition has."""
     text = run_checked("sinfo", "--noheader", "--format=%R: %D x %c cores, %m MB, GPUs %G")
     return "; ".join(dict.fromkeys(text.replace("GPUs (null)", "no GPUs").splitlines()))
+
+
+def nodes(partition: str = "") -> list[Node]:
+    """Return the nodes of the cluster; with `partition` of this one, or of several separated by commas."""
+    of = [f"--partition={partition}"] if partition else []
+    text = run_checked("sinfo", "--noheader", "--Node", "--format=%N|%T|%c|%G", *of)
+    found: dict[str, Node] = {}  # one that is in several partitions has a line for each
+    for name, state, cores, cards in (line.split("|", 3) for line in text.splitlines()):
+        counts = re.findall(r"\bgpu:(?:[^:,(]+:)?(\d+)", cards)
+        found[name] = Node(name, not re.search("down|drain|fail|maint", state), int(cores), sum(map(int, counts)))
+    return list(found.values())
 
 
 def cluster_answers() -> bool:

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -259,6 +260,7 @@ OF_THE_CLUSTER |= {node_down: 1, drain: 0.7}
 BY_A_PERSON = (cancel, kill_batch_script, full_disk)
 # After these a checkpoint may be older than the last step.
 ABRUPT = (kill_ranks, kill_batch_script, full_disk, damaged_checkpoint, kill_slurmd, node_down)
+ABRUPT += (kill_controller, controller_away)  # one that was killed ends jobs of which it forgot that they had begun
 
 
 def _tell(*words: str) -> bool:
@@ -308,6 +310,7 @@ class Campaign:
     most: int = STRUCK
     of_cluster: threading.RLock = field(default_factory=threading.RLock)
     of_references: threading.Lock = field(default_factory=threading.Lock)
+    struck: list[Strike] = field(default_factory=list)  # the whole cluster
 
     def daemon(self, name: str) -> int:
         return int((self.cluster.dir / f"{name}.pid").read_text())
@@ -331,7 +334,7 @@ class Campaign:
         partition = draw.choice(["low", "low", "grace"])
         words = [*settings, "--checkpoint-every", every]
         record = Record(seed, [f"{nodes} x {ranks} ranks", *words, partition])
-        cwd = self.folder / str(seed)
+        cwd, before = self.folder / str(seed), len(self.struck)
         (cwd / "runs").mkdir(parents=True)
         (cwd / "soaked.py").write_text(MODEL)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={RUNS_DISK}m", "none", str(cwd / "runs")], check=True)
@@ -340,7 +343,7 @@ class Campaign:
             reference = self._reference(nodes * ranks, settings)
             self._submit(run, nodes, ranks, partition, words)
             self._strike_until_finished(run, record, draw)
-            self._check(run, record, reference, float(every))
+            self._check(run, record, reference, float(every), sum(one in ABRUPT for one in self.struck[before:]))
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             record.failures.append(f"{type(error).__name__}: {error}"[-3000:])
         record.starts, record.seconds = len(run.starts()), time.monotonic() - since
@@ -388,6 +391,7 @@ class Campaign:
             seen = len(run.starts())
             with self.of_cluster if everyone else contextlib.nullcontext():
                 said = strike(self, run, own)
+            self.struck += [strike] * everyone
             record.history.append(f"{strike.__name__}, {when}: {'missed' if said == '' else said or 'struck'}")
             if said != "":
                 what = f"{strike.__name__}, {when}"
@@ -418,9 +422,12 @@ class Campaign:
     def _heal(self, run: Disturbed, record: Record) -> None:
         """Do an operator's part: a controller that was killed forgets what it did last, starts a job twice, drains the
         node and holds the job."""
-        if "Duplicate jobid" in _ask("sinfo", "-h", "-R", "-o", "%E"):
+        # Or the controller forgot that a strike at a node has ended: none is under way where the lock is free.
+        drained = re.search("Duplicate jobid|test", _ask("sinfo", "-h", "-R", "-o", "%E"))
+        if drained and self.of_cluster.acquire(blocking=False):
             for node in NODES:
                 resumed(node)
+            self.of_cluster.release()
         if "held" in _ask("squeue", "-h", "-t", "PD", "-o", "%r", "-j", run.job):
             shown = run.status().stdout
             assert f"`scontrol release {run.job}`" in shown, shown
@@ -451,7 +458,8 @@ class Campaign:
         purged = [line for line in lines if line.endswith(f"Purged files for defunct batch JobId={run.job}")]
         return bool(purged) and purged[-1][1:] >= run.submitted
 
-    def _check(self, run: Disturbed, record: Record, reference: Path, every: float) -> None:
+    def _check(self, run: Disturbed, record: Record, reference: Path, every: float, of_cluster: int) -> None:
+        """`of_cluster`: strikes at all runs after which a checkpoint may be older than the last step."""
         (run.cwd / "run").symlink_to(run.folder)
         record.failures += wrong(run.cwd, reference)
         steps = [start["step"] for start in run.starts()]
@@ -462,7 +470,7 @@ class Campaign:
         starts = len(json.loads((run.folder / "environment.json").read_text()))
         # Each start calls the model as often as the undisturbed one did before it trained.
         record.steps_repeated = run.steps() - STEPS - starts * (alone - STEPS)
-        abrupt = record.struck_by(ABRUPT)
+        abrupt = record.struck_by(tuple(set(ABRUPT) - set(OF_THE_CLUSTER))) + of_cluster
         between = 2 * (SYNC + every) / PAUSE
         if not damaged and record.steps_repeated > abrupt * between:
             record.failures.append(f"{record.steps_repeated} steps were trained twice, after {abrupt} abrupt ends")

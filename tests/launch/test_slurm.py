@@ -19,7 +19,20 @@ import pytest
 import torch
 from conftest import CHECKOUT, command
 from faults import ranks_of
-from on_slurm import FREE, NAME, SLOW, SUBMIT, TRAIN, Submitted, on_this_machine, preempt, same, set_down, slurm
+from on_slurm import (
+    FREE,
+    NAME,
+    SLOW,
+    SUBMIT,
+    TRAIN,
+    Submitted,
+    on_this_machine,
+    preempt,
+    resumed,
+    same,
+    set_down,
+    slurm,
+)
 from safetensors.torch import load_file
 from soak_slurm import Campaign
 from test_submit import SLOW_MODEL
@@ -322,6 +335,21 @@ def test_what_slurm_would_not_take_is_told_before_anything_is_written(
     done = command("python", "-m", "launch.submit", "--models", "linear", *FREE, *words, cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr and "What there is: low: 2 x 4 cores" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_in_a_maintenance_runs_are_queued_with_a_warning(cluster: Cluster, run: Submitted) -> None:
+    slurm("scontrol", "update", "nodename=fashion-n1", "state=drain", "reason=maintenance")
+    try:
+        line = ("python", "-m", "launch.submit", *SLOW, "--gpus-per-node", "8", "--device", "cuda")
+        refused = command(*line, cwd=run.cwd)
+        assert refused.returncode == 2 and "SLURM would not take these jobs: " in refused.stderr
+        done = command(*SUBMIT, *SLOW, cwd=run.cwd)
+        run._read(done)
+        assert "warning: SLURM would start these jobs not before nodes are back " in done.stdout
+        assert f" {run.job} " in (shown := run.status().stdout) and " PENDING (" in shown
+        slurm("scancel", run.job, run.report)
+    finally:
+        run.until(lambda: resumed("fashion-n1"))
 
 
 def test_a_login_node_is_not_trained_on_unless_that_is_meant(cluster: Cluster, tmp_path: Path) -> None:

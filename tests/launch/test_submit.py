@@ -882,6 +882,17 @@ def test_debug_trains_in_this_process_and_fresh_keeps_what_was_there(tmp_path: P
     assert [one["status"] for one in summaries(tmp_path)] == ["finished"] * 2
 
 
+@quick
+def test_nodes_are_read_as_sinfo_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = (
+        "n1|idle|64|gpu:a100:4(S:0-1)\nn2|drained*|64|gpu:4,nvme:1\nn3|mixed|128|(null)\nn4|down|8|gpu:a:2,gpu:b:1\n"
+    )
+    monkeypatch.setattr(slurm, "run_checked", lambda *words: shown + shown if "--partition=a,b" in words else "")
+    assert slurm.nodes() == []
+    expected = [("n1", True, 64, 4), ("n2", False, 64, 4), ("n3", True, 128, 0), ("n4", False, 8, 3)]
+    assert slurm.nodes("a,b") == [slurm.Node(*node) for node in expected]
+
+
 RUNS, PREEMPTED = "JobState=RUNNING PreemptTime=None", "JobState=RUNNING PreemptTime=2026-12-01T07:00:00"
 SIGNALLED = [state.replace("RUNNING", "SIGNALING") for state in (RUNS, PREEMPTED)]  # which a slow slurmd prolongs
 ENDING = "JobState=COMPLETING PreemptTime=None"
