@@ -453,10 +453,16 @@ class Campaign:
             record.history.append(f"submitted again: {' / '.join(shown.splitlines()[1:4])}")
 
     def _forgotten(self, run: Disturbed) -> bool:
-        """Whether a controller that was killed had not written down that the run was submitted, as its log says."""
+        """Whether a controller that was killed had not written down that the run was submitted, as its log says; or
+        that another start was to follow the last."""
         lines = (self.cluster.dir / "slurmctld.log").read_text(errors="replace").splitlines()
-        purged = [line for line in lines if line.endswith(f"Purged files for defunct batch JobId={run.job}")]
-        return bool(purged) and purged[-1][1:] >= run.submitted
+        since = [line for line in lines if line[1:] >= run.submitted]
+        if any(line.endswith(f"Purged files for defunct batch JobId={run.job}") for line in since):
+            return True
+        [first] = run.cwd.glob(f"runs/.submissions/*/{run.job}_0_log.out")
+        again = f"job {run.job} is queued again, and continues there"
+        recovered = any(f" Recovered JobId={run.job} " in line for line in since)
+        return recovered and first.read_text().rstrip().endswith(again)
 
     def _check(self, run: Disturbed, record: Record, reference: Path, every: float, of_cluster: int) -> None:
         """`of_cluster`: strikes at all runs after which a checkpoint may be older than the last step."""
