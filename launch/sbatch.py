@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def check(plan: SubmissionPlan, count: int) -> str:
         )
     count = min(count, slurm.max_array_size())
     report = plan.report_script().replace("#SBATCH --dependency=afterany:JOB\n", "")
-    runs = _test_only(plan.run_script(count), _awaited(plan))
+    runs = _test_only(plan.run_script(count), plan)
     if runs.startswith(NOT_BEFORE):
         say(f"warning: SLURM would start these jobs {runs}")
     else:
@@ -222,8 +222,9 @@ def _awaited(plan: SubmissionPlan) -> list[str]:
     return away if len(fit) - len(away) < asked.nodes <= len(fit) else []
 
 
-def _test_only(script: str, awaited: Sequence[str] = ()) -> str:
-    """Return SLURM's answer. Raises UserError for a no, but where that may be because of the nodes `awaited`."""
+def _test_only(script: str, plan: SubmissionPlan | None = None) -> str:
+    """Return SLURM's answer. Raises UserError for a no, but where nodes out of service may be why jobs of this plan
+    cannot start."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file, slurm.hide_own_job():
         file.write(script)
         file.flush()
@@ -232,17 +233,13 @@ def _test_only(script: str, awaited: Sequence[str] = ()) -> str:
     if done.returncode == 0:
         return said
     said = said.replace("allocation failure: ", "")
-    if awaited and "configuration is not available" in said:
+    if plan and "configuration is not available" in said and (awaited := _awaited(plan)):
         return f"{NOT_BEFORE} nodes are back that are out of service (`sinfo -R` says why): {', '.join(awaited)}"
-    raise UserError(f"SLURM would not take these jobs: {said}{_what_there_is(said)}")
-
-
-def _what_there_is(refusal: str) -> str:
-    """Return what a refusal is to be followed by: what the partitions have, where it is about these."""
-    if re.search("partition|configuration", refusal):
+    what = f"SLURM would not take these jobs: {said}"
+    if re.search("partition|configuration", said):
         with contextlib.suppress(UserError):
-            return f". What there is: {slurm.describe_partitions()}"
-    return ""
+            what += f". What there is: {slurm.describe_partitions()}"
+    raise UserError(what)
 
 
 def submit(plan: SubmissionPlan, todo: list[Path], report: Report) -> tuple[list[str], str]:
@@ -270,7 +267,7 @@ def submit(plan: SubmissionPlan, todo: list[Path], report: Report) -> tuple[list
             last = plan.executor(**plan.report_parameters(":".join(arrays))).submit(report)
         except (utils.FailedJobError, utils.FailedSubmissionError, OSError) as error:
             if not arrays:
-                raise UserError(f"SLURM did not take the jobs: {error}{_what_there_is(str(error))}") from None
+                raise UserError(f"SLURM did not take the jobs: {error}") from None
             try:
                 slurm.run_checked("scancel", *arrays)
                 others = "the others are cancelled"

@@ -310,7 +310,7 @@ class Campaign:
     most: int = STRUCK
     of_cluster: threading.RLock = field(default_factory=threading.RLock)
     of_references: threading.Lock = field(default_factory=threading.Lock)
-    struck: list[Strike] = field(default_factory=list)  # the whole cluster
+    at_all_runs: list[Strike] = field(default_factory=list)
 
     def daemon(self, name: str) -> int:
         return int((self.cluster.dir / f"{name}.pid").read_text())
@@ -334,7 +334,7 @@ class Campaign:
         partition = draw.choice(["low", "low", "grace"])
         words = [*settings, "--checkpoint-every", every]
         record = Record(seed, [f"{nodes} x {ranks} ranks", *words, partition])
-        cwd, before = self.folder / str(seed), len(self.struck)
+        cwd, before = self.folder / str(seed), len(self.at_all_runs)
         (cwd / "runs").mkdir(parents=True)
         (cwd / "soaked.py").write_text(MODEL)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={RUNS_DISK}m", "none", str(cwd / "runs")], check=True)
@@ -343,7 +343,8 @@ class Campaign:
             reference = self._reference(nodes * ranks, settings)
             self._submit(run, nodes, ranks, partition, words)
             self._strike_until_finished(run, record, draw)
-            self._check(run, record, reference, float(every), sum(one in ABRUPT for one in self.struck[before:]))
+            of_cluster = sum(strike in ABRUPT for strike in self.at_all_runs[before:])
+            self._check(run, record, reference, float(every), of_cluster)
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
             record.failures.append(f"{type(error).__name__}: {error}"[-3000:])
         record.starts, record.seconds = len(run.starts()), time.monotonic() - since
@@ -389,9 +390,10 @@ class Campaign:
             if run.finished():
                 break
             seen = len(run.starts())
+            if everyone:
+                self.at_all_runs.append(strike)
             with self.of_cluster if everyone else contextlib.nullcontext():
                 said = strike(self, run, own)
-            self.struck += [strike] * everyone
             record.history.append(f"{strike.__name__}, {when}: {'missed' if said == '' else said or 'struck'}")
             if said != "":
                 what = f"{strike.__name__}, {when}"
@@ -459,10 +461,10 @@ class Campaign:
         since = [line for line in lines if line[1:] >= run.submitted]
         if any(line.endswith(f"Purged files for defunct batch JobId={run.job}") for line in since):
             return True
-        [first] = run.cwd.glob(f"runs/.submissions/*/{run.job}_0_log.out")
         again = f"job {run.job} is queued again, and continues there"
+        logs = run.cwd.glob(f"runs/.submissions/*/{run.job}_0_log.out")
         recovered = any(f" Recovered JobId={run.job} " in line for line in since)
-        return recovered and first.read_text().rstrip().endswith(again)
+        return recovered and any(path.read_text().rstrip().endswith(again) for path in logs)
 
     def _check(self, run: Disturbed, record: Record, reference: Path, every: float, of_cluster: int) -> None:
         """`of_cluster`: strikes at all runs after which a checkpoint may be older than the last step."""
@@ -509,7 +511,7 @@ def _line(run: Record) -> str:
 def totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
     struck = sum((Counter(run["struck"]) for run in runs), Counter())
     names = ("starts", "by_a_person", "released", "forgotten", "steps_repeated")
-    sums = {name: sum(run.get(name, 0) for run in runs if not run["failures"]) for name in names}
+    sums = {name: sum(run[name] for run in runs if not run["failures"]) for name in names}
     failures = sum(bool(run["failures"]) for run in runs)
     return {
         "faults": struck.total(),
